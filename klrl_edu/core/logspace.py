@@ -1,0 +1,127 @@
+"""Arithmetic on log-probabilities that stays exact where mass is zero, and whose gradients stay finite there.
+
+    log Σ e^x,    0 · (±inf) = 0,    KL(p‖q) = Σ_{p>0} p (e^d − 1 − d) + q{p = 0},   d = log q − log p          (1)
+
+The terms of (1) are non-negative, so a KL near zero keeps its sign and its digits; summed over normalised p and q they
+equal Σ p log p/q. A single `torch.where` hides a NaN from the value but not from the gradient, hence the double masks:
+the operand is made harmless first. K outcomes along `dim`; logs in nats.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core.errors import InfeasibleError
+
+_SERIES_RADIUS = 0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
+_SERIES_TERMS = 18  # 0.5^18/20! is far below 2^-53 of the leading ½
+
+
+def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
+    """log Σ e^x along `dim`; −inf where every entry is −inf, with a zero gradient there (torch gives NaN).
+
+    Args:
+        x: log-weights [..., K] in nats; −inf is zero mass.
+
+    Returns:
+        [...] in nats.
+    """
+    alive = x.amax(dim, keepdim=True) > -math.inf
+    total = torch.logsumexp(torch.where(alive, x, torch.zeros_like(x)), dim)
+    return torch.where(alive.squeeze(dim), total, torch.full_like(total, -math.inf))
+
+
+def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """log-weights minus their logsumexp: log-probabilities [..., K] in nats.
+
+    Raises:
+        InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise.
+    """
+    total = logsumexp(log_weights, dim)
+    if bool((total == -math.inf).any()):
+        raise InfeasibleError("every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one finite log-weight.")
+    return log_weights - total.unsqueeze(dim)
+
+
+def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
+    """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 -> [segments]; −inf where a segment has no mass."""
+    top = x.new_full((segments,), -math.inf).scatter_reduce(0, index, x.detach(), "amax")
+    alive = top > -math.inf
+    shift = torch.where(alive, top, torch.zeros_like(top))
+    total = x.new_zeros(segments).index_add(0, index, torch.exp(x - shift[index]))
+    logs = torch.log(torch.where(alive, total, torch.ones_like(total))) + shift
+    return torch.where(alive, logs, torch.full_like(logs, -math.inf))
+
+
+def mul_exp(x: Tensor, log_p: Tensor) -> Tensor:
+    """x · e^{log p} with 0 · (±inf) = 0 · NaN = 0, and a zero gradient to both where p = 0; broadcasts."""
+    x, log_p = torch.broadcast_tensors(x, log_p)
+    dead = log_p == -math.inf
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(dead, zero, torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p)))
+
+
+def expectation(log_p: Tensor, x: Tensor, dim: int = -1) -> Tensor:
+    """E_p[x] = Σ p·x along `dim`, where outcomes of zero mass do not count, whatever x is there."""
+    return mul_exp(x, log_p).sum(dim)
+
+
+def entropy(log_p: Tensor, dim: int = -1) -> Tensor:
+    """H(p) = −Σ p log p in nats, with a finite gradient where p = 0."""
+    return -expectation(log_p, log_p, dim)
+
+
+def expm1_minus_identity(x: Tensor) -> Tensor:
+    """e^x − 1 − x ≥ 0 to full relative accuracy: a series near zero, where the subtraction would cancel."""
+    near = x.abs() < _SERIES_RADIUS
+    small = torch.where(near, x, torch.zeros_like(x))
+    series = torch.ones_like(x)
+    for k in range(_SERIES_TERMS, 2, -1):  # Horner on 1 + x/3 (1 + x/4 (…))
+        series = 1 + small / k * series
+    large = torch.where(near, torch.ones_like(x), x)
+    # x = −inf gives −1 + inf = inf and x = +inf must give inf, not inf − inf
+    direct = torch.where(large == math.inf, large, torch.expm1(large) - torch.where(large == math.inf, torch.zeros_like(large), large))
+    return torch.where(near, small * small / 2 * series, direct)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
+    """KL(p‖q) in nats along `dim` by (1): never negative, +inf where q = 0 < p, exact for outcomes with p = q = 0.
+
+    Args:
+        log_p, log_q: normalised log-probabilities [..., K]; −inf is zero mass.
+
+    Gradients follow both arguments and agree with those of Σ p log p/q for normalised inputs.
+    """
+    log_p, log_q = torch.broadcast_tensors(log_p, log_q)
+    dead_p, dead_q = log_p == -math.inf, log_q == -math.inf
+    zero = torch.zeros((), dtype=log_p.dtype, device=log_p.device)
+    both = ~dead_p & ~dead_q
+    safe_p, safe_q = torch.where(both, log_p, zero), torch.where(both, log_q, zero)
+    d = safe_q - safe_p
+    close = d < 1  # p·e^d = q; for larger d the product form would overflow where p underflows
+    near = torch.exp(safe_p) * expm1_minus_identity(torch.where(close, d, zero))
+    far = torch.exp(safe_q) - torch.exp(safe_p) * (1 + d)
+    terms = torch.where(both, torch.where(close, near, far), zero)
+    terms = terms + torch.where(dead_p & ~dead_q, torch.exp(torch.where(dead_q, zero, log_q)), zero)
+    return torch.where(dead_q & ~dead_p, torch.full_like(terms, math.inf), terms).sum(dim)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 − e^x) for x ≤ 0: the log of a complement, exact for x near 0 and for x far below."""
+    near = x > -math.log(2)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x)))),
+        torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x))),
+    )
+
+
+def effective_sample_size(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """(Σ w)² / Σ w² of unnormalised log-weights [..., n], in [1, n]. Kong (1992).
+
+    Raises:
+        InfeasibleError: every weight is zero.
+    """
+    log_p = log_normalize(log_weights, dim)
+    return torch.exp(-logsumexp(2 * log_p, dim)).clamp(1, log_weights.shape[dim])

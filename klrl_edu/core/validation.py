@@ -1,0 +1,74 @@
+"""Checks of arguments at the boundary: name, index, value, remedy."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core.errors import InputError
+
+SUM_TOLERANCE = 1e-9  # .4 + .3 + .2 + .1 passes, three times .333 does not
+
+
+def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> float:
+    """λ ≥ 0, where 0 and inf are the documented limits; returns it as a float."""
+    try:
+        value = float(kl_coef)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} = {kl_coef!r} is not a number; give λ in reward units per nat, at least 0.") from None
+    if not value >= 0:  # also catches NaN
+        raise InputError(f"{name} = {value!r} must be at least 0 (0: reward only; inf: the prior); a negative λ would reward divergence.")
+    return value
+
+
+def check_count(value: int, name: str, minimum: int = 1) -> int:
+    """A whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} = {value!r} must be a whole number of at least {minimum}.")
+    return value
+
+
+def check_probabilities(probs: Sequence[float] | Tensor, name: str = "probs", *, normalize: bool = False) -> Tensor:
+    """Probabilities [K] as float64: finite, non-negative, summing to one within 1e-9.
+
+    Args:
+        normalize: accept any non-negative weights with a positive sum, and divide by the sum.
+    """
+    values = torch.as_tensor(probs, dtype=torch.float64).detach()
+    if values.ndim != 1 or values.numel() == 0:
+        raise InputError(f"{name} has shape {list(values.shape)}; expected one probability a sequence, [K] with K at least 1.")
+    _refuse(~torch.isfinite(values), values, name, "is not finite; probabilities are numbers from 0 to 1.")
+    _refuse(values < 0, values, name, "is negative; probabilities are at least 0.")
+    top = float(values.max())
+    total = top * math.fsum((values / top).tolist()) if top > 0 else 0.0
+    if normalize:
+        if total == 0:
+            raise InputError(f"{name} are all 0, so they cannot be normalised; give at least one positive weight.")
+        scaled = values / top  # first by the largest, so that huge or tiny weights neither overflow nor vanish
+        return scaled / math.fsum(scaled.tolist())
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise InputError(f"{name} sum to {total:.12g}, not 1. Raw weights? Pass normalize=True.")
+    return values
+
+
+def check_finite_vector(values: Any, name: str, length: int | None = None) -> Tensor:
+    """Numbers [K] as float64 without NaN or +inf; −inf is allowed (a hard constraint, zero mass)."""
+    vector = torch.as_tensor(values, dtype=torch.float64)
+    if vector.ndim != 1 or (length is not None and len(vector) != length):
+        raise InputError(f"{name} has shape {list(vector.shape)}; expected [{'K' if length is None else length}].")
+    _refuse(torch.isnan(vector) | (vector == math.inf), vector, name, "is not allowed; give a number, or -inf for zero mass.")
+    return vector
+
+
+def check_same_space(left: Any, right: Any, what: str) -> None:
+    """Two models that are to be compared or combined must share one space."""
+    if left != right:
+        raise InputError(f"{what} live on different spaces: {left} and {right}; build both on the same SequenceSpace.")
+
+
+def _refuse(bad: Tensor, values: Tensor, name: str, why: str) -> None:
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0, 0])
+        raise InputError(f"{name}[{index}] = {float(values[index])!r} {why}")

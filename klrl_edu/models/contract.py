@@ -1,0 +1,359 @@
+"""The contract of every prior q and policy π: a language model on a SequenceSpace.
+
+    log π(y|x) = Σ_t log π(y_t | y_<t, x)                                                                       (1)
+
+A model gives logits; the functions here make probabilities of them, force EOS at T and keep it absorbing, always in
+float64. N sequences, T tokens, V columns of logits, S prompt tokens, M prompts; log-probabilities in nats.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from klrl_edu.core.draws import Draw
+from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count, check_same_space
+from klrl_edu.core.weighted import WeightedSequences
+
+MAX_SEQUENCES = 1_000_000
+_BLOCK_ENTRIES = 1 << 20  # logits held at once by a walk: 8 MiB in float64
+
+
+class PrefixState(NamedTuple):
+    """The default state: the tokens so far, read again at each step."""
+
+    tokens: Tensor
+    prompt: Tensor | None
+
+
+class LanguageModel(nn.Module):
+    """A distribution over the sequences of `space`, given token by token.
+
+    Write `forward`, and the rest works; override `start`, `step` and `select` together for speed.
+    """
+
+    space: SequenceSpace
+
+    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may read tokens[:, :t] only."""
+        raise NotImplementedError
+
+    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The first logits [n,V] of n sequences, and a state. Tensors in a state have the sequences as their first axis."""
+        tokens = torch.empty(n, 0, dtype=torch.long, device=device_of(self))
+        return self._read(tokens, prompt), PrefixState(tokens, prompt)
+
+    def step(self, state: Any, token: Tensor) -> tuple[Tensor, Any]:
+        """After token [n]: the next logits [n,V] and the state. Raises InputError past T."""
+        check_room(self.space, state.tokens.shape[1] + 1)
+        tokens = torch.cat([state.tokens, token[:, None]], 1)
+        return self._read(tokens, state.prompt), PrefixState(tokens, state.prompt)
+
+    def select(self, state: Any, index: Tensor) -> Any:
+        """The rows `index` of a state, repeated or dropped."""
+        return select_rows(state, index)
+
+    def branch(self, state: Any, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Each of n rows continued by its own k tokens [n,k]: logits [n,k,V] and the state of n·k rows, grouped by parent."""
+        n, k = tokens.shape
+        parents = torch.arange(n, device=tokens.device).repeat_interleave(k)
+        logits, state = self.step(self.select(state, parents), tokens.reshape(-1))
+        return logits.reshape(n, k, -1), state
+
+    def token_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables override it to skip the V columns."""
+        log_probs = conditional_log_probs(self, tokens, prompt)
+        return log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+    def log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """log π(y|x) [N] in nats; see `sequence_log_probs`."""
+        return sequence_log_probs(self, tokens, prompt)
+
+    def sample(self, n: int, *, draw: Draw, prompt: Tensor | None = None) -> Tensor:
+        """n sequences [n,T] for one prompt [S] or none; see `sample`."""
+        return sample(self, n, draw=draw, prompts=None if prompt is None else prompt.reshape(1, -1))
+
+    def _read(self, prefix: Tensor, prompt: Tensor | None) -> Tensor:
+        """The logits after a prefix [n,t], by a full forward on the prefix filled up with zeros, which a causal model cannot see."""
+        t = prefix.shape[1]
+        filled = torch.nn.functional.pad(prefix, (0, self.space.max_length - t))
+        return self(filled, prompt)[:, t]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters live (CPU for one without any)."""
+    tensor = next(iter(model.parameters()), None)
+    tensor = next(iter(model.buffers()), None) if tensor is None else tensor
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def select_rows(state: Any, index: Tensor) -> Any:
+    """Rows of every tensor in a nested tuple; numbers and None pass."""
+    if isinstance(state, Tensor):
+        return state[index]
+    if isinstance(state, tuple):
+        parts = [select_rows(part, index) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state
+
+
+def check_room(space: SequenceSpace, position: int) -> None:
+    """Refuses to decode past T: logits exist for positions 0 … T−1."""
+    if position >= space.max_length:
+        raise InputError(f"step: position {position} is past the last token of {space!r}; stop after max_length tokens.")
+
+
+def force_eos(logits: Tensor, ended: Tensor, last: Tensor | bool, space: SequenceSpace) -> Tensor:
+    """Logits [..., V] -> float64 log-probabilities: EOS with probability 1 where the sequence has ended or the position is the last one.
+
+    This keeps q normalised and sampleable; conditioning q on |y| ≤ T would be another distribution.
+    """
+    log_probs = torch.log_softmax(logits.double(), -1)
+    if not space.eos:
+        return log_probs
+    forced = torch.full((space.vocab_size,), -math.inf, dtype=torch.float64, device=logits.device)
+    forced[-1] = 0
+    return torch.where((ended | last).unsqueeze(-1), forced, log_probs)
+
+
+def conditional_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Next-token log-probabilities along sequences.
+
+    Args:
+        tokens: [N,T] of the model's space.
+        prompt: [N,S] with −1 as left padding, [S] shared by all, or None.
+
+    Returns:
+        [N,T,V] float64 in nats, normalised over V; rows after the first EOS give EOS probability 1.
+    """
+    space = model.space
+    space.check_tokens(tokens)
+    logits = model(tokens, batch_prompt(prompt, len(tokens)))
+    if logits.shape != (*tokens.shape, space.vocab_size):
+        raise InputError(f"{type(model).__name__}.forward gave shape {list(logits.shape)}; expected [N, T, V] = {[*tokens.shape, space.vocab_size]}.")
+    return force_eos(logits, *ended_and_last(space, tokens), space)
+
+
+def ended_and_last(space: SequenceSpace, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a sequence has ended before position t [N,T], and where t is the last position [T]."""
+    return ~space.live(tokens), torch.arange(space.max_length, device=tokens.device) == space.max_length - 1
+
+
+def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS; prompt as in `conditional_log_probs`."""
+    model.space.check_tokens(tokens)
+    return model.token_log_prob(tokens, batch_prompt(prompt, len(tokens)))
+
+
+def sequence_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf where a token has zero mass."""
+    return token_log_probs(model, tokens, prompt).sum(-1)
+
+
+def batch_prompt(prompt: Tensor | None, n: int) -> Tensor | None:
+    """A prompt [S] shared by n sequences -> [n,S]; [n,S] and None pass."""
+    if prompt is None:
+        return None
+    if prompt.ndim == 1:
+        return prompt.expand(n, -1)
+    if prompt.ndim != 2 or len(prompt) != n:
+        raise InputError(f"prompt has shape {list(prompt.shape)}; expected [S] or [{n}, S].")
+    return prompt
+
+
+@torch.no_grad()
+def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None) -> Tensor:
+    """Ancestral samples.
+
+    Args:
+        n: sequences a prompt.
+        draw: the source of randomness, e.g. `seeded_draw(0)`.
+        prompts: [M,S], or None.
+
+    Returns:
+        tokens [n,T], or [M·n,T] grouped by prompt.
+    """
+    check_count(n, "n")
+    space = model.space
+    if prompts is not None and prompts.ndim != 2:
+        raise InputError(f"prompts has shape {list(prompts.shape)}; expected [M, S].")
+    prompt = None if prompts is None else prompts.repeat_interleave(n, 0)
+    rows = n if prompt is None else len(prompt)
+    logits, state = model.start(rows, prompt)
+    ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+    columns = []
+    for t in range(space.max_length):
+        last = t == space.max_length - 1
+        token = draw(force_eos(logits, ended, last, space))
+        columns.append(token)
+        if space.eos:
+            ended = ended | (token == space.eos_id)
+        if last or bool(ended.all()):
+            break
+        logits, state = model.step(state, token)
+    tokens = torch.stack(columns, 1)
+    return torch.nn.functional.pad(tokens, (0, space.max_length - tokens.shape[1]), value=space.vocab_size - 1)
+
+
+class _Block(NamedTuple):
+    """Prefixes of one length on a walk: their tokens [n,t], log-probabilities [n], and the state that reads them."""
+
+    prefix: Tensor
+    log_prob: Tensor
+    logits: Tensor
+    state: Any
+
+
+@torch.no_grad()
+def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, prompt: Tensor | None = None) -> WeightedSequences:
+    """Every sequence of positive mass with its log-probability, in lexicographic order of tokens.
+
+    Walks the prefix trie depth-first in blocks and prunes prefixes of zero mass, so a table of 20 sentences over 30 words costs 20
+    sequences, not 30^T. Each prefix on the stack leads to at least one sequence, so the count is known to pass `max_sequences` as
+    soon as it does.
+
+    Args:
+        max_sequences: the most to hold.
+        prompt: [S] or None.
+
+    Raises:
+        TooLargeError: the support is larger, with the count of the whole space and what to do.
+    """
+    check_count(max_sequences, "max_sequences")
+    space = model.space
+    logits, state = model.start(1, batch_prompt(prompt, 1))
+    device = logits.device
+    stack = [_Block(torch.empty(1, 0, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.float64, device=device), logits, state)]
+    waiting, found = 1, 0
+    leaves: list[tuple[Tensor, Tensor]] = []
+    while stack:
+        block = stack.pop()
+        t = block.prefix.shape[1]
+        log_probs = block.log_prob[:, None] + force_eos(block.logits, torch.zeros_like(block.log_prob, dtype=torch.bool), t == space.max_length - 1, space)
+        row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
+        prefix = torch.cat([block.prefix[row], token[:, None]], 1)
+        log_prob = log_probs[row, token]
+        done = token == space.eos_id if space.eos else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
+        waiting += int((~done).sum()) - len(block.prefix)
+        found += int(done.sum())
+        if found + waiting > max_sequences:
+            raise TooLargeError(
+                f"the model's support holds more than max_sequences = {max_sequences:,} sequences (the whole space: {readable_count(space.size)}); "
+                "raise max_sequences, shorten the space, or compare by samples (compare(..., n=, draw=))."
+            )
+        leaves.append((torch.nn.functional.pad(prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1), log_prob[done]))
+        stack.extend(_open(model, block.state, row[~done], prefix[~done], log_prob[~done]))
+    tokens = torch.cat([tokens for tokens, _ in leaves])
+    order = _lexicographic(tokens)
+    return WeightedSequences(space, tokens[order], torch.cat([log_prob for _, log_prob in leaves])[order], exact=True)
+
+
+def readable_count(count: int) -> str:
+    """An exact count, shortened to a power of ten where it would fill the line."""
+    return f"{count:,}" if count < 10**15 else f"about 10^{len(str(count)) - 1}"
+
+
+def _open(model: LanguageModel, state: Any, row: Tensor, prefix: Tensor, log_prob: Tensor) -> list[_Block]:
+    """Blocks of the surviving prefixes, each small enough that its logits fit the budget."""
+    size = max(1, _BLOCK_ENTRIES // model.space.vocab_size)
+    blocks = []
+    for rows, prefixes, log_probs in zip(row.split(size), prefix.split(size), log_prob.split(size), strict=True):
+        if len(rows):
+            logits, child = model.step(model.select(state, rows), prefixes[:, -1])
+            blocks.append(_Block(prefixes, log_probs, logits, child))
+    return blocks
+
+
+def _lexicographic(tokens: Tensor) -> Tensor:
+    order = torch.arange(len(tokens), device=tokens.device)
+    for t in reversed(range(tokens.shape[1])):
+        order = order[torch.sort(tokens[order, t], stable=True).indices]
+    return order
+
+
+class RestrictedState(NamedTuple):
+    """Where a restricted policy stands: both models' states, and which rows the reference can reach."""
+
+    policy: Any
+    reference: Any
+    reference_log_probs: Tensor
+    reachable: Tensor
+    position: int
+
+
+class RestrictedModel(LanguageModel):
+    """A policy whose next-token logits are −inf where the reference has no mass; see `restrict_to_support`."""
+
+    def __init__(self, policy: LanguageModel, reference: LanguageModel):
+        super().__init__()
+        check_same_space(policy.space, reference.space, "policy and reference")
+        self.space = policy.space
+        self.policy = policy
+        # outside the module tree: the reference is fixed, belongs to the problem and not to this policy's parameters
+        self._reference = (reference,)
+
+    @property
+    def reference(self) -> LanguageModel:
+        """The model whose support this policy keeps to."""
+        return self._reference[0]
+
+    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            allowed_log_probs = force_eos(self.reference(tokens, prompt), *ended_and_last(self.space, tokens), self.space)
+            taken = allowed_log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+            reached = torch.nn.functional.pad((taken > -math.inf).long().cumprod(-1), (1, -1), value=1) > 0
+        return _mask(self.policy(tokens, prompt), allowed_log_probs, reached)
+
+    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, RestrictedState]:
+        logits, state = self.policy.start(n, prompt)
+        reference_logits, reference_state = self.reference.start(n, prompt)
+        reachable = torch.ones(n, dtype=torch.bool, device=logits.device)
+        return self._restrict(logits, state, reference_logits, reference_state, reachable, 0)
+
+    def step(self, state: RestrictedState, token: Tensor) -> tuple[Tensor, RestrictedState]:
+        logits, policy_state = self.policy.step(state.policy, token)
+        reference_logits, reference_state = self.reference.step(state.reference, token)
+        taken = state.reference_log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        reachable = state.reachable & (taken > -math.inf)
+        return self._restrict(logits, policy_state, reference_logits, reference_state, reachable, state.position + 1)
+
+    def select(self, state: RestrictedState, index: Tensor) -> RestrictedState:
+        return RestrictedState(
+            self.policy.select(state.policy, index),
+            self.reference.select(state.reference, index),
+            state.reference_log_probs[index],
+            state.reachable[index],
+            state.position,
+        )
+
+    def _restrict(
+        self, logits: Tensor, policy_state: Any, reference_logits: Tensor, reference_state: Any, reachable: Tensor, position: int
+    ) -> tuple[Tensor, RestrictedState]:
+        with torch.no_grad():
+            last = position == self.space.max_length - 1
+            log_probs = force_eos(reference_logits, torch.zeros_like(reachable), last, self.space)
+        state = RestrictedState(policy_state, reference_state, log_probs, reachable, position)
+        return _mask(logits, log_probs, reachable), state
+
+
+def _mask(logits: Tensor, reference_log_probs: Tensor, reachable: Tensor) -> Tensor:
+    """Logits with −inf where the reference has none; uniform where its prefix is out of reach (never a row of −inf, which is NaN)."""
+    dead = reference_log_probs == -math.inf
+    return torch.where(reachable.unsqueeze(-1), logits.masked_fill(dead, -math.inf), torch.zeros_like(logits))
+
+
+def restrict_to_support(policy: LanguageModel, reference: LanguageModel) -> RestrictedModel:
+    """The policy renormalised, token by token, on the support of a reference.
+
+    A softmax gives mass to every sequence, so KL(π‖q) is infinite where the prior (or a posterior under a hard reward) has zeros;
+    the restricted policy gives exactly 0 there and shares the parameters of `policy`. A prefix that the reference cannot reach
+    has uniform logits (never NaN); its sequences keep mass 0. This is a new distribution, not the policy conditioned on the support.
+
+    Args:
+        policy: the model to restrict, logits [N,T,V].
+        reference: the prior, or `posterior(problem).model` for hard rewards, on the same space; its gradient is not followed.
+    """
+    return RestrictedModel(policy, reference)

@@ -1,0 +1,157 @@
+"""A decoder-only Transformer (Vaswani et al. 2017; pre-norm and GELU as in GPT-2, Radford et al. 2019).
+
+    x ← x + attend(norm(x)),   x ← x + mlp(norm(x)),   logits = W norm(x)                                        (1)
+
+The sequence read is [prompt, BOS, y_0 … y_{T−2}]. Positions count from BOS, so a prompt's left padding never shifts them, and
+padding is masked out. Keys and values are cached in decoding: [N, L, heads, t, D] with the sequences first.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from klrl_edu.core.draws import as_generator
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count
+from klrl_edu.models.contract import LanguageModel, check_room, device_of
+
+
+class TransformerState(NamedTuple):
+    """Cached keys and values [N,L,heads,t,D], which of the t may be read [N,t], and the position of the last logits."""
+
+    keys: Tensor
+    values: Tensor
+    readable: Tensor
+    position: int
+
+
+class _Block(nn.Module):
+    """One layer: causal self-attention and a two-layer perceptron, each on a normalised residual stream x [N,t,width]."""
+
+    def __init__(self, width: int, heads: int, dtype: torch.dtype):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, dtype=dtype), nn.LayerNorm(width, dtype=dtype)
+        self.qkv = nn.utils.skip_init(nn.Linear, width, 3 * width, dtype=dtype)
+        self.project = nn.utils.skip_init(nn.Linear, width, width, dtype=dtype)
+        self.expand = nn.utils.skip_init(nn.Linear, width, 4 * width, dtype=dtype)
+        self.contract = nn.utils.skip_init(nn.Linear, 4 * width, width, dtype=dtype)
+
+    def forward(self, x: Tensor, allowed: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,t,width], allowed [N,1,t,t_past + t] -> x, and all keys and values [N,heads,t_past + t,D]."""
+        n, t, width = x.shape
+        split = self.qkv(self.attention_norm(x)).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, keys, values = split.unbind(0)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed)
+        x = x + self.project(attended.transpose(1, 2).reshape(n, t, width))
+        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x)))), keys, values
+
+
+class TransformerModel(LanguageModel):
+    """A small GPT.
+
+    Args:
+        space: where it lives; a prompt uses the same token ids.
+        width: of the residual stream (d_model), a multiple of `heads`.
+        heads, layers: their numbers.
+        max_prompt: the longest prompt S it can read, without padding.
+        seed: of the initial weights, an int or a CPU generator.
+        dtype: of the weights; float64 by default, float32 for speed.
+    """
+
+    def __init__(
+        self,
+        space: SequenceSpace,
+        *,
+        width: int = 64,
+        heads: int = 4,
+        layers: int = 2,
+        max_prompt: int = 0,
+        seed: int | torch.Generator = 0,
+        dtype: torch.dtype = torch.float64,
+    ):
+        super().__init__()
+        for name, value in (("width", width), ("heads", heads), ("layers", layers)):
+            check_count(value, name)
+        check_count(max_prompt, "max_prompt", 0)
+        if width % heads:
+            raise InputError(f"width = {width} is not a multiple of heads = {heads}; choose one that is.")
+        self.space, self.max_prompt = space, max_prompt
+        self.token_embedding = nn.utils.skip_init(nn.Embedding, space.vocab_size + 1, width, dtype=dtype)  # the last row is BOS
+        # rows 0 … T−1: BOS and the tokens after it; then the prompt, counted backwards from BOS
+        self.position_embedding = nn.utils.skip_init(nn.Embedding, space.max_length + max_prompt, width, dtype=dtype)
+        self.blocks = nn.ModuleList(_Block(width, heads, dtype) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, dtype=dtype)
+        self.head = nn.utils.skip_init(nn.Linear, width, space.vocab_size, bias=False, dtype=dtype)
+        self._initialise(as_generator(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Xavier-uniform matrices, zero biases, N(0, 0.02²) embeddings; projections into the stream shrink with depth (GPT-2)."""
+        depth = 1 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                continue
+            if "embedding" in name:
+                parameter.normal_(0, 0.02, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                nn.init.xavier_uniform_(parameter, gain=depth if "project" in name or "contract" in name else 1, generator=generator)
+
+    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        n, length = len(tokens), self.space.max_length
+        ids, positions, readable = self._prompt_and_bos(n, prompt)
+        ids = torch.cat([ids, tokens[:, :-1].long()], 1)
+        positions = torch.cat([positions, torch.arange(1, length, device=ids.device)])
+        readable = F.pad(readable, (0, length - 1), value=True)
+        return self._read(ids, positions, readable)[0][:, -length:]
+
+    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, TransformerState]:
+        ids, positions, readable = self._prompt_and_bos(n, prompt)
+        logits, keys, values = self._read(ids, positions, readable)
+        return logits[:, -1], TransformerState(keys, values, readable, 0)
+
+    def step(self, state: TransformerState, token: Tensor) -> tuple[Tensor, TransformerState]:
+        position = state.position + 1
+        check_room(self.space, position)
+        readable = F.pad(state.readable, (0, 1), value=True)
+        positions = torch.tensor([position], device=token.device)
+        logits, keys, values = self._read(token[:, None], positions, readable, state)
+        return logits[:, -1], TransformerState(keys, values, readable, position)
+
+    def _prompt_and_bos(self, n: int, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read [n,S+1]."""
+        bos = torch.full((n, 1), self.space.vocab_size, dtype=torch.long, device=device_of(self))
+        zero = torch.zeros(1, dtype=torch.long, device=bos.device)
+        if prompt is None:
+            return bos, zero, torch.ones_like(bos, dtype=torch.bool)
+        padding = int((prompt < 0).all(0).sum())  # columns that pad every row carry nothing
+        prompt = prompt[:, padding:]
+        size = prompt.shape[1]
+        if size > self.max_prompt:
+            raise InputError(f"prompt has {size} tokens, more than max_prompt = {self.max_prompt}; build the TransformerModel with max_prompt={size}.")
+        backwards = self.space.max_length + torch.arange(size - 1, -1, -1, device=bos.device)
+        readable = F.pad(prompt >= 0, (0, 1), value=True)
+        return torch.cat([prompt.clamp(min=0), bos], 1), torch.cat([backwards, zero]), readable
+
+    def _read(self, ids: Tensor, positions: Tensor, readable: Tensor, past: TransformerState | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N,t,V] for ids [N,t] after the past, and all keys and values [N,L,heads,t_past + t,D]."""
+        t, total = ids.shape[1], readable.shape[1]
+        causal = torch.ones(t, total, dtype=torch.bool, device=ids.device).tril(total - t)
+        # a padded row of the prompt reads itself, or its softmax would be empty (NaN)
+        itself = torch.eye(total, dtype=torch.bool, device=ids.device)[total - t :]
+        allowed = (causal & (readable[:, None, None, :] | itself))
+        x = self.token_embedding(ids) + self.position_embedding(positions)
+        keys, values = [], []
+        for layer, block in enumerate(self.blocks):
+            x, key, value = block(x, allowed, None if past is None else (past.keys[:, layer], past.values[:, layer]))
+            keys.append(key)
+            values.append(value)
+        return self.head(self.norm(x)), torch.stack(keys, 1), torch.stack(values, 1)

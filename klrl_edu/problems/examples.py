@@ -1,0 +1,57 @@
+"""The standing problems; the command line takes their names."""
+
+from collections.abc import Callable
+
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.corpora import surname_prior
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import regex_reward, table_reward
+
+FOUR_SENTENCES = {"the cat": 0.4, "the dog": 0.3, "a cat": 0.2, "a dog": 0.1}
+FOUR_REWARDS = {"the cat": 1.0, "the dog": 0.0, "a cat": 0.0, "a dog": 2.0}
+FOUR_POLICY = {"the cat": 0.5, "the dog": 0.2, "a cat": 0.1, "a dog": 0.2}
+
+SURNAME_PATTERN = r"(son|sen|man)$"
+
+
+def four_sentences_space() -> SequenceSpace:
+    """Sixteen word pairs over {the, a, cat, dog}, four of which the prior supports; no EOS."""
+    return SequenceSpace(("the", "a", "cat", "dog"), max_length=2, eos=False)
+
+
+def four_sentences(kl_coef: float = 1.0) -> Problem:
+    """The course's running example: q = (.4, .3, .2, .1), r = (1, 0, 0, 2) on 'the cat', 'the dog', 'a cat', 'a dog'."""
+    space = four_sentences_space()
+    return Problem(SequenceTable.from_texts(FOUR_SENTENCES, space=space), table_reward(FOUR_REWARDS, space), kl_coef)
+
+
+def four_sentences_policy() -> SequenceTable:
+    """The policy π = (.5, .2, .1, .2) that the course holds against q and π*."""
+    return SequenceTable.from_texts(FOUR_POLICY, space=four_sentences_space())
+
+
+def surnames(kl_coef: float = 0.5, count: int = 1000, pattern: str = SURNAME_PATTERN) -> Problem:
+    """US census surnames spelled as characters; reward 1 where the spelling matches a regular expression.
+
+    Args:
+        count: how many of the most frequent names, at most 5,000.
+        pattern: searched in the lower-case name.
+    """
+    prior = surname_prior(count)
+    return Problem(prior, regex_reward(pattern, prior.space), kl_coef)
+
+
+EXAMPLES: dict[str, Callable[[float], Problem]] = {"four-sentences": four_sentences, "surnames": surnames}
+
+
+def example(name: str, kl_coef: float) -> Problem:
+    """A standing problem by its name.
+
+    Raises:
+        InputError: no such name; the message lists them.
+    """
+    if name not in EXAMPLES:
+        raise InputError(f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or JSON table.")
+    return EXAMPLES[name](kl_coef)

@@ -1,0 +1,164 @@
+"""Tables that people bring: CSV with the header `sentence,prob,reward`, or JSON.
+
+JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or the bare list.
+Texts are NFC-normalised UTF-8 (a BOM is fine). Every refusal names file, row, value and remedy.
+"""
+
+import csv
+import io
+import json
+import math
+import unicodedata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_probabilities
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import table_reward
+
+COLUMNS = ("sentence", "prob", "reward")
+
+
+class Row(NamedTuple):
+    """One line of a table, and where it stands in the file."""
+
+    sentence: str
+    prob: float
+    reward: float
+    place: str
+
+
+def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normalize: bool = False) -> Problem:
+    """A user's file -> Problem with a SequenceTable prior and a table reward.
+
+    Args:
+        path: a .csv or .json file.
+        kl_coef: λ ≥ 0.
+        separator: between words; "" spells sentences as characters.
+        normalize: accept weights instead of probabilities.
+
+    Raises:
+        InputError: anything wrong with the file, named by row.
+    """
+    path = Path(path)
+    text = _read(path)
+    rows = _json_rows(text, path) if path.suffix.lower() == ".json" else _csv_rows(text, path)
+    if not rows:
+        raise InputError(f"{path}: the table has no rows; give at least one line of sentence,prob,reward.")
+    _refuse_duplicates(rows, path, separator)
+    sentences = [row.sentence for row in rows]
+    try:
+        probs = check_probabilities([row.prob for row in rows], "prob", normalize=normalize)
+    except InputError as error:
+        raise InputError(f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")) from None
+    space = SequenceSpace.from_texts(sentences, separator=separator)
+    prior = SequenceTable(space, space.encode(sentences), torch.log(probs))
+    # a reward where the prior has no mass is ignored, whatever it is
+    rewards = {row.sentence: row.reward for row, prob in zip(rows, probs.tolist(), strict=True) if prob > 0}
+    for row, prob in zip(rows, probs.tolist(), strict=True):
+        if prob > 0 and (math.isnan(row.reward) or row.reward == math.inf):
+            raise InputError(f"{path}, {row.place}: reward = {row.reward} of {row.sentence!r} is not allowed; give a number, or -inf to forbid it.")
+    return Problem(prior, table_reward(rewards, space), kl_coef)
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give a CSV or JSON table.") from None
+    if b"\0" in raw:
+        raise InputError(f"{path} is a binary file (it holds a NUL byte at {raw.index(0)}); save the table as UTF-8 text.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the table as UTF-8.") from None
+
+
+def _csv_rows(text: str, path: Path) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, line) for line in reader if line]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}; check the quotes.") from None
+    if not lines:
+        raise InputError(f"{path} is empty; write a header line 'sentence,prob,reward' and one line a sentence.")
+    header = tuple(name.strip().lower() for name in lines[0][1])
+    if header != COLUMNS:
+        raise InputError(f"{path}: the header is {','.join(lines[0][1])!r}; expected 'sentence,prob,reward'.")
+    rows = []
+    for number, line in lines[1:]:
+        place = f"line {number}"
+        if len(line) != len(COLUMNS):
+            raise InputError(f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward); quote a sentence that contains a comma.")
+        rows.append(Row(_sentence(line[0], path, place), _number(line[1], "prob", path, place), _number(line[2], "reward", path, place), place))
+    return rows
+
+
+def _json_rows(text: str, path: Path) -> list[Row]:
+    def refuse_constant(name: str) -> float:
+        raise InputError(f"{path}: {name} is not JSON; give finite numbers (to forbid a sentence write \"-inf\" in quotes).")
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise InputError(f"{path}: key {repeated!r} stands twice in one object; remove one.")
+        return dict(pairs)
+
+    try:
+        data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON.") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be a table; give a list of {{sentence, prob, reward}}.") from None
+    entries = data.get("sentences") if isinstance(data, dict) else data
+    if not isinstance(entries, list):
+        raise InputError(f'{path}: expected a list of {{"sentence", "prob", "reward"}} objects, or {{"sentences": [...]}}.')
+    rows = []
+    for index, entry in enumerate(entries):
+        place = f"entry {index}"
+        if not isinstance(entry, dict) or set(entry) != set(COLUMNS):
+            raise InputError(f"{path}, {place}: expected an object with the keys sentence, prob, reward; got {_short(entry)}.")
+        rows.append(Row(_sentence(entry["sentence"], path, place), *(_number(entry[key], key, path, place) for key in ("prob", "reward")), place))
+    return rows
+
+
+def _sentence(value: object, path: Path, place: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{path}, {place}: sentence = {_short(value)} is not text; put it in quotes.")
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        raise InputError(f"{path}, {place}: sentence holds a lone surrogate, which is not Unicode text; re-encode the file as UTF-8.")
+    return unicodedata.normalize("NFC", value)
+
+
+def _number(value: object, column: str, path: Path, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number.")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number a float can hold; write it like 0.25.") from None
+    if isinstance(value, float) and not math.isfinite(number):
+        raise InputError(f"{path}, {place}: {column} = {value} is out of a float's range; give a finite number.")
+    if column == "prob" and not 0 <= number < math.inf:
+        raise InputError(f"{path}, {place}: prob = {_short(value)} is not allowed; probabilities are numbers from 0 to 1.")
+    return number
+
+
+def _refuse_duplicates(rows: list[Row], path: Path, separator: str) -> None:
+    seen: dict[str, str] = {}
+    for row in rows:
+        key = " ".join(row.sentence.split()) if separator == " " else row.sentence
+        if key in seen:
+            raise InputError(f"{path}, {row.place}: sentence {row.sentence!r} already stands at {seen[key]}; remove one, or add their probabilities.")
+        seen[key] = row.place
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
