@@ -90,12 +90,12 @@ def enumerate_executions(program: Callable[[Draw], Result], max_executions: int 
         def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
             nonlocal replayed
             table = log_probs.detach().double()
-            table = (table - torch.logsumexp(table, -1, keepdim=True)).tolist()
+            rows_of_logs: list[list[float]] = (table - torch.logsumexp(table, -1, keepdim=True)).tolist()
             picked = []
-            for row in range(len(table)) if rows is None else rows.tolist():
+            for row in range(len(rows_of_logs)) if rows is None else rows.tolist():
                 if replayed == len(choices):
-                    options = [k for k, value in enumerate(table[row]) if value > -math.inf]
-                    choices.append(_Choice(options, [table[row][k] for k in options]))
+                    options = [k for k, value in enumerate(rows_of_logs[row]) if value > -math.inf]
+                    choices.append(_Choice(options, [rows_of_logs[row][k] for k in options]))
                 picked.append(choices[replayed].options[choices[replayed].taken])
                 replayed += 1
             return torch.tensor(picked, dtype=torch.long, device=log_probs.device)
@@ -107,5 +107,3 @@ def enumerate_executions(program: Callable[[Draw], Result], max_executions: int 
         if not choices:
             return executions
         choices[-1].taken += 1
-
-

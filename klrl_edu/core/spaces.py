@@ -44,7 +44,7 @@ class SequenceSpace:
             if word in seen:
                 raise InputError(f"vocabulary[{index}] = {word!r} appears twice (after NFC normalisation); list each word once.")
             if self._split(word) != [word]:
-                raise InputError(f"vocabulary[{index}] = {word!r} does not survive splitting at separator {self.separator!r}; choose another separator.")
+                raise InputError(f"vocabulary[{index}] = {word!r} splits at separator {self.separator!r}; choose another separator.")
             seen.add(word)
 
     @classmethod
@@ -91,7 +91,7 @@ class SequenceSpace:
         """Which tokens count: up to and including the first EOS. [N,T] -> bool [N,T]."""
         if not self.eos:
             return torch.ones_like(tokens, dtype=torch.bool)
-        ended = tokens == self.eos_id
+        ended = tokens.eq(len(self.vocabulary))
         return (ended.cumsum(-1) - ended.long()) == 0
 
     @overload
@@ -142,7 +142,7 @@ class SequenceSpace:
             TooLargeError: there are more than `max_sequences`.
         """
         if self.size > max_sequences:
-            raise TooLargeError(f"the space holds {self.size:,} sequences, more than max_sequences = {max_sequences:,}; sample instead, or shorten it.")
+            raise TooLargeError(f"the space holds {self.size:,} sequences, max_sequences is {max_sequences:,}; sample instead, or shorten it.")
         lengths = range(self.max_length) if self.eos else [self.max_length]
         return torch.cat([self._all_of_length(length) for length in lengths])
 

@@ -53,7 +53,9 @@ class PrefixTrie(nn.Module):
             node = node.masked_scatter(live, child[which])
             self.nodes += int(continues.sum())
             self.depth_edges.append(self.depth_edges[-1] + len(key))
-            keys.append(key), children.append(child), leaves.append(torch.where(continues, -1, leaf))
+            keys.append(key)
+            children.append(child)
+            leaves.append(torch.where(continues, -1, leaf))
         key = torch.cat(keys)
         bounds = torch.arange(self.nodes + 1, device=tokens.device) * columns
         arrays = {

@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters live (CPU for one without any)."""
-    tensor = next(iter(model.parameters()), None)
+    tensor: Tensor | None = next(iter(model.parameters()), None)
     tensor = next(iter(model.buffers()), None) if tensor is None else tensor
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -232,11 +232,12 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
     while stack:
         block = stack.pop()
         t = block.prefix.shape[1]
-        log_probs = block.log_prob[:, None] + force_eos(block.logits, torch.zeros_like(block.log_prob, dtype=torch.bool), t == space.max_length - 1, space)
+        ended = torch.zeros_like(block.log_prob, dtype=torch.bool)
+        log_probs = block.log_prob[:, None] + force_eos(block.logits, ended, t == space.max_length - 1, space)
         row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
         prefix = torch.cat([block.prefix[row], token[:, None]], 1)
         log_prob = log_probs[row, token]
-        done = token == space.eos_id if space.eos else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
+        done = token.eq(space.vocab_size - 1) if space.eos else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
         waiting += int((~done).sum()) - len(block.prefix)
         found += int(done.sum())
         if found + waiting > max_sequences:

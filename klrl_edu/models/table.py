@@ -7,6 +7,7 @@ Both keep their sequences in a prefix trie. Off the trie a SequenceTable has mas
 coordinates θ_y of (1), `sequence logits`. K sequences, T tokens, V columns, E trie edges.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -50,7 +51,8 @@ class SequenceTable(LanguageModel):
         self.trie = PrefixTrie(space, tokens.long())
         self.register_buffer("tokens", tokens.long().clone(), persistent=False)
         if int((self.trie.leaf >= 0).sum()) < len(tokens):
-            raise InputError(f"tokens hold {_first_duplicate(space, tokens)!r} twice; list each sequence once, or merge them (SequenceTable.from_texts, merge='sum').")
+            twice = _first_duplicate(space, tokens)
+            raise InputError(f"tokens hold {twice!r} twice; list each sequence once, or merge them (SequenceTable.from_texts, merge='sum').")
         self.logits = nn.Parameter(logits.detach().clone())
 
     tokens: Tensor
@@ -80,7 +82,7 @@ class SequenceTable(LanguageModel):
             InputError: bad probabilities, duplicates, texts outside `space`.
         """
         if isinstance(texts, Mapping):
-            texts, probs = list(texts), list(texts.values())
+            probs, texts = list(texts.values()), list(texts)
         if probs is None or len(texts) != len(probs):
             raise InputError(f"texts has {len(texts)} entries and probs {'none' if probs is None else len(probs)}; give one probability a text.")
         values = check_probabilities(probs, normalize=normalize)
@@ -117,7 +119,8 @@ class SequenceTable(LanguageModel):
         zero = torch.zeros((), dtype=mass.dtype, device=mass.device)
         edge_mass = torch.where(on_trie & (edge >= 0), mass[edge.clamp(min=0)], zero - torch.inf)
         # off the trie the conditional is uniform; masked before the subtraction, where −inf − (−inf) would be NaN
-        log_probs = torch.where(on_trie, edge_mass - torch.where(on_trie, node_mass[node.clamp(min=0)], zero), zero - torch.log(zero + self.space.vocab_size))
+        within = edge_mass - torch.where(on_trie, node_mass[node.clamp(min=0)], zero)
+        log_probs = torch.where(on_trie, within, zero - math.log(self.space.vocab_size))
         if not self.space.eos:
             return log_probs
         forced = ~self.space.live(tokens)
@@ -149,7 +152,7 @@ class SequenceTable(LanguageModel):
 
     def set_extra_state(self, state: Tensor) -> None:
         if not torch.equal(state.to(self.tokens.device), self.tokens):
-            raise InputError("this state_dict belongs to a SequenceTable over other sequences; build the table from the same texts in the same order.")
+            raise InputError("this state_dict belongs to a SequenceTable over other sequences; build the table from the same texts, in order.")
 
 
 class PrefixState(NamedTuple):

@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
@@ -48,9 +48,9 @@ class _Block(nn.Module):
         query, keys, values = split.unbind(0)
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed)
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=allowed)
         x = x + self.project(attended.transpose(1, 2).reshape(n, t, width))
-        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x)))), keys, values
+        return x + self.contract(gelu(self.expand(self.mlp_norm(x)))), keys, values
 
 
 class TransformerModel(LanguageModel):
@@ -110,20 +110,20 @@ class TransformerModel(LanguageModel):
         ids, positions, readable = self._prompt_and_bos(n, prompt)
         ids = torch.cat([ids, tokens[:, :-1].long()], 1)
         positions = torch.cat([positions, torch.arange(1, length, device=ids.device)])
-        readable = F.pad(readable, (0, length - 1), value=True)
-        return self._read(ids, positions, readable)[0][:, -length:]
+        readable = pad(readable, (0, length - 1), value=True)
+        return self._logits(ids, positions, readable)[0][:, -length:]
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, TransformerState]:
         ids, positions, readable = self._prompt_and_bos(n, prompt)
-        logits, keys, values = self._read(ids, positions, readable)
+        logits, keys, values = self._logits(ids, positions, readable)
         return logits[:, -1], TransformerState(keys, values, readable, 0)
 
     def step(self, state: TransformerState, token: Tensor) -> tuple[Tensor, TransformerState]:
         position = state.position + 1
         check_room(self.space, position)
-        readable = F.pad(state.readable, (0, 1), value=True)
+        readable = pad(state.readable, (0, 1), value=True)
         positions = torch.tensor([position], device=token.device)
-        logits, keys, values = self._read(token[:, None], positions, readable, state)
+        logits, keys, values = self._logits(token[:, None], positions, readable, state)
         return logits[:, -1], TransformerState(keys, values, readable, position)
 
     def _prompt_and_bos(self, n: int, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,18 +136,18 @@ class TransformerModel(LanguageModel):
         prompt = prompt[:, padding:]
         size = prompt.shape[1]
         if size > self.max_prompt:
-            raise InputError(f"prompt has {size} tokens, more than max_prompt = {self.max_prompt}; build the TransformerModel with max_prompt={size}.")
+            raise InputError(f"prompt has {size} tokens, more than max_prompt = {self.max_prompt}; build it with max_prompt={size}.")
         backwards = self.space.max_length + torch.arange(size - 1, -1, -1, device=bos.device)
-        readable = F.pad(prompt >= 0, (0, 1), value=True)
+        readable = pad(prompt >= 0, (0, 1), value=True)
         return torch.cat([prompt.clamp(min=0), bos], 1), torch.cat([backwards, zero]), readable
 
-    def _read(self, ids: Tensor, positions: Tensor, readable: Tensor, past: TransformerState | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, ids: Tensor, positions: Tensor, readable: Tensor, past: TransformerState | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N,t,V] for ids [N,t] after the past, and all keys and values [N,L,heads,t_past + t,D]."""
         t, total = ids.shape[1], readable.shape[1]
         causal = torch.ones(t, total, dtype=torch.bool, device=ids.device).tril(total - t)
         # a padded row of the prompt reads itself, or its softmax would be empty (NaN)
         itself = torch.eye(total, dtype=torch.bool, device=ids.device)[total - t :]
-        allowed = (causal & (readable[:, None, None, :] | itself))
+        allowed = causal & (readable[:, None, None, :] | itself)
         x = self.token_embedding(ids) + self.position_embedding(positions)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):

@@ -19,7 +19,7 @@ def surname_frequencies(count: int = SURNAMES) -> dict[str, float]:
     check_count(count, "count")
     if count > SURNAMES:
         raise InputError(f"count = {count} is more than the {SURNAMES} surnames that ship with the package.")
-    with (resources.files("klrl_edu.problems") / "data" / "surnames.csv").open(encoding="utf-8", newline="") as lines:
+    with (resources.files("klrl_edu.problems") / "data" / "surnames.csv").open(encoding="utf-8") as lines:
         rows = list(csv.reader(lines))[1 : count + 1]
     return {name: float(percent) for name, percent in rows}
 

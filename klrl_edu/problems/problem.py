@@ -1,6 +1,6 @@
 """A problem: prior q, reward r and KL coefficient λ, which together define a posterior.
 
-    π*(y) = q(y) e^{r(y)/λ} / Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                              (1)
+π*(y) = q(y) e^{r(y)/λ} / Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                              (1)
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Problem:
         values = self.reward(tokens, batch_prompt(self.prompt, len(tokens)))
         if not isinstance(values, Tensor) or values.shape not in (tokens.shape, tokens.shape[:1]):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(f"reward {describe(self.reward)!r} returned {shape}; expected a tensor of shape [N] or [N, T] with [N, T] = {list(tokens.shape)}.")
+            raise InputError(f"reward {describe(self.reward)!r} returned {shape}; expected a tensor [N] or [N, T], [N, T] = {list(tokens.shape)}.")
         values = values.detach().double()
         if values.ndim == 1:
             last = live & ~torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
@@ -73,7 +73,8 @@ class Problem:
         if bool(bad.any()):
             n, t = bad.nonzero()[0].tolist()
             text = self.space.decode(tokens[n : n + 1])[0]
-            raise InputError(f"reward {describe(self.reward)!r} of sequence {n}, {text!r}, is {float(values[n, t])}; give a number, or -inf to forbid it.")
+            value = float(values[n, t])
+            raise InputError(f"reward {describe(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a number, or -inf to forbid it.")
         stray = ~live & (values != 0)
         if bool(stray.any()):
             n, t = stray.nonzero()[0].tolist()

@@ -53,7 +53,7 @@ def text_reward(fn: Callable[[str], float], space: SequenceSpace, name: str | No
         space: decodes the tokens.
         name: how errors and tables call it.
     """
-    return TextReward(fn, space, name or getattr(fn, "__name__", "text reward"))
+    return TextReward(fn, space, name or str(getattr(fn, "__name__", "text reward")))
 
 
 def table_reward(values: Mapping[str, float], space: SequenceSpace, default: float = math.nan) -> TextReward:

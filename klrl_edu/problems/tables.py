@@ -101,7 +101,7 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
 
 def _json_rows(text: str, path: Path) -> list[Row]:
     def refuse_constant(name: str) -> float:
-        raise InputError(f"{path}: {name} is not JSON; give finite numbers (to forbid a sentence write \"-inf\" in quotes).")
+        raise InputError(f'{path}: {name} is not JSON; give finite numbers (to forbid a sentence write "-inf" in quotes).')
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -124,7 +124,8 @@ def _json_rows(text: str, path: Path) -> list[Row]:
         place = f"entry {index}"
         if not isinstance(entry, dict) or set(entry) != set(COLUMNS):
             raise InputError(f"{path}, {place}: expected an object with the keys sentence, prob, reward; got {_short(entry)}.")
-        rows.append(Row(_sentence(entry["sentence"], path, place), *(_number(entry[key], key, path, place) for key in ("prob", "reward")), place))
+        prob, reward = _number(entry["prob"], "prob", path, place), _number(entry["reward"], "reward", path, place)
+        rows.append(Row(_sentence(entry["sentence"], path, place), prob, reward, place))
     return rows
 
 
