@@ -42,7 +42,9 @@ def seeded_draw(seed: int | torch.Generator) -> Draw:
     generator = as_generator(seed)
 
     def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
-        cumulative = log_probs.detach().double().exp().cumsum(-1)
+        logs = log_probs.detach().double()
+        # relative to the largest, so that u·total rounds below the total also where a row's mass underflows
+        cumulative = (logs - logs.amax(-1, keepdim=True)).exp().cumsum(-1)
         if bool((~(cumulative[:, -1] > 0)).any()):
             raise InputError("draw: a row of log_probs has no mass (or NaN); normalise the rows first.")
         if rows is not None:
@@ -90,7 +92,10 @@ def enumerate_executions(program: Callable[[Draw], Result], max_executions: int 
         def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
             nonlocal replayed
             table = log_probs.detach().double()
-            rows_of_logs: list[list[float]] = (table - torch.logsumexp(table, -1, keepdim=True)).tolist()
+            total = torch.logsumexp(table, -1, keepdim=True)
+            if not bool(torch.isfinite(total).all()):
+                raise InputError("draw: a row of log_probs has no mass (or NaN); normalise the rows first.")
+            rows_of_logs: list[list[float]] = (table - total).tolist()
             picked = []
             for row in range(len(rows_of_logs)) if rows is None else rows.tolist():
                 if replayed == len(choices):

@@ -33,7 +33,6 @@ class PrefixTrie(nn.Module):
 
     def __init__(self, space: SequenceSpace, tokens: Tensor):
         super().__init__()
-        super().__init__()
         self.space = space
         rows, length = tokens.shape
         end, columns = space.eos_id, space.vocab_size
@@ -80,6 +79,7 @@ class PrefixTrie(nn.Module):
 
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes and edges [N,T] along tokens [N,T]; −1 once a sequence has left the trie, and after EOS."""
+        tokens = tokens.long()  # −1 and large node numbers fit no narrower type
         node = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         nodes, edges = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
         for t in range(tokens.shape[1]):

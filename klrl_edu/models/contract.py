@@ -199,11 +199,14 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
 
 
 class _Block(NamedTuple):
-    """Prefixes of one length on a walk: their tokens [n,t], log-probabilities [n], and the state that reads them."""
+    """Prefixes of one length that wait on a walk: tokens [n,t], log-probabilities [n], and the rows [n] of their parents' state.
+
+    They are read when their turn comes, so the logits of one block are alive at a time.
+    """
 
     prefix: Tensor
     log_prob: Tensor
-    logits: Tensor
+    row: Tensor
     state: Any
 
 
@@ -221,19 +224,23 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
 
     Raises:
         TooLargeError: the support is larger, with the count of the whole space and what to do.
+        InputError: the model gives NaN.
     """
     check_count(max_sequences, "max_sequences")
     space = model.space
-    logits, state = model.start(1, batch_prompt(prompt, 1))
-    device = logits.device
-    stack = [_Block(torch.empty(1, 0, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.float64, device=device), logits, state)]
+    device = device_of(model)
+    root = torch.zeros(1, dtype=torch.long, device=device)
+    stack = [_Block(torch.empty(1, 0, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.float64, device=device), root, None)]
     waiting, found = 1, 0
     leaves: list[tuple[Tensor, Tensor]] = []
     while stack:
         block = stack.pop()
         t = block.prefix.shape[1]
+        logits, state = _open(model, block, prompt)
         ended = torch.zeros_like(block.log_prob, dtype=torch.bool)
-        log_probs = block.log_prob[:, None] + force_eos(block.logits, ended, t == space.max_length - 1, space)
+        log_probs = block.log_prob[:, None] + force_eos(logits, ended, t == space.max_length - 1, space)
+        if bool(torch.isnan(log_probs).any()):
+            raise InputError(f"{type(model).__name__} gives NaN logits after {t} tokens, so its support is not known; look for NaN in its weights.")
         row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
         prefix = torch.cat([block.prefix[row], token[:, None]], 1)
         log_prob = log_probs[row, token]
@@ -246,7 +253,7 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
                 "raise max_sequences, shorten the space, or compare by samples (compare(..., n=, draw=))."
             )
         leaves.append((torch.nn.functional.pad(prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1), log_prob[done]))
-        stack.extend(_open(model, block.state, row[~done], prefix[~done], log_prob[~done]))
+        stack.extend(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size))
     tokens = torch.cat([tokens for tokens, _ in leaves])
     order = _lexicographic(tokens)
     return WeightedSequences(space, tokens[order], torch.cat([log_prob for _, log_prob in leaves])[order], exact=True)
@@ -257,15 +264,20 @@ def readable_count(count: int) -> str:
     return f"{count:,}" if count < 10**15 else f"about 10^{len(str(count)) - 1}"
 
 
-def _open(model: LanguageModel, state: Any, row: Tensor, prefix: Tensor, log_prob: Tensor) -> list[_Block]:
-    """Blocks of the surviving prefixes, each small enough that its logits fit the budget."""
-    size = max(1, _BLOCK_ENTRIES // model.space.vocab_size)
-    blocks = []
-    for rows, prefixes, log_probs in zip(row.split(size), prefix.split(size), log_prob.split(size), strict=True):
-        if len(rows):
-            logits, child = model.step(model.select(state, rows), prefixes[:, -1])
-            blocks.append(_Block(prefixes, log_probs, logits, child))
-    return blocks
+def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[Tensor, Any]:
+    """The logits [n,V] after a block's prefixes, and the state that reads them."""
+    if block.prefix.shape[1] == 0:
+        return model.start(1, batch_prompt(prompt, 1))
+    return model.step(model.select(block.state, block.row), block.prefix[:, -1])
+
+
+def _split(prefix: Tensor, log_prob: Tensor, row: Tensor, state: Any, vocab_size: int) -> list[_Block]:
+    """The surviving prefixes in blocks, each small enough that its logits fit the budget."""
+    if not len(prefix):
+        return []
+    size = max(1, _BLOCK_ENTRIES // vocab_size)
+    pieces = zip(prefix.split(size), log_prob.split(size), row.split(size), strict=True)
+    return [_Block(prefixes, log_probs, rows, state) for prefixes, log_probs, rows in pieces]
 
 
 def _lexicographic(tokens: Tensor) -> Tensor:

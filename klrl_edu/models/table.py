@@ -47,6 +47,8 @@ class SequenceTable(LanguageModel):
         self.space = space
         space.check_tokens(tokens)
         logits = check_finite_vector(logits, "logits", len(tokens))
+        if not len(tokens):
+            raise InputError("tokens hold no sequence; give at least one.")
         logspace.log_normalize(logits)
         self.trie = PrefixTrie(space, tokens.long())
         self.register_buffer("tokens", tokens.long().clone(), persistent=False)
@@ -170,7 +172,10 @@ class PrefixTable(LanguageModel):
         tokens: [K,T], the sequences whose prefixes get a row; by default all of the space.
         logits: [nodes, V], rows in the order of `trie`; zeros (uniform) by default. −inf is zero mass. They become the parameter `logits`.
 
-    Prefixes without a row are uniform.
+    Prefixes without a row are uniform, and so are rows of −inf only, which no sequence with mass may reach.
+
+    Raises:
+        InputError: NaN or +inf logits, or a prefix with mass whose logits are all −inf.
     """
 
     def __init__(self, space: SequenceSpace, tokens: Tensor | None = None, logits: Tensor | None = None):
@@ -183,7 +188,26 @@ class PrefixTable(LanguageModel):
             logits = torch.zeros(shape, dtype=torch.float64, device=tokens.device)
         if logits.shape != shape:
             raise InputError(f"logits has shape {list(logits.shape)}; expected [prefixes, V] = {list(shape)}.")
+        self._check(logits.detach())
         self.logits = nn.Parameter(logits.detach().double().clone())
+
+    def _check(self, logits: Tensor) -> None:
+        bad = torch.isnan(logits) | (logits == torch.inf)
+        if bool(bad.any()):
+            node, token = bad.nonzero()[0].tolist()
+            raise InputError(f"logits[{node}, {token}] = {float(logits[node, token])} is not allowed; give a number, or -inf for zero mass.")
+        dead = (logits == -torch.inf).all(-1) & self._reachable(logits > -torch.inf)
+        if bool(dead.any()):
+            raise InputError(f"logits[{int(dead.nonzero()[0])}] are all -inf at a prefix that has mass; give at least one finite logit.")
+
+    def _reachable(self, alive: Tensor) -> Tensor:
+        """Which nodes have mass [nodes], where alive [nodes,V] says which tokens do."""
+        trie, reached = self.trie, torch.zeros(self.trie.nodes, dtype=torch.bool, device=alive.device)
+        reached[0] = True
+        for first, last in zip(trie.depth_edges, trie.depth_edges[1:], strict=False):
+            parent, token, child = trie.parent[first:last], trie.token[first:last], trie.child[first:last]
+            reached[child[(child >= 0) & reached[parent] & alive[parent, token]]] = True
+        return reached
 
     @classmethod
     def from_model(cls, model: LanguageModel, tokens: Tensor | None = None) -> "PrefixTable":
@@ -209,7 +233,8 @@ class PrefixTable(LanguageModel):
 
     def _rows(self, node: Tensor) -> Tensor:
         rows = self.logits[node.clamp(min=0)]
-        return torch.where((node >= 0).unsqueeze(-1), rows, torch.zeros_like(rows))
+        known = (node >= 0).unsqueeze(-1) & (rows.detach() > -torch.inf).any(-1, keepdim=True)
+        return torch.where(known, rows, torch.zeros_like(rows))
 
 
 def _first_duplicate(space: SequenceSpace, tokens: Tensor) -> str:

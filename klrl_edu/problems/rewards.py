@@ -93,7 +93,7 @@ class TokenReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         table = torch.tensor(self.values, dtype=torch.float64, device=tokens.device)
-        return torch.where(self.space.live(tokens), table[tokens], torch.zeros((), dtype=torch.float64, device=tokens.device))
+        return torch.where(self.space.live(tokens), table[tokens.long()], torch.zeros((), dtype=torch.float64, device=tokens.device))
 
 
 def token_reward(values: Mapping[str, float] | Sequence[float], space: SequenceSpace) -> TokenReward:

@@ -1,0 +1,138 @@
+"""What a run leaves behind: metrics by step, and checkpoints that cannot be mistaken or half written."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klrl_edu.core.display import html_table, text_table
+from klrl_edu.core.errors import CheckpointError
+
+Record = dict[str, float]
+_CHECKPOINT_VERSION = 1
+
+
+@dataclass
+class History:
+    """Metrics of a training run, a record a step.
+
+    Attributes:
+        records: each with `step` and its metrics, in nats and reward units.
+    """
+
+    records: list[Record] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __getitem__(self, name: str) -> list[float]:
+        """One metric over the steps that have it, e.g. history["reverse_kl"]."""
+        return [record[name] for record in self.records if name in record]
+
+    def steps(self, name: str) -> list[float]:
+        """The steps at which a metric was recorded."""
+        return [record["step"] for record in self.records if name in record]
+
+    @property
+    def names(self) -> list[str]:
+        """Every metric, in order of appearance."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"records": […]}."""
+        return {"records": self.records}
+
+    def write_csv(self, path: Path) -> None:
+        """All records as one CSV table, empty cells where a step lacks a metric."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, self.names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.records)
+        write_atomically(path, out.getvalue().encode())
+
+    def _table(self, shown: int = 8) -> tuple[list[str], list[list[float | None]]]:
+        stride = max(1, math.ceil(len(self.records) / shown))
+        picked = self.records[::stride] + ([self.records[-1]] if self.records and (len(self.records) - 1) % stride else [])
+        return self.names, [[record.get(name) for name in self.names] for record in picked]
+
+    def __str__(self) -> str:
+        return text_table(*self._table(), digits=4) if self.records else "History: no steps"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), digits=4)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One record as strict JSON: infinities and NaN as strings, which JSON has no numbers for."""
+    return json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: tensors as lists, non-finite numbers as the strings "inf", "-inf", "nan"."""
+    if isinstance(value, torch.Tensor):
+        return jsonable(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: to a temporary neighbour first, then renamed over the old one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Tensors, numbers and strings to a file that ends in the SHA-256 of the rest; the old file stays until the new one is whole."""
+    buffer = io.BytesIO()
+    torch.save({"version": _CHECKPOINT_VERSION, "state": dict(state)}, buffer)
+    data = buffer.getvalue()
+    write_atomically(Path(path), data + hashlib.sha256(data).digest())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` saved, on the CPU; loads weights only, never code.
+
+    Raises:
+        CheckpointError: missing, truncated, altered, or not one of ours.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}.") from None
+    data, digest = raw[:-32], raw[-32:]
+    if len(raw) <= 32 or hashlib.sha256(data).digest() != digest:
+        raise CheckpointError(f"checkpoint {path} is damaged ({len(raw)} bytes, its SHA-256 does not match); take another copy, or train again.")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several types for a file that is not a plain checkpoint
+        raise CheckpointError(f"checkpoint {path} holds more than weights and will not be loaded: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("version") != _CHECKPOINT_VERSION:
+        raise CheckpointError(f"checkpoint {path} is not of version {_CHECKPOINT_VERSION}.")
+    state: dict[str, Any] = content["state"]
+    return state

@@ -1,0 +1,115 @@
+"""The posterior by enumerating the prior's support.
+
+    log π*(y) = log q(y) + (r(y) − m)/λ − ℓ,    ℓ = log Σ_y q(y) e^{(r(y) − m)/λ},    m = max r over q's support    (1)
+    log Z = m/λ + ℓ,    value = λ log Z = m + λℓ                                                                  (2)
+
+With the maximum taken out, (1) and `value` are finite for any reward and any λ > 0; only log Z itself may overflow.
+K supported sequences; logs in nats, values in reward units.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core import logspace
+from klrl_edu.core.errors import InfeasibleError
+from klrl_edu.core.tries import PrefixTrie
+from klrl_edu.core.validation import check_kl_coef
+from klrl_edu.models.contract import MAX_SEQUENCES, enumerate_support
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import describe
+
+
+class Tilted(NamedTuple):
+    """A tilted distribution: log π* [K], value λ log Z in reward units, log Z in nats."""
+
+    log_posterior: Tensor
+    value: Tensor
+    log_evidence: Tensor
+
+
+def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
+    """q·e^{r/λ}/Z by (1) and (2), with gradients to both tensors for 0 < λ < inf.
+
+    Args:
+        log_prior: [K] in nats, normalised; −inf is zero mass, and the reward there is ignored, NaN included.
+        rewards: [K] in reward units; −inf forbids an outcome.
+        kl_coef: λ. At 0 the limit q restricted to argmax r (ties, by exact equality, keep q's proportions; value = max r; log Z is ±inf,
+            or log q(argmax) where max r = 0). At inf the limit q restricted to r > −inf (value = E_q[r]).
+
+    Raises:
+        InfeasibleError: no outcome has both prior mass and a finite reward.
+    """
+    check_kl_coef(kl_coef)
+    supported = log_prior > -math.inf
+    rewards = torch.where(supported, rewards, torch.full_like(rewards, -math.inf))
+    feasible = rewards > -math.inf
+    if not bool(feasible.any()):
+        raise InfeasibleError(
+            f"every supported outcome has reward -inf ({int(supported.sum())} of {len(supported)}): the posterior is empty. Relax the constraint."
+        )
+    top = rewards.amax().detach()
+    lifted = log_prior + scaled_advantage(rewards, top, kl_coef)
+    residual = logspace.logsumexp(lifted)
+    if kl_coef == math.inf:
+        value, log_evidence = logspace.expectation(log_prior, rewards), residual
+    else:
+        value = top + kl_coef * residual
+        log_evidence = residual + (top / kl_coef if kl_coef > 0 else _infinite_unless_zero(top))
+    return Tilted(lifted - residual, value, log_evidence)
+
+
+def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
+    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf; −inf where r = −inf."""
+    feasible = rewards > -math.inf
+    below = torch.where(feasible, rewards, top) - top
+    forbidden = torch.full_like(below, -math.inf)
+    scaled = below / kl_coef if kl_coef > 0 else torch.where(below == 0, below, forbidden)
+    return torch.where(feasible, scaled, forbidden)
+
+
+def _infinite_unless_zero(top: Tensor) -> Tensor:
+    return torch.where(top == 0, top, torch.sign(top) * math.inf)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Everything an exact computation needs, on the prior's support, in lexicographic order of tokens.
+
+    Attributes:
+        tokens: [K,T].
+        log_prior: log q [K] in nats.
+        token_rewards: [K,T] in reward units.
+        trie: the prefix trie of `tokens`.
+    """
+
+    tokens: Tensor
+    log_prior: Tensor
+    token_rewards: Tensor
+    trie: PrefixTrie
+
+    @property
+    def rewards(self) -> Tensor:
+        """r(y) [K] in reward units."""
+        return self.token_rewards.sum(-1)
+
+
+def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Support:
+    """The supported sequences of a problem with their prior and rewards.
+
+    Raises:
+        TooLargeError: more than `max_sequences`.
+        InputError: a reward is NaN or +inf on the support.
+        InfeasibleError: all rewards are −inf.
+    """
+    weighted = enumerate_support(problem.prior, max_sequences, problem.prompt)
+    rewards = problem.token_rewards(weighted.tokens)
+    if not bool((rewards.sum(-1) > -math.inf).any()):
+        raise InfeasibleError(
+            f"every supported sequence has reward -inf ({len(weighted)} of {len(weighted)}): the posterior is empty. "
+            f"Relax the reward {describe(problem.reward)!r}."
+        )
+    return Support(weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens))

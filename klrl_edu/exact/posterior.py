@@ -1,0 +1,136 @@
+"""The posterior of a problem: picks the method, and says which it took.
+
+    π*(y) = q(y) e^{r(y)/λ} / Z,    value = λ log Z = max_π J(π)                                                 (1)
+
+Korbak, Perez & Buckley (2022), eq. 3; Levine (2018).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core.display import html_table, text_table
+from klrl_edu.core.errors import InputError
+from klrl_edu.exact.enumeration import Support, problem_support, tilt
+from klrl_edu.exact.soft_bellman import soft_bellman
+from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
+from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.problem import Problem
+
+METHODS = ("auto", "enumeration", "soft_bellman")
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """An exact posterior.
+
+    Attributes:
+        problem: what it is the posterior of.
+        model: π* as a LanguageModel.
+        value: λ log Z in reward units, the maximum of J; finite also where `log_evidence` overflows. max r on the support at λ = 0, E_q[r] at inf.
+        log_evidence: log Z in nats; ±inf where it overflows or λ = 0.
+        method: how it was computed.
+        support: the prior's sequences, where they were enumerated; None where the space is too large.
+    """
+
+    problem: Problem
+    model: LanguageModel
+    value: Tensor
+    log_evidence: Tensor
+    method: str
+    support: Support | None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        """log π*(y) [K] in nats of the enumerated support, in its order.
+
+        Raises:
+            InputError: the support was not enumerated.
+        """
+        support = self.enumerated()
+        return tilt(support.log_prior, support.rewards, self.problem.kl_coef).log_posterior
+
+    def enumerated(self) -> Support:
+        """The support, or an error where there is none."""
+        if self.support is None:
+            raise InputError(
+                f"this posterior was computed by {self.method}, without enumerating its support; ask its `model`, or compare(..., n=, draw=)."
+            )
+        return self.support
+
+    def rows(self, count: int | None = None) -> list[tuple[str, float, float, float]]:
+        """(text, prior, reward, posterior) of the `count` most probable sequences, all by default."""
+        support, log_probs = self.enumerated(), self.log_probs
+        order = torch.argsort(log_probs, descending=True, stable=True)[:count]
+        texts = self.problem.space.decode(support.tokens[order])
+        columns = (support.log_prior[order].exp(), support.rewards[order], log_probs[order].exp())
+        return list(zip(texts, *(column.tolist() for column in columns), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, without the table."""
+        return {
+            "kl_coef": self.problem.kl_coef,
+            "method": self.method,
+            "value": float(self.value),
+            "log_evidence": float(self.log_evidence),
+            "support_size": None if self.support is None else len(self.support.tokens),
+        }
+
+    def __str__(self) -> str:
+        head = f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}: log Z = {float(self.log_evidence):.12g} nats, "
+        head += f"λ log Z = {float(self.value):.12g}"
+        if self.support is None:
+            return head
+        more = len(self.support.tokens) - _SHOWN
+        return f"{head}\n{text_table(*self._table())}" + (f"\n… and {more:,} more" if more > 0 else "")
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table()) if self.support is not None else f"<p>{self}</p>"
+
+    def _table(self) -> tuple[list[str], list[tuple[str, float, float, float]]]:
+        return ["sequence", "prior", "reward", "posterior"], self.rows(_SHOWN)
+
+
+@torch.no_grad()
+def posterior(problem: Problem, method: Literal["auto", "enumeration", "soft_bellman"] = "auto", max_sequences: int = MAX_SEQUENCES) -> Posterior:
+    """The exact posterior.
+
+    Args:
+        method: "enumeration" (a SequenceTable), "soft_bellman" (a PrefixTable), or "auto", which takes enumeration.
+        max_sequences: the largest support to enumerate.
+
+    Raises:
+        TooLargeError: the support is larger; the message has the count and the remedy.
+        InfeasibleError: every supported sequence has reward −inf.
+        InputError: an unknown method, a NaN or +inf reward on the support.
+    """
+    if method not in METHODS:
+        raise InputError(f"method = {method!r} is not known; choose from {', '.join(METHODS)}.")
+    support = problem_support(problem, max_sequences)
+    tilted = tilt(support.log_prior, support.rewards, problem.kl_coef)
+    if method == "soft_bellman":
+        return _by_soft_bellman(problem, support)
+    model = SequenceTable(problem.space, support.tokens, tilted.log_posterior)
+    return Posterior(problem, model, tilted.value, tilted.log_evidence, "enumeration", support)
+
+
+def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
+    values = soft_bellman(support, problem.kl_coef)
+    trie = values.trie
+    logits = values.log_policy.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
+    logits[trie.parent, trie.token] = values.log_policy
+    model = PrefixTable(problem.space, support.tokens, logits)
+    return Posterior(
+        problem, model, values.state_values[0], _log_evidence(values.best_return, values.log_mass, problem.kl_coef), "soft_bellman", support
+    )
+
+
+def _log_evidence(best_return: Tensor, log_mass: Tensor, kl_coef: float) -> Tensor:
+    """log Z = m/λ + ℓ, with its limit at λ = 0."""
+    if kl_coef == 0:
+        return log_mass if best_return == 0 else torch.sign(best_return) * math.inf
+    return best_return / kl_coef + log_mass

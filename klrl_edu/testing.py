@@ -1,0 +1,384 @@
+"""Laws that every model and reward must keep, and Hypothesis strategies for the laboratory's nouns.
+
+    Σ_v π(v|y_<t) = 1,     logits_t = f(y_<t),     step ≡ branch ≡ forward,     π(EOS|EOS …) = 1                (1)
+
+A law is a plain function that raises AssertionError with what it saw; `check_language_model` runs them all on one's own
+model. Each is shown failing on a broken model in tests/test_testing.py. Needs the `test` extra (hypothesis).
+N sequences, T tokens, V columns of logits, K outcomes, S prompt tokens.
+"""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+from klrl_edu.core import logspace
+from klrl_edu.core.draws import Draw, seeded_draw
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.models.contract import (
+    LanguageModel,
+    batch_prompt,
+    conditional_log_probs,
+    ended_and_last,
+    force_eos,
+    restrict_to_support,
+    token_log_probs,
+)
+from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import Reward, table_reward, token_reward
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}  # nats, by the dtype of a model's logits
+_ALL_TOKENS = 64  # spaces up to this size are checked on every sequence
+
+
+def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
+    """Sequences [N,T] that exercise a space: all of it where it has at most 64, otherwise n random ones of every length."""
+    if space.size <= _ALL_TOKENS:
+        return space.all_tokens()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(len(space.vocabulary), (n, space.max_length), generator=generator)
+    if not space.eos:
+        return tokens
+    length = torch.randint(space.max_length, (n, 1), generator=generator)
+    length[:2] = torch.tensor([[space.max_length - 1], [0]])[:n]  # the longest and the empty one always
+    return torch.where(torch.arange(space.max_length) < length, tokens, len(space.vocabulary))
+
+
+# --- laws of a language model ---------------------------------------------------------------------------------------
+
+
+def check_language_model(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    draw: Draw | None = None,
+    fresh: Callable[[], LanguageModel] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Runs every law below on a model.
+
+    Args:
+        model: any LanguageModel.
+        prompt: [S], one prompt for all sequences, or [N,S] with −1 as left padding and `tokens` [N,T]; None for none.
+        tokens: [N,T] to read; by default `example_tokens(model.space)`.
+        draw: the randomness of the sampling law; `seeded_draw(0)` by default.
+        fresh: builds the same model with other weights, for the state_dict law.
+        tolerance: in nats; by default 1e-12 where logits are float64, 1e-5 where they are float32.
+
+    Raises:
+        AssertionError: a law is broken; the message names it and where.
+    """
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    check_normalised(model, prompt, tokens=tokens, tolerance=tolerance)
+    check_causal(model, prompt, tokens=tokens, tolerance=tolerance)
+    check_decoding(model, prompt, tokens=tokens, tolerance=tolerance)
+    check_rows_independent(model, prompt, tokens=tokens, tolerance=tolerance)
+    check_eos_absorbs(model, prompt, tokens=tokens, tolerance=tolerance)
+    check_samples_belong(model, None if prompt is None else batch_prompt(prompt, len(tokens))[0], draw=draw)  # type: ignore[index]
+    check_state_dict(model, prompt, tokens=tokens, fresh=fresh, tolerance=tolerance)
+    check_refuses_past_end(model, prompt, tokens=tokens)
+
+
+def check_normalised(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
+    """Law: next-token probabilities sum to one after every prefix, and none is NaN. Arguments as in `check_language_model`."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    log_probs = conditional_log_probs(model, tokens, prompt)
+    _agree(logspace.logsumexp(log_probs), torch.zeros(tokens.shape, dtype=torch.float64), "normalised: log Σ_v π(v|prefix)", model, tolerance)
+
+
+def check_causal(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
+    """Law: row t of `forward` depends on tokens[:, :t] only; the tokens from t on are replaced and the row must not move."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    log_probs = _read(model, tokens, prompt)
+    for t in range(model.space.max_length):
+        for shift in range(1, min(model.space.vocab_size, 4)):
+            changed = torch.cat([tokens[:, :t], (tokens[:, t:] + shift) % model.space.vocab_size], 1)
+            seen = _read(model, changed, prompt)[:, t]
+            _agree(seen, log_probs[:, t], f"causal: row t = {t} of forward, with other tokens from {t} on", model, tolerance)
+
+
+def check_decoding(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
+    """Law: step ≡ branch ≡ forward. Decodes along tokens by `step`, and beside it by `branch` into the true and another token."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    space, n = model.space, len(tokens)
+    expected = _read(model, tokens, prompt)
+    logits, state = model.start(n, batch_prompt(prompt, n))
+    branched = state
+    _agree(_finish(model, logits, tokens, 0), expected[:, 0], "step ≡ forward: start", model, tolerance)
+    for t in range(1, space.max_length):
+        logits, state = model.step(state, tokens[:, t - 1])
+        _agree(_finish(model, logits, tokens, t), expected[:, t], f"step ≡ forward: position {t}", model, tolerance)
+        other = (tokens[:, t - 1] + 1) % space.vocab_size
+        turned = torch.cat([tokens[:, : t - 1], other[:, None], tokens[:, t:]], 1)
+        pair, both = model.branch(branched, torch.stack([tokens[:, t - 1], other], 1))
+        assert pair.shape == (n, 2, space.vocab_size), f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
+        _agree(_finish(model, pair[:, 0], tokens, t), expected[:, t], f"branch ≡ forward: position {t}, the true token", model, tolerance)
+        beside = _read(model, turned, prompt)[:, t]
+        _agree(_finish(model, pair[:, 1], turned, t), beside, f"branch ≡ forward: position {t}, another token", model, tolerance)
+        branched = model.select(both, torch.arange(0, 2 * n, 2, device=tokens.device))
+
+
+def check_rows_independent(
+    model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None
+) -> None:
+    """Law: a row reads the same alone, in a batch, and after `select` has reordered and repeated the batch."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    rows, n = batch_prompt(prompt, len(tokens)), len(tokens)
+    expected = _read(model, tokens, prompt)
+    for i in range(min(n, 6)):
+        alone = _read(model, tokens[i : i + 1], None if rows is None else rows[i : i + 1])
+        _agree(alone[0], expected[i], f"rows independent of the batch: row {i} alone", model, tolerance)
+    index = torch.cat([torch.arange(n).flip(0), torch.arange(0, n, 2)]).to(tokens.device)
+    state = model.select(model.start(n, rows)[1], index)
+    for t in range(1, model.space.max_length):
+        logits, state = model.step(state, tokens[index, t - 1])
+        seen = _finish(model, logits, tokens[index], t)
+        _agree(seen, expected[index, t], f"rows independent of the batch: rows reordered by select, position {t}", model, tolerance)
+
+
+def check_eos_absorbs(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
+    """Law: EOS has probability 1 after EOS and at T, and `token_log_prob` says the same as the conditionals."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    log_probs = conditional_log_probs(model, tokens, prompt)
+    ended, last = ended_and_last(model.space, tokens)
+    if model.space.eos:
+        forced = log_probs[ended | last]
+        assert bool((forced[:, -1] == 0).all()), "EOS forced and absorbing: π(EOS) is not 1 after EOS or at T"
+        assert bool((forced[:, :-1] == -math.inf).all()), "EOS forced and absorbing: a word has mass after EOS or at T"
+    taken = log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    what = "EOS forced and absorbing: token_log_prob against conditional_log_probs"
+    _agree(token_log_probs(model, tokens, prompt), taken, what, model, tolerance)
+
+
+def check_samples_belong(model: LanguageModel, prompt: Tensor | None = None, *, draw: Draw | None = None, n: int = 32) -> None:
+    """Law: samples are sequences of the space (EOS absorbs, and stands at T) with positive mass. prompt [S] or None."""
+    tokens = model.sample(n, draw=seeded_draw(0) if draw is None else draw, prompt=prompt)
+    assert tokens.shape == (n, model.space.max_length), f"sample gave shape {list(tokens.shape)}, expected [n, T] = {[n, model.space.max_length]}"
+    try:
+        model.space.check_tokens(tokens, "sample")
+    except InputError as error:
+        raise AssertionError(f"EOS forced and absorbing: {error}") from None
+    log_probs = model.log_prob(tokens, prompt)
+    assert bool((log_probs > -math.inf).all()), f"a sample has zero mass: {model.space.decode(tokens[log_probs == -math.inf])[:1]}"
+
+
+def check_state_dict(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    fresh: Callable[[], LanguageModel] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Law: a state_dict that is saved, loaded (weights only) and put into a model with other weights gives the same distribution.
+
+    Args:
+        fresh: builds the same model with other weights; by default a deep copy whose parameters are drawn anew, which
+            cannot notice weights that are kept outside the parameters.
+    """
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = _scrambled(model) if fresh is None else fresh()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    _agree(_read(other, tokens, prompt), _read(model, tokens, prompt), "state_dict round trip", model, tolerance)
+
+
+def check_refuses_past_end(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None) -> None:
+    """Law: logits exist for positions 0 … T−1; one `step` more raises InputError."""
+    tokens = example_tokens(model.space) if tokens is None else tokens
+    _, state = model.start(len(tokens), batch_prompt(prompt, len(tokens)))
+    for t in range(model.space.max_length - 1):
+        _, state = model.step(state, tokens[:, t])
+    try:
+        model.step(state, tokens[:, -1])
+    except InputError:
+        return
+    raise AssertionError(f"stepping past T = {model.space.max_length} must raise InputError (call check_room in step)")
+
+
+def check_causal_reward(reward: Reward, space: SequenceSpace, prompt: Tensor | None = None, *, tokens: Tensor | None = None) -> None:
+    """Law of a reward [N,T]: column t depends on tokens[:, :t+1] only, and is 0 after the first EOS.
+
+    Args:
+        reward: reward(tokens [N,T], prompt) -> [N,T] in reward units.
+        space: whose sequences it reads.
+        prompt: [S] or None.
+        tokens: [N,T]; by default `example_tokens(space)`.
+    """
+    tokens = example_tokens(space) if tokens is None else tokens
+    rows = batch_prompt(prompt, len(tokens))
+    values = reward(tokens, rows)
+    assert values.shape == tokens.shape, f"causal reward: shape {list(values.shape)}, expected [N, T] = {list(tokens.shape)}"
+    assert bool((values[~space.live(tokens)] == 0).all()), "causal reward: a value after the first EOS is not 0"
+    for t in range(space.max_length):
+        for shift in range(1, min(len(tokens), 5)):
+            changed = _close(torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1), space)
+            seen = reward(changed, rows)[:, t]
+            same = torch.isclose(seen, values[:, t], rtol=0, atol=1e-12, equal_nan=True)
+            assert bool(same.all()), f"causal reward: column {t} moved with later tokens, {_first(same, seen, values[:, t])}"
+
+
+@torch.no_grad()
+def _read(model: LanguageModel, tokens: Tensor, prompt: Tensor | None) -> Tensor:
+    """Log-probabilities [N,T,V] along any ids, whether or not they are a sequence of the space (EOS at T)."""
+    return force_eos(model(tokens, batch_prompt(prompt, len(tokens))), *ended_and_last(model.space, tokens), model.space)
+
+
+def _finish(model: LanguageModel, logits: Tensor, tokens: Tensor, t: int) -> Tensor:
+    """Log-probabilities [N,V] at position t of decoding along tokens."""
+    ended, last = ended_and_last(model.space, tokens)
+    return force_eos(logits.detach(), ended[:, t], last[t], model.space)
+
+
+def _agree(seen: Tensor, expected: Tensor, law: str, model: LanguageModel, tolerance: float | None) -> None:
+    """Equal within the tolerance of the model's dtype, −inf only to −inf, NaN to nothing."""
+    if tolerance is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
+        tolerance = TOLERANCES.get(dtype, 1e-5)
+    same = torch.isclose(seen.cpu(), expected.detach().cpu(), rtol=tolerance, atol=tolerance)
+    assert bool(same.all()), f"{type(model).__name__} breaks the law '{law}': {_first(same, seen, expected)}; tolerance {tolerance:g}"
+
+
+def _first(same: Tensor, seen: Tensor, expected: Tensor) -> str:
+    place = (~same).nonzero()[0].tolist()
+    return f"entry {place} is {float(seen[tuple(place)]):.17g}, expected {float(expected[tuple(place)]):.17g}"
+
+
+@torch.no_grad()
+def _scrambled(model: LanguageModel) -> LanguageModel:
+    """A copy with other parameters, drawn from a generator of its own."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    for parameter in other.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return other
+
+
+def _close(tokens: Tensor, space: SequenceSpace) -> Tensor:
+    """Any ids [N,T] made a sequence: EOS after the first EOS and at T."""
+    if not space.eos:
+        return tokens
+    closed = torch.where(space.live(tokens), tokens, len(space.vocabulary))
+    return torch.cat([closed[:, :-1], torch.full_like(closed[:, -1:], len(space.vocabulary))], 1)
+
+
+# --- Hypothesis strategies ------------------------------------------------------------------------------------------
+
+EXTREME_LOG_WEIGHTS = (-math.inf, 0.0, -0.0, 1e-300, -1e-16, -36.0, -745.2, -1e5, 700.0)  # zeros, ties, underflow in a probability
+KL_COEFS = (0.05, 0.25, 0.5, 1.0, 2.0, 10.0)
+
+
+@st.composite
+def spaces(draw: st.DrawFn, max_words: int = 3, max_length: int = 3, eos: bool | None = None) -> SequenceSpace:
+    """Small spaces with and without EOS: at most `max_words` words and T ≤ `max_length`."""
+    words = draw(st.integers(1, max_words))
+    length = draw(st.integers(1, max_length))
+    return SequenceSpace(tuple("abcdefghijkl"[:words]), length, draw(st.booleans()) if eos is None else eos)
+
+
+@st.composite
+def log_weights(draw: st.DrawFn, size: int, extremes: bool = True) -> Tensor:
+    """Unnormalised log-weights [K] in nats with at least one finite entry; ties often, −inf and underflow where `extremes`."""
+    value = st.floats(-5, 5) | st.sampled_from((-math.inf, 0.0, 1.0))
+    if extremes:
+        value = value | st.sampled_from(EXTREME_LOG_WEIGHTS)
+    values = torch.tensor(draw(st.lists(value, min_size=size, max_size=size)), dtype=torch.float64)
+    values[draw(st.integers(0, size - 1))] = draw(st.sampled_from((0.0, 1.0)))
+    return values
+
+
+def log_probs(size: int, extremes: bool = True) -> st.SearchStrategy[Tensor]:
+    """Normalised log-probabilities [K] in nats, with zeros (−inf), ties and, where `extremes`, probabilities that underflow."""
+    return log_weights(size, extremes).map(logspace.log_normalize)
+
+
+def distributions(max_size: int = 6) -> st.SearchStrategy[Tensor]:
+    """Probabilities [K] as a user would write them, K ≤ `max_size`: zeros and ties, summing to one within 1e-9."""
+    counts = st.lists(st.integers(0, 9), min_size=1, max_size=max_size).filter(any)
+    return counts.map(lambda weights: torch.tensor(weights, dtype=torch.float64) / sum(weights))
+
+
+@st.composite
+def sequence_tables(draw: st.DrawFn, space: SequenceSpace, max_sequences: int = 8, extremes: bool = False) -> SequenceTable:
+    """Priors: a SequenceTable on a few sequences of a space, the rest of which has mass 0; so have some of its rows."""
+    everything = space.all_tokens()
+    count = draw(st.integers(1, min(len(everything), max_sequences)))
+    index = draw(st.lists(st.integers(0, len(everything) - 1), min_size=count, max_size=count, unique=True))
+    return SequenceTable(space, everything[index], draw(log_weights(count, extremes)))
+
+
+@st.composite
+def rewards(draw: st.DrawFn, prior: SequenceTable, forbid: bool = True, extremes: bool = False) -> Reward:
+    """Rewards for a prior: a table by text (ties, equal values, −inf where `forbid`, ±1e300 where `extremes`) or one value a token.
+
+    At least one supported sequence has a finite reward. Texts without mass get NaN, which must be ignored.
+    """
+    space, supported = prior.space, prior.log_probs.detach() > -math.inf
+    if draw(st.integers(0, 3)) == 0:
+        return token_reward(draw(st.lists(st.floats(-2, 2), min_size=space.vocab_size, max_size=space.vocab_size)), space)
+    value = st.sampled_from((0.0, 1.0, 2.0, -1.0)) | st.floats(-3, 3)
+    if forbid:
+        value = value | st.just(-math.inf)
+    if extremes:
+        value = value | st.sampled_from((1e300, -1e300, 1e308, 5e-324))
+    texts = space.decode(prior.tokens[supported])
+    equal = draw(st.booleans()) and draw(st.booleans())
+    values = [draw(value)] * len(texts) if equal else draw(st.lists(value, min_size=len(texts), max_size=len(texts)))
+    assume(any(one > -math.inf for one in values))
+    return table_reward(dict(zip(texts, values, strict=True)), space)
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    max_words: int = 3,
+    max_length: int = 3,
+    kl_coefs: st.SearchStrategy[float] | None = None,
+    forbid: bool = True,
+    extremes: bool = False,
+) -> Problem:
+    """Problems that enumeration solves: SequenceTable priors with zeros and ties, and rewards as in `rewards`.
+
+    Args:
+        kl_coefs: λ; by default positive and moderate, with 0, inf and 5e-324 too where `extremes`.
+        forbid: allow rewards of −inf (never on the whole support); then only a policy on the posterior's support has a finite KL to it.
+        extremes: rewards up to 1e308 and priors down to e^{−1e5} as well.
+    """
+    prior = draw(sequence_tables(draw(spaces(max_words, max_length)), extremes=extremes))
+    if kl_coefs is None:
+        kl_coefs = st.sampled_from((*KL_COEFS, 0.0, math.inf, 5e-324) if extremes else KL_COEFS) | st.floats(0.1, 5)
+    return Problem(prior, draw(rewards(prior, forbid, extremes)), draw(kl_coefs))
+
+
+def policies(problem: Problem) -> st.SearchStrategy[LanguageModel]:
+    """Policies on the support of a problem's prior: a SequenceTable there, or a PrefixTable restricted to it. Finite logits, so they cover it."""
+    prior = problem.prior
+    assert isinstance(prior, SequenceTable), "policies() takes a problem whose prior is a SequenceTable"
+    tokens = prior.tokens[prior.log_probs.detach() > -math.inf]
+    logit = st.floats(-2, 2)
+    sequence_table: st.SearchStrategy[LanguageModel] = _vectors(logit, len(tokens)).map(partial(SequenceTable, problem.space, tokens))
+    shape = PrefixTable(problem.space, tokens).logits.shape
+
+    def restricted(values: Tensor) -> LanguageModel:
+        return restrict_to_support(PrefixTable(problem.space, tokens, values.reshape(shape)), prior)
+
+    return sequence_table | _vectors(logit, shape.numel()).map(restricted)
+
+
+def _vectors(value: st.SearchStrategy[float], size: int) -> st.SearchStrategy[Tensor]:
+    return st.lists(value, min_size=size, max_size=size).map(_as_vector)
+
+
+def _as_vector(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
