@@ -16,6 +16,7 @@ import torch
 
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import CheckpointError
+from klrl_edu.models.contract import LanguageModel
 
 Record = dict[str, float]
 _CHECKPOINT_VERSION = 1
@@ -27,9 +28,11 @@ class History:
 
     Attributes:
         records: each with `step` and its metrics, in nats and reward units.
+        policy: what was trained, where a run knows it.
     """
 
     records: list[Record] = field(default_factory=list)
+    policy: LanguageModel | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
