@@ -116,9 +116,11 @@ def check_decoding(model: LanguageModel, prompt: Tensor | None = None, *, tokens
     branched = state
     _agree(_finish(model, logits, tokens, 0), expected[:, 0], "step ≡ forward: start", model, tolerance)
     for t in range(1, space.max_length):
-        logits, state = model.step(state, tokens[:, t - 1])
+        logits, after = model.step(state, tokens[:, t - 1])
         _agree(_finish(model, logits, tokens, t), expected[:, t], f"step ≡ forward: position {t}", model, tolerance)
         other = (tokens[:, t - 1] + 1) % space.vocab_size
+        model.step(state, other)  # a state may be stepped twice: the first child must not notice
+        state = after
         turned = torch.cat([tokens[:, : t - 1], other[:, None], tokens[:, t:]], 1)
         pair, both = model.branch(branched, torch.stack([tokens[:, t - 1], other], 1))
         assert pair.shape == (n, 2, space.vocab_size), f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
@@ -139,9 +141,10 @@ def check_rows_independent(
         alone = _read(model, tokens[i : i + 1], None if rows is None else rows[i : i + 1])
         _agree(alone[0], expected[i], f"rows independent of the batch: row {i} alone", model, tolerance)
     index = torch.cat([torch.arange(n).flip(0), torch.arange(0, n, 2)]).to(tokens.device)
-    state = model.select(model.start(n, rows)[1], index)
+    _, state = model.start(n, rows)
     for t in range(1, model.space.max_length):
-        logits, state = model.step(state, tokens[index, t - 1])
+        logits, _ = model.step(model.select(state, index), tokens[index, t - 1])
+        _, state = model.step(state, tokens[:, t - 1])
         seen = _finish(model, logits, tokens[index], t)
         _agree(seen, expected[index, t], f"rows independent of the batch: rows reordered by select, position {t}", model, tolerance)
 
@@ -253,7 +256,7 @@ def _agree(seen: Tensor, expected: Tensor, law: str, model: LanguageModel, toler
 
 def _first(same: Tensor, seen: Tensor, expected: Tensor) -> str:
     place = (~same).nonzero()[0].tolist()
-    return f"entry {place} is {float(seen[tuple(place)]):.17g}, expected {float(expected[tuple(place)]):.17g}"
+    return f"entry {place} is {seen[tuple(place)].item():.17g}, expected {expected[tuple(place)].item():.17g}"
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
     Returns:
         [...] in nats.
     """
-    alive = x.amax(dim, keepdim=True) > -math.inf
+    alive = x.amax(dim, keepdim=True) != -math.inf  # NaN stays NaN
     total = torch.logsumexp(torch.where(alive, x, torch.zeros_like(x)), dim)
     return torch.where(alive.squeeze(dim), total, torch.full_like(total, -math.inf))
 
@@ -38,16 +38,17 @@ def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
     Raises:
         InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise.
     """
-    total = logsumexp(log_weights, dim)
-    if bool((total == -math.inf).any()):
+    top = log_weights.detach().amax(dim, keepdim=True)
+    if bool((top == -math.inf).any()):
         raise InfeasibleError("every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one finite log-weight.")
-    return log_weights - total.unsqueeze(dim)
+    shifted = log_weights - top  # first by the largest, so that weights around e^800 keep the digits of their ratios
+    return shifted - logsumexp(shifted, dim).unsqueeze(dim)
 
 
 def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
     """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 -> [segments]; −inf where a segment has no mass."""
     top = x.new_full((segments,), -math.inf).scatter_reduce(0, index, x.detach(), "amax")
-    alive = top > -math.inf
+    alive = top != -math.inf  # NaN stays NaN
     shift = torch.where(alive, top, torch.zeros_like(top))
     total = x.new_zeros(segments).index_add(0, index, torch.exp(x - shift[index]))
     logs = torch.log(torch.where(alive, total, torch.ones_like(total))) + shift

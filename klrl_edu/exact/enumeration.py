@@ -48,9 +48,8 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
     rewards = torch.where(supported, rewards, torch.full_like(rewards, -math.inf))
     feasible = rewards > -math.inf
     if not bool(feasible.any()):
-        raise InfeasibleError(
-            f"every supported outcome has reward -inf ({int(supported.sum())} of {len(supported)}): the posterior is empty. Relax the constraint."
-        )
+        count = int(supported.sum())
+        raise InfeasibleError(f"every supported outcome has reward -inf ({count} of {count}): the posterior is empty. Relax the constraint.")
     top = rewards.amax().detach()
     lifted = log_prior + scaled_advantage(rewards, top, kl_coef)
     residual = logspace.logsumexp(lifted)

@@ -233,7 +233,7 @@ class PrefixTable(LanguageModel):
 
     def _rows(self, node: Tensor) -> Tensor:
         rows = self.logits[node.clamp(min=0)]
-        known = (node >= 0).unsqueeze(-1) & (rows.detach() > -torch.inf).any(-1, keepdim=True)
+        known = (node >= 0).unsqueeze(-1) & (rows.detach() != -torch.inf).any(-1, keepdim=True)
         return torch.where(known, rows, torch.zeros_like(rows))
 
 

@@ -43,15 +43,15 @@ def surnames(kl_coef: float = 0.5, count: int = 1000, pattern: str = SURNAME_PAT
     return Problem(prior, regex_reward(pattern, prior.space), kl_coef)
 
 
-EXAMPLES: dict[str, Callable[[float], Problem]] = {"four-sentences": four_sentences, "surnames": surnames}
+EXAMPLES: dict[str, Callable[..., Problem]] = {"four-sentences": four_sentences, "surnames": surnames}
 
 
-def example(name: str, kl_coef: float) -> Problem:
-    """A standing problem by its name.
+def example(name: str, kl_coef: float | None = None) -> Problem:
+    """A standing problem by its name, with its own λ unless one is given.
 
     Raises:
         InputError: no such name; the message lists them.
     """
     if name not in EXAMPLES:
         raise InputError(f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or JSON table.")
-    return EXAMPLES[name](kl_coef)
+    return EXAMPLES[name]() if kl_coef is None else EXAMPLES[name](kl_coef)

@@ -1,0 +1,199 @@
+"""The three parts of `klrl demo`: a posterior by hand, networks trained to it, and real text."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klrl_edu.core import logspace
+from klrl_edu.core.display import Cell, text_table
+from klrl_edu.core.draws import seeded_draw
+from klrl_edu.evaluation.compare import compare
+from klrl_edu.evaluation.records import History, Record
+from klrl_edu.exact.posterior import Posterior, posterior
+from klrl_edu.experiments import plots
+from klrl_edu.learning import losses
+from klrl_edu.learning.training import comparison_metrics, cosine, train_steps
+from klrl_edu.models.contract import LanguageModel, restrict_to_support, sequence_log_probs
+from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.transformer import TransformerModel
+from klrl_edu.problems.examples import SURNAME_PATTERN, four_sentences, four_sentences_policy, surnames
+
+ARTICLE_KL = 0.22  # what an article prints for KL(π‖q) of the four sentences
+EVALUATE_EVERY = 10
+_SURNAMES_SHOWN = 12
+
+Say = Callable[[str], None]
+Progress = Callable[[Iterable[Record], int, str], Iterable[Record]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train."""
+
+    steps: int
+    batch_size: int
+    lr: float
+
+
+SMALL = Recipe(steps=400, batch_size=64, lr=1e-2)
+SURNAMES = Recipe(steps=300, batch_size=256, lr=2e-2)
+
+
+@dataclass
+class Trained:
+    """A policy, its metrics, and the course of its probabilities on the support."""
+
+    policy: LanguageModel
+    history: History
+    steps: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+
+
+def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
+    """All three parts; tables go to `say`, pictures to `out`. Returns every printed number."""
+    target = posterior(four_sentences())
+    first = show_four_sentences(target, say)
+    runs = {
+        "LSTM": _train_small("LSTM", target, RecurrentModel(target.problem.space, hidden_size=32, seed=seed), seed, progress),
+        "Transformer": _train_small("Transformer", target, TransformerModel(target.problem.space, width=32, layers=1, seed=seed), seed, progress),
+    }
+    collapsed_target = posterior(four_sentences(kl_coef=0.0))
+    network = RecurrentModel(target.problem.space, hidden_size=32, seed=seed)
+    collapsed = _train_small("LSTM, λ = 0", collapsed_target, network, seed, progress)
+    second = show_networks(target, runs, collapsed, say)
+    draw_four_sentences(target, runs, collapsed, out / "four-sentences")
+    third = show_surnames(out / "surnames", seed, say, progress)
+    return {"four_sentences": first, "networks": second, "surnames": third}
+
+
+def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
+    """Part 1: prior, reward, π*, log Z, and the policy (.5, .2, .1, .2) held against q and π*."""
+    policy = four_sentences_policy()
+    comparison = compare(policy, target)
+    tokens = target.enumerated().tokens
+    pi = sequence_log_probs(policy, tokens).exp().tolist()
+    support = target.enumerated()
+    columns = (support.log_prior.exp().tolist(), support.rewards.tolist(), target.log_probs.exp().tolist(), pi)
+    table = list(zip(target.problem.space.decode(tokens), *columns, strict=True))
+    say("1. Four sentences: the prior q, the reward r, and the posterior π* ∝ q·exp(r/λ) at λ = 1\n")
+    say(text_table(["sentence", "prior q", "reward r", "posterior π*", "policy π"], table, digits=12))
+    z = float(target.log_evidence.exp())
+    say(f"\nZ = {z:.12f},  log Z = {float(target.log_evidence):.12f} nats,  λ log Z = {float(target.value):.12f} = the best J there is")
+    kl = comparison.kl_to_prior
+    bits = kl / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
+    say(f"KL(π‖q)  = {kl:.11f} nats = {bits:.4f} bits (an article prints ≈ {ARTICLE_KL}, which is neither)")
+    say(f"KL(π‖π*) = {comparison.reverse_kl:.11f} nats;  J(π) = {comparison.objective:.11f} = λ log Z − λ KL(π‖π*)\n")
+    return {
+        **target.to_dict(),
+        "evidence": z,
+        "posterior": dict(zip(target.problem.space.decode(tokens), columns[2], strict=True)),
+        **comparison.metrics(),
+    }
+
+
+def show_networks(target: Posterior, runs: dict[str, Trained], collapsed: Trained, say: Say) -> dict[str, Any]:
+    """Part 2: how far each network ended from π*, and the collapse without the KL term."""
+    say("2. The same problem learned by networks from samples alone (RLOO, λ·log π/q in the reward)\n")
+    rows: list[list[Cell]] = [
+        [name, run.history["reverse_kl"][0], run.history["reverse_kl"][-1], run.history["total_variation"][-1]] for name, run in runs.items()
+    ]
+    say(text_table(["policy", "KL(π‖π*) at the start", f"after {SMALL.steps} steps", "total variation"], rows))
+    best = collapsed.history["expected_reward"][-1]
+    entropy = float(logspace.entropy(target.log_probs))
+    say(f"\nWithout the KL term (λ = 0) the same LSTM collapses on one sentence: entropy {collapsed.entropy[0]:.4f} ->")
+    say(f"{collapsed.entropy[-1]:.2g} nats, E[r] = {best:.6f}; π* at λ = 1 keeps {entropy:.4f} nats.\n")
+    out: dict[str, Any] = {
+        name: {"reverse_kl_start": run.history["reverse_kl"][0], "reverse_kl": run.history["reverse_kl"][-1], "steps": SMALL.steps}
+        for name, run in runs.items()
+    }
+    out["posterior_entropy"] = entropy
+    out["collapse"] = {"entropy_start": collapsed.entropy[0], "entropy": collapsed.entropy[-1], "expected_reward": best}
+    return out
+
+
+def draw_four_sentences(target: Posterior, runs: dict[str, Trained], collapsed: Trained, path: Path) -> list[Path]:
+    """The picture of parts 1 and 2."""
+    with plots.publication_style():
+        figure, (bars, curves, collapse) = plots.new_figure(3, 3.6, 3.0)
+        plots.plot_posterior(target, {f"trained {name}": run.policy for name, run in runs.items()}, bars)
+        bars.set_title("Posterior π* ∝ q·exp(r/λ), λ = 1")
+        plots.plot_metric({name: run.history for name, run in runs.items()}, ax=curves, label="KL(π‖π*) in nats")
+        curves.set_title("RLOO reaches it from samples")
+        entropies = {"λ = 1": runs["LSTM"].entropy, "λ = 0 (no KL term)": collapsed.entropy}
+        plots.plot_lines(collapsed.steps, entropies, collapse)
+        collapse.axhline(float(logspace.entropy(target.log_probs)), color=plots.POSTERIOR_COLOUR, linestyle="--", linewidth=1, label="entropy of π*")
+        collapse.legend()
+        collapse.set(xlabel="training step", ylabel="entropy of the LSTM in nats", ylim=(0, None))
+        collapse.set_title("Reward alone collapses")
+        return plots.save_figure(figure, path)
+
+
+def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
+    """Part 3: the posterior of US surnames under a reward on their spelling, and a network trained to it."""
+    problem = surnames()
+    target = posterior(problem)
+    support = target.enumerated()
+    say(f"3. Real text: the {len(support.tokens):,} most frequent US surnames (census 1990), spelled as characters; reward 1 where the spelling")
+    say(f"   matches /{SURNAME_PATTERN}/, λ = {problem.kl_coef:g}. The space holds {problem.space.size:,} spellings; π* is exact on all of them.\n")
+    policy = restrict_to_support(RecurrentModel(problem.space, hidden_size=64, seed=seed, dtype=torch.float32), problem.prior)
+    run = _train(policy, target, SURNAMES, seed, progress, "LSTM on surnames")
+    q_side, star_side, network_side = (compare(model, target) for model in (problem.prior, target.model, policy))
+    rows = target.rows(_SURNAMES_SHOWN)
+    learned = sequence_log_probs(policy, problem.space.encode([text for text, *_ in rows])).exp().tolist()
+    by_prior = support.log_prior.argsort(descending=True, stable=True)[:_SURNAMES_SHOWN]
+    top = list(zip(problem.space.decode(support.tokens[by_prior]), support.log_prior[by_prior].exp().tolist(), strict=True))
+    table = [[*first, text, reward, star, pi] for first, (text, _, reward, star), pi in zip(top, rows, learned, strict=True)]
+    say(text_table(["top of the prior", "q", "top of the posterior", "reward", "π*", "network"], table))
+    rewards = [side.expected_reward for side in (q_side, star_side, network_side)]
+    say(f"\nlog Z = {float(target.log_evidence):.12f} nats,  KL(π*‖q) = {star_side.kl_to_prior:.12f} nats")
+    say("E[r]: prior {:.6f}, posterior {:.6f}, network {:.6f}".format(*rewards))
+    start = run.history["reverse_kl"][0]
+    say(f"network: KL(π‖π*) {start:.4f} -> {network_side.reverse_kl:.4f} nats, total variation {network_side.total_variation:.4f}")
+    _draw_surnames(target, run, path)
+    return {
+        **target.to_dict(),
+        "kl_posterior_to_prior": star_side.kl_to_prior,
+        "expected_reward": dict(zip(("prior", "posterior", "network"), rewards, strict=True)),
+        "top": [{"name": text, "prior": q, "reward": r, "posterior": p, "network": pi} for (text, q, r, p), pi in zip(rows, learned, strict=True)],
+        "top_of_prior": [{"name": name, "prior": q} for name, q in top],
+        "network_start": {"reverse_kl": start},
+        "network": network_side.metrics(),
+        "steps": SURNAMES.steps,
+    }
+
+
+def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:
+    with plots.publication_style():
+        figure, (bars, curve) = plots.new_figure(2, 4.4, 4.2)
+        plots.plot_posterior(target, {"trained LSTM": run.policy}, bars, count=16)
+        bars.set_title("US surnames, rewarded for -son, -sen, -man")
+        plots.plot_metric({"LSTM": run.history}, ax=curve, label="KL(π‖π*) in nats, over all names")
+        curve.set_title("An LSTM trained by RLOO, λ = ½")
+        return plots.save_figure(figure, path)
+
+
+def _train_small(name: str, target: Posterior, network: LanguageModel, seed: int, progress: Progress) -> Trained:
+    return _train(restrict_to_support(network, target.problem.prior), target, SMALL, seed, progress, f"{name} on four sentences")
+
+
+def _train(policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, progress: Progress, label: str) -> Trained:
+    """RLOO with an exact look at the distribution every few steps."""
+    trained = Trained(policy, History())
+    tokens = target.enumerated().tokens
+
+    def look(record: Record) -> None:
+        trained.history.records.append({**record, **comparison_metrics(policy, target)})
+        trained.steps.append(record["step"])
+        with torch.no_grad():
+            trained.entropy.append(float(logspace.entropy(sequence_log_probs(policy, tokens))))
+
+    look({"step": 0})
+    options = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
+    loop = train_steps(policy, target.problem, losses.rloo, **options, draw=seeded_draw(seed), schedule=cosine, max_grad_norm=1.0)  # type: ignore[arg-type]
+    for record in progress(loop, recipe.steps, label):
+        if record["step"] % EVALUATE_EVERY == 0:
+            look(record)
+    return trained
