@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Everything a developer or a newcomer runs, from nothing but Python 3.11 or newer.
+
+    python3 dev.py demo      set up, then the demo (about a minute)
+    python3 dev.py test      set up, then the tests; further words go to pytest
+    python3 dev.py check     set up, then ruff and mypy
+
+Each makes .venv if there is none, installs the package with what the target needs, and stamps what it installed, so that a
+second call starts at once. Only the standard library is used here.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+MINIMUM = (3, 11)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one target; returns its exit code."""
+    if sys.version_info < MINIMUM:
+        print(f"dev.py: this is Python {sys.version.split()[0]}; Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.", file=sys.stderr)
+        return 2
+    targets = {"demo": demo, "test": test, "check": check}
+    if not arguments or arguments[0] not in targets:
+        asked = f"no target {arguments[0]!r}. " if arguments and arguments[0] not in ("-h", "--help") else ""
+        print(f"dev.py: {asked}Usage:\n{(__doc__ or '').partition(chr(10) * 2)[2].rstrip()}", file=sys.stderr if asked else sys.stdout)
+        return 2 if asked else 0
+    try:
+        return targets[arguments[0]](arguments[1:])
+    except subprocess.CalledProcessError as error:
+        print(f"dev.py: set-up failed (exit {error.returncode}): {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo(arguments: list[str]) -> int:
+    """The demo, into runs/demo."""
+    set_up()
+    return run("-m", "klrl_edu", "demo", *arguments)
+
+
+def test(arguments: list[str]) -> int:
+    """The tests, on all cores, one torch thread each."""
+    set_up("test")
+    return run("-m", "pytest", "-n", "auto", "--dist", "worksteal", *arguments)
+
+
+def check(arguments: list[str]) -> int:
+    """Style and types."""
+    set_up("dev")
+    return max(run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", "."), run("-m", "mypy"))
+
+
+def run(*arguments: str) -> int:
+    """Runs the environment's Python from the root, one thread a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    return subprocess.run([PYTHON, *arguments], cwd=ROOT, env=environment, check=False).returncode
+
+
+def set_up(extra: str = "") -> None:
+    """Makes the environment and installs the package with one extra, unless the stamp says that this was done."""
+    stamp = VENV / f"klrl-{extra or 'core'}.stamp"
+    wanted = fingerprint()
+    if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    if not PYTHON.exists():
+        print(f"making {VENV.name} with Python {sys.version.split()[0]} …", flush=True)
+        venv.create(VENV, with_pip=True)
+    print(f"installing klrl_edu{f'[{extra}]' if extra else ''} (the first time takes a few minutes: torch is large) …", flush=True)
+    package = f".[{extra}]" if extra else "."
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", "-e", package]
+    subprocess.run(command, cwd=ROOT, check=True)
+    stamp.write_text(wanted)
+
+
+def fingerprint() -> str:
+    """What an installation depends on: pyproject.toml, constraints.txt and the Python in use."""
+    content = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    return hashlib.sha256(content + sys.version.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
