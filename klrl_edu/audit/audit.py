@@ -2,8 +2,8 @@
 
     E[g] = Σ_batches Π_i π(y_i) · ∇loss(y_1 … y_B),    Var g = E‖g − E g‖²                                         (1)
 
-The loss is differentiated by its token log-probabilities [B,T], and that is contracted with their Jacobian ∂ log π(y_t|y_<t)/∂θ,
-computed once. S supported sequences, B batch size, T tokens, P parameters.
+The loss is differentiated by its token log-probabilities [B,T] (and its full distributions [B,T,V], if it asks for them), and that
+is contracted with their Jacobian ∂ log π(y_t|y_<t)/∂θ, computed once. S supported sequences, B batch size, T tokens, P parameters.
 """
 
 import itertools
@@ -16,9 +16,11 @@ from torch import Tensor
 from klrl_edu.audit.report import AuditReport, total_variance
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_same_space
+from klrl_edu.evaluation.compare import support_log_mass
 from klrl_edu.learning import losses
-from klrl_edu.learning.batches import Batch, Loss, needs_of, score_batch
+from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of, score_batch
 from klrl_edu.models.contract import LanguageModel, enumerate_support, readable_count, sequence_log_probs
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem
@@ -47,6 +49,8 @@ def audit_gradient(loss: Loss, policy: LanguageModel, problem: Problem, *, batch
     check_same_space(policy.space, problem.space, "policy and problem")
     check_count(batch_size, "batch_size")
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("the policy has no trainable parameters, so there is no gradient; call policy.requires_grad_(True).")
     support = enumerate_support(policy, max_executions, problem.prompt)
     wants_support = "support" in needs_of(loss)
     executions = 1 if wants_support else len(support) ** batch_size
@@ -56,12 +60,13 @@ def audit_gradient(loss: Loss, policy: LanguageModel, problem: Problem, *, batch
             f"{max_executions:,}; take a smaller batch_size or space, or raise max_executions."
         )
     whole = score_batch(policy, [problem], [support.tokens], distributions="distributions" in needs_of(loss))
-    jacobian = _jacobian(whole.log_probs, parameters)
+    sampled = {"log_probs": whole.log_probs} if whole.log_dists is None else {"log_probs": whole.log_probs, "log_dists": whole.log_dists}
+    jacobians = {name: _jacobian(log_probs, parameters) for name, log_probs in sampled.items()}
     if wants_support:
-        values, log_weight = _batch_gradient(loss, whole, torch.arange(len(support)), jacobian)[None], torch.zeros(1, dtype=torch.float64)
+        values, log_weight = _batch_gradient(loss, whole, torch.arange(len(support)), jacobians)[None], torch.zeros(1, dtype=torch.float64)
     else:
         batches = torch.tensor(list(itertools.product(range(len(support)), repeat=batch_size)))
-        values = torch.stack([_batch_gradient(loss, whole, batch, jacobian) for batch in batches])
+        values = torch.stack([_batch_gradient(loss, whole, batch, jacobians) for batch in batches])
         log_weight = support.log_weights[batches].sum(-1)
     mean = torch.exp(log_weight) @ values
     return AuditReport(
@@ -98,21 +103,26 @@ def audit_value(estimator: Callable[[Tensor], Tensor], policy: LanguageModel, pr
             raise InputError(f"the estimator returned shape {list(values.shape)}; expected {list(log_pi.shape)}, one estimate a log-ratio.")
         mean = logspace.expectation(log_pi, values).reshape(1)
         variance = total_variance(log_pi, values[:, None], mean) / batch_size
-    targets = {"reverse_kl": logspace.kl_divergence(log_pi, log_q).reshape(1), "forward_kl": _forward_kl(log_pi, log_q).reshape(1)}
+    targets = {
+        "reverse_kl": logspace.kl_divergence(log_pi, log_q).reshape(1),
+        "forward_kl": _forward_kl(log_pi, log_q, support.tokens, problem).reshape(1),
+    }
     return AuditReport(_name(estimator), mean, variance, targets, "nats", batch_size, len(support), time.perf_counter() - started)
 
 
-def _forward_kl(log_pi: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q‖π) on π's support; the rest of q, if any, has π = 0 and makes it infinite."""
-    missing = 1 - torch.exp(log_q).sum()
-    if missing > 1e-9:
-        return torch.full_like(missing, torch.inf)
+def _forward_kl(log_pi: Tensor, log_q: Tensor, tokens: Tensor, problem: Problem) -> Tensor:
+    """KL(q‖π) on π's support, `tokens` [S,T]; mass of q elsewhere, however little, has π = 0 and makes it infinite."""
+    with torch.no_grad():
+        missed = support_log_mass(problem.prior, tokens, PrefixTrie(problem.space, tokens), problem.prompt)[1]
+    if missed > -torch.inf:
+        return torch.full_like(missed, torch.inf)
     return logspace.kl_divergence(log_q, log_pi)
 
 
 def _jacobian(log_probs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """∂ log_probs[s,t]/∂θ -> [S,T,P]."""
-    rows = [_flat_gradient(entry, parameters) for entry in log_probs.reshape(-1)]
+    """∂ log_probs[s,t]/∂θ -> [S,T,P], or of full distributions [S,T,V] -> [S,T,V,P], where −inf stays −inf and has derivative 0."""
+    flat = log_probs.reshape(-1)
+    rows = [_flat_gradient(entry if alive else entry.detach(), parameters) for entry, alive in zip(flat, flat.detach() > -torch.inf, strict=True)]
     return torch.stack(rows).reshape(*log_probs.shape, -1)
 
 
@@ -123,19 +133,26 @@ def _flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.reshape(-1).double() for gradient in gradients])
 
 
-def _batch_gradient(loss: Loss, whole: Batch, rows: Tensor, jacobian: Tensor) -> Tensor:
-    """∇_θ of the loss on the batch of sequences `rows` [B] -> [P]."""
+def _batch_gradient(loss: Loss, whole: Batch, rows: Tensor, jacobians: dict[str, Tensor]) -> Tensor:
+    """∇_θ of the loss on the batch of sequences `rows` [B] -> [P], by the chain rule through each field that has a Jacobian."""
     picked = {name: None if (value := getattr(whole, name)) is None else value.detach()[rows] for name in Batch.__dataclass_fields__}
-    leaves = [picked[name].requires_grad_() for name in ("log_probs", "log_dists") if picked[name] is not None]  # type: ignore[union-attr]
-    (gradient,) = torch.autograd.grad(loss(Batch(**picked)), leaves[:1])  # type: ignore[arg-type]
-    return torch.einsum("bt,btp->p", gradient, jacobian[rows])
+    leaves = [picked[name].requires_grad_() for name in jacobians]  # type: ignore[union-attr]
+    value = loss(Batch(**picked))  # type: ignore[arg-type]
+    check_loss(value)
+    gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+    parts = [gradient.reshape(-1) @ jacobian[rows].flatten(0, -2) for gradient, jacobian in zip(gradients, jacobians.values(), strict=True)]
+    return torch.stack(parts).sum(0)
 
 
 def _targets(policy: LanguageModel, problem: Problem, whole: Batch, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """The gradients a loss may be meant to have, by autograd through the enumerated distributions."""
     log_pi = whole.log_probs.sum(-1)
     log_q = whole.prior_log_probs.sum(-1)
-    values = {"objective": losses.exact(whole), "reverse_kl": logspace.kl_divergence(log_pi, log_q), "forward_kl": _forward_kl(log_pi, log_q)}
+    values = {
+        "objective": losses.exact(whole),
+        "reverse_kl": logspace.kl_divergence(log_pi, log_q),
+        "forward_kl": _forward_kl(log_pi, log_q, whole.tokens, problem),
+    }
     return {name: _flat_gradient(value, parameters) for name, value in values.items() if bool(torch.isfinite(value))}
 
 

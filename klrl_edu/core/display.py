@@ -1,6 +1,7 @@
 """How results look as text and in notebooks: one plain table, one number format."""
 
 import html
+import unicodedata
 from collections.abc import Sequence
 
 Cell = str | int | float | None
@@ -18,7 +19,7 @@ def format_number(value: Cell, digits: int = 6) -> str:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], digits: int = 6) -> str:
     """A table in plain text: text to the left, numbers to the right."""
     cells = [list(header), *([format_number(cell, digits) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
     numeric = [all(not isinstance(row[column], str) for row in rows) for column in range(len(header))]
     lines = ["  ".join(_pad(cell, width, right) for cell, width, right in zip(row, widths, numeric, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
@@ -32,4 +33,10 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], digits: in
 
 
 def _pad(cell: str, width: int, right: bool) -> str:
-    return cell.rjust(width) if right else cell.ljust(width)
+    blank = " " * (width - _width(cell))
+    return blank + cell if right else cell + blank
+
+
+def _width(cell: str) -> int:
+    """Columns on a terminal: wide East Asian characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in cell)

@@ -81,18 +81,22 @@ class Posterior:
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, count: int = _SHOWN) -> str:
+        """The value, log Z and the `count` most probable sequences as plain text."""
         head = f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}: log Z = {float(self.log_evidence):.12g} nats, "
         head += f"λ log Z = {float(self.value):.12g}"
         if self.support is None:
             return head
-        more = len(self.support.tokens) - _SHOWN
-        return f"{head}\n{text_table(*self._table())}" + (f"\n… and {more:,} more" if more > 0 else "")
+        more = len(self.support.tokens) - count
+        return f"{head}\n{text_table(*self._table(count))}" + (f"\n… and {more:,} more" if more > 0 else "")
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table()) if self.support is not None else f"<p>{self}</p>"
+        return html_table(*self._table(_SHOWN)) if self.support is not None else f"<p>{self}</p>"
 
-    def _table(self) -> tuple[list[str], list[tuple[str, float, float, float]]]:
-        return ["sequence", "prior", "reward", "posterior"], self.rows(_SHOWN)
+    def _table(self, count: int) -> tuple[list[str], list[tuple[str, float, float, float]]]:
+        return ["sequence", "prior", "reward", "posterior"], self.rows(count)
 
 
 @torch.no_grad()
@@ -116,6 +120,19 @@ def posterior(problem: Problem, method: Literal["auto", "enumeration", "soft_bel
         return _by_soft_bellman(problem, support)
     model = SequenceTable(problem.space, support.tokens, tilted.log_posterior)
     return Posterior(problem, model, tilted.value, tilted.log_evidence, "enumeration", support)
+
+
+def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> SequenceTable:
+    """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ > 0, and its limit at λ = inf.
+
+    Hard rewards leave the policy gradient undefined elsewhere: `restrict_to_support(policy, feasible_prior(problem))`.
+
+    Raises:
+        As `posterior`.
+    """
+    support = problem_support(problem, max_sequences)
+    feasible = support.rewards > -math.inf
+    return SequenceTable(problem.space, support.tokens[feasible], support.log_prior[feasible])
 
 
 def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:

@@ -5,9 +5,12 @@ Exit 0: done; 1: a check failed; 2: bad input, in one line with the remedy; 130:
 
 import contextlib
 import csv
+import functools
 import io
+import math
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +22,7 @@ from tqdm import tqdm
 
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.core.errors import KlrlError
+from klrl_edu.core.validation import check_count
 from klrl_edu.evaluation.compare import compare as compare_models
 from klrl_edu.evaluation.records import Record, write_atomically
 from klrl_edu.exact.posterior import Posterior
@@ -70,7 +74,7 @@ def posterior(
     file: Annotated[str, tyro.conf.Positional],
     /,
     *,
-    kl_coef: float | None = None,
+    kl_coef: float = 1.0,
     separator: str = " ",
     normalize: bool = False,
     count: int = 20,
@@ -84,19 +88,20 @@ def posterior(
 
     Args:
         file: the table, or four-sentences, surnames.
-        kl_coef: λ, at least 0; 1 for a table unless given.
+        kl_coef: λ, at least 0 (0: reward only; inf: the prior).
         separator: between words; "" reads sentences as characters.
         normalize: the table holds weights, not probabilities.
         count: sequences to print and draw.
         out: where to write.
     """
     source = ProblemSource(file, kl_coef, separator, normalize)
+    check_count(count, "count")
     target = exact_posterior(source.load())
     directory = claim_directory(out, "posterior")
     say = _speaker(quiet)
     rows = target.rows()
     prior_side, self_side = compare_models(target.problem.prior, target), compare_models(target.model, target)
-    say(str(target))
+    say(target.text(count))
     say(f"E[r]: prior {prior_side.expected_reward:.12g}, posterior {self_side.expected_reward:.12g};  KL(π*‖q) = {self_side.kl_to_prior:.12g} nats")
     _write_posterior_csv(directory / "posterior.csv", rows)
     _draw_posterior(target, directory / "posterior", count)
@@ -120,10 +125,10 @@ def train(
     *,
     model: ModelName = "lstm",
     loss: LossName = "rloo",
-    kl_coef: float | None = None,
+    kl_coef: float = 1.0,
     steps: int = 500,
     batch_size: int = 64,
-    lr: float = 1e-2,
+    lr: float = 3e-3,
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     seed: int = 0,
     device: DeviceName = "auto",
@@ -134,17 +139,17 @@ def train(
 ) -> None:
     """Trains a policy towards the exact posterior of a table or of a standing problem, and compares them.
 
-    The policy is restricted to the posterior's support, and says so. Writes config.json, metrics.jsonl (a record a step), metrics.csv,
-    policy.pt, result.json (start, end: the comparison's metrics; steps_done; interrupted) and training.png/.pdf.
+    The policy is restricted to the sequences with prior mass and a finite reward, and says so. Writes config.json, metrics.jsonl
+    (a record a step), metrics.csv, policy.pt, result.json (start, end: the comparison's metrics; steps_done; interrupted) and training.png/.pdf.
 
     Args:
         problem: a table (CSV or JSON), or four-sentences, surnames.
         model: table is a copy of the prior; the others are fresh networks.
         loss: exact (the gradient of J, no sampling), reinforce, or rloo.
-        kl_coef: λ, at least 0; 1 for a table unless given.
+        kl_coef: λ, at least 0 (0: reward only; inf: the prior).
         steps: updates.
         batch_size: sequences a step.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate; gradients are clipped to norm 1.
         schedule: of the learning rate.
         seed: of weights and samples.
         device: auto takes CUDA where there is one; cuda by name never falls back.
@@ -159,9 +164,10 @@ def train(
     loaded.prior.to(where)
     target = exact_posterior(loaded)
     policy = build_policy(model, target, seed)
-    loop = train_steps(policy, loaded, LOSSES[loss], steps=steps, draw=draw, batch_size=batch_size, lr=lr, schedule=SCHEDULES[schedule])
+    start = comparison_metrics(policy, target)
+    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "schedule": SCHEDULES[schedule], "max_grad_norm": 1.0}
+    loop = train_steps(policy, loaded, LOSSES[loss], draw=draw, **options)  # type: ignore[arg-type]
     first = next(loop, None)  # bad arguments surface here, before anything is written
-    start = comparison_metrics(build_policy(model, target, seed), target)
     directory = claim_directory(fresh_directory(out, "train"), "train")
     config = {
         "command": "train",
@@ -171,12 +177,12 @@ def train(
     }
     writer = RunWriter(directory, config, None if problem in EXAMPLES else Path(problem))
     say = _speaker(quiet)
-    support = target.enumerated().tokens
-    say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the posterior's support: ")
-    say(f"{len(support):,} of {loaded.space.size:,} sequences; exact λ log Z = {float(target.value):.12g}")
+    feasible = int((target.enumerated().rewards > -math.inf).sum())
+    say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the {feasible:,} of {loaded.space.size:,}")
+    say(f"sequences with prior mass and a finite reward; exact λ log Z = {float(target.value):.12g}")
     every = max(1, steps // _EVALUATIONS)
     writer.record({"step": 0, **start})
-    stopped: BaseException | None = None
+    stopped: KeyboardInterrupt | KlrlError | None = None
     try:
         for record in _progress(quiet)(_chain(first, loop), steps, "training"):
             if record["step"] % every == 0 or record["step"] == steps:
@@ -192,7 +198,8 @@ def train(
         print(f"klrl: interrupted after step {len(writer.history) - 1}; metrics and weights so far are in {directory}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
     if stopped is not None:
-        raise type(stopped)(*stopped.args) if not isinstance(stopped, KlrlError) else _located(stopped, directory)
+        stopped.args = (f"{stopped} Metrics and weights so far are in {directory}.", *stopped.args[1:])
+        raise stopped
 
 
 def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None = None, quiet: Quiet = False) -> None:
@@ -240,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     torch.set_num_threads(1)
     _speak_utf8()
+    warnings.showwarning = _note
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except KlrlError as error:
@@ -274,7 +282,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _deferred(command: Callable[..., None], parsed: list[Callable[[], None]]) -> Callable[..., None]:
     """The command with its work put off until parsing is over, so that only tyro's own words are captured."""
-    import functools
 
     @functools.wraps(command)
     def later(*args: Any, **kwargs: Any) -> None:
@@ -284,19 +291,21 @@ def _deferred(command: Callable[..., None], parsed: list[Callable[[], None]]) ->
 
 
 def _one_line(boxed: str) -> str:
-    """The words inside a box, up to its first rule."""
-    inner = [line.strip("│╭╮╰╯ ") for line in boxed.splitlines()]
-    words = []
-    for line in inner[1:]:
-        if line.startswith("───"):
-            break
-        words.append(line)
-    return " ".join(word for word in words if word) or "bad arguments"
+    """The words inside a box up to its first rule, and the suggestion after it if there is one."""
+    lines = [line.strip("│╭╮╰╯ ") for line in boxed.splitlines()[1:]]
+    parts = " ".join("\n" if line.startswith("───") else line for line in lines if line).split("\n")
+    said = [part.strip() for part in parts if part is parts[0] or part.strip().startswith("Perhaps you meant")]
+    return "; ".join(part for part in said if part) or "bad arguments"
 
 
 def _refuse(message: str) -> int:
     print("klrl: " + " ".join(message.split("\n")), file=sys.stderr)
     return BAD_INPUT
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Warnings as one line, without the place in the code."""
+    print(f"klrl: note: {message}", file=sys.stderr)
 
 
 def _speak_utf8() -> None:
@@ -321,11 +330,6 @@ def _chain(first: Record | None, rest: Iterable[Record]) -> Iterable[Record]:
     if first is not None:
         yield first
     yield from rest
-
-
-def _located(error: KlrlError, directory: Path) -> KlrlError:
-    error.args = (f"{error.args[0]} Metrics and weights so far are in {directory}.", *error.args[1:])
-    return error
 
 
 def _write_posterior_csv(path: Path, rows: list[tuple[str, float, float, float]]) -> None:
@@ -354,13 +358,9 @@ def _finish_training(
     )
     with plots.publication_style():
         figure, (divergences, objective) = plots.new_figure(2)
-        for metric, label, colour in (("reverse_kl", "KL(π‖π*)", plots.VERMILION), ("forward_kl", "KL(π*‖π)", plots.GREEN)):
-            divergences.plot(writer.history.steps(metric), writer.history[metric], label=label, color=colour, marker=".")
-        divergences.set(yscale="log", xlabel="training step", ylabel="nats a sequence")
-        divergences.legend()
-        objective.plot(writer.history.steps("exact_objective"), writer.history["exact_objective"], color=plots.VERMILION, marker=".", label="J(π)")
+        plots.plot_metrics(writer.history, {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}, divergences, ylabel="nats a sequence", log=True)
+        plots.plot_metrics(writer.history, {"exact_objective": "J(π)"}, objective, ylabel="reward units")
         objective.axhline(float(target.value), color=plots.POSTERIOR_COLOUR, linestyle="--", label="λ log Z, the most there is")
-        objective.set(xlabel="training step", ylabel="reward units")
         objective.legend(loc="lower right")
         plots.save_figure(figure, directory / "training")
 

@@ -120,20 +120,20 @@ def draw_four_sentences(target: Posterior, runs: dict[str, Trained], collapsed: 
         figure, (bars, curves, collapse) = plots.new_figure(3, 3.6, 3.0)
         plots.plot_posterior(target, {f"trained {name}": run.policy for name, run in runs.items()}, bars)
         bars.set_title("Posterior π* ∝ q·exp(r/λ), λ = 1")
-        plots.plot_metric({name: run.history for name, run in runs.items()}, ax=curves, label="KL(π‖π*) in nats")
+        plots.plot_runs({name: run.history for name, run in runs.items()}, ax=curves, ylabel="KL(π‖π*) in nats")
         curves.set_title("RLOO reaches it from samples")
-        entropies = {"λ = 1": runs["LSTM"].entropy, "λ = 0 (no KL term)": collapsed.entropy}
-        plots.plot_lines(collapsed.steps, entropies, collapse)
+        entropies = {"λ = 1": (runs["LSTM"].steps, runs["LSTM"].entropy), "λ = 0 (no KL term)": (collapsed.steps, collapsed.entropy)}
+        plots.plot_lines(entropies, collapse, xlabel="training step", ylabel="entropy of the LSTM in nats")
         collapse.axhline(float(logspace.entropy(target.log_probs)), color=plots.POSTERIOR_COLOUR, linestyle="--", linewidth=1, label="entropy of π*")
         collapse.legend()
-        collapse.set(xlabel="training step", ylabel="entropy of the LSTM in nats", ylim=(0, None))
+        collapse.set_ylim(0, None)
         collapse.set_title("Reward alone collapses")
         return plots.save_figure(figure, path)
 
 
 def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
     """Part 3: the posterior of US surnames under a reward on their spelling, and a network trained to it."""
-    problem = surnames()
+    problem = surnames(kl_coef=0.5)
     target = posterior(problem)
     support = target.enumerated()
     say(f"3. Real text: the {len(support.tokens):,} most frequent US surnames (census 1990), spelled as characters; reward 1 where the spelling")
@@ -170,7 +170,7 @@ def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:
         figure, (bars, curve) = plots.new_figure(2, 4.4, 4.2)
         plots.plot_posterior(target, {"trained LSTM": run.policy}, bars, count=16)
         bars.set_title("US surnames, rewarded for -son, -sen, -man")
-        plots.plot_metric({"LSTM": run.history}, ax=curve, label="KL(π‖π*) in nats, over all names")
+        plots.plot_runs({"LSTM": run.history}, ax=curve, ylabel="KL(π‖π*) in nats, over all names")
         curve.set_title("An LSTM trained by RLOO, λ = ½")
         return plots.save_figure(figure, path)
 

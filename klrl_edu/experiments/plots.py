@@ -3,12 +3,16 @@
 Every function takes `ax=None` and returns the Axes; none shows a window. Import sets nothing global.
 """
 
+import math
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,14 +40,22 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
 }
+# matplotlib's own font lacks these scripts; it asks the next family for a glyph that one does not have
+_OTHER_SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "SimHei", "Malgun Gothic", "Arial Unicode MS"),
+    *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai"),
+)
+_MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 
 @contextmanager
 def publication_style() -> Iterator[None]:
     """The style of every picture here, for the length of a `with` block."""
-    with mpl.rc_context(_STYLE):
+    installed = set(font_manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in _OTHER_SCRIPTS if name in installed)]
+    with mpl.rc_context({**_STYLE, "font.family": families}):
         yield
 
 
@@ -55,10 +67,19 @@ def new_figure(columns: int = 1, width: float = 3.4, height: float = 2.8) -> tup
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Writes `path` as .png and, beside it, as vector .pdf; returns both."""
+    """Writes `path` as .png and, beside it, as vector .pdf; returns both. Warns once where no installed font has a character."""
     paths = [path.with_suffix(".png"), path.with_suffix(".pdf")]
-    for one in paths:
-        figure.savefig(one, metadata={"CreationDate": None} if one.suffix == ".pdf" else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one_path in paths:
+            figure.savefig(one_path, metadata={"CreationDate": None} if one_path.suffix == ".pdf" else None)
+    missing = dict.fromkeys(match[1] for one in caught if (match := _MISSING_GLYPH.match(str(one.message))))
+    if missing:
+        shown = "".join(chr(int(code)) for code in list(missing)[:8])
+        warnings.warn(f"no installed font has {shown!r}: {path.name} shows boxes there. Install a font such as Noto Sans CJK.", stacklevel=2)
+    for one in caught:
+        if not _MISSING_GLYPH.match(str(one.message)):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return paths
 
 
@@ -89,33 +110,35 @@ def plot_posterior(posterior: Posterior, policies: Mapping[str, LanguageModel] |
     return ax
 
 
-def plot_metric(
-    histories: Mapping[str, History], metric: str = "reverse_kl", ax: Axes | None = None, *, label: str | None = None, log: bool = True
-) -> Axes:
+def plot_runs(histories: Mapping[str, History], metric: str = "reverse_kl", ax: Axes | None = None, *, ylabel: str, log: bool = True) -> Axes:
     """One metric of several runs against the step.
 
     Args:
         histories: name -> History.
         metric: a name that the histories recorded, e.g. "reverse_kl" (nats a sequence).
-        label: of the vertical axis; the metric's name by default.
+        log: a logarithmic axis, where there is anything positive to show.
     """
+    lines = {name: (history.steps(metric), history[metric]) for name, history in histories.items()}
+    return plot_lines(lines, ax, xlabel="training step", ylabel=ylabel, log=log)
+
+
+def plot_metrics(history: History, metrics: Mapping[str, str], ax: Axes | None = None, *, ylabel: str, log: bool = False) -> Axes:
+    """Several metrics (name -> label) of one run against the step."""
+    lines = {label: (history.steps(metric), history[metric]) for metric, label in metrics.items()}
+    return plot_lines(lines, ax, xlabel="training step", ylabel=ylabel, log=log)
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str, ylabel: str, log: bool = False
+) -> Axes:
+    """Named lines (x, y), told apart by colour and marker; infinities leave gaps."""
     ax = _axes(ax)
-    for (name, history), colour, marker in zip(histories.items(), POLICY_COLOURS, _MARKERS, strict=False):
-        steps = history.steps(metric)
-        ax.plot(steps, history[metric], label=name, color=colour, marker=marker, markersize=3, markevery=max(1, len(steps) // 8))
-    if log:
+    for (name, (x, y)), colour, marker in zip(lines.items(), POLICY_COLOURS, _MARKERS, strict=False):
+        shown = [value if math.isfinite(value) else math.nan for value in y]
+        ax.plot(x, shown, label=name, color=colour, marker=marker, markersize=3, markevery=max(1, len(x) // 8))
+    if log and any(0 < value < math.inf for _, y in lines.values() for value in y):
         ax.set_yscale("log")
-    ax.set_xlabel("training step")
-    ax.set_ylabel(label or metric)
-    ax.legend()
-    return ax
-
-
-def plot_lines(x: Sequence[float], lines: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
-    """Named lines over one horizontal axis, told apart by colour and marker."""
-    ax = _axes(ax)
-    for (name, values), colour, marker in zip(lines.items(), POLICY_COLOURS, _MARKERS, strict=False):
-        ax.plot(x, values, label=name, color=colour, marker=marker, markersize=3, markevery=max(1, len(x) // 8))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax
 

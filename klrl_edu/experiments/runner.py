@@ -19,10 +19,9 @@ from klrl_edu.core.display import Cell
 from klrl_edu.core.errors import CheckpointError, InputError
 from klrl_edu.evaluation.compare import Comparison, compare
 from klrl_edu.evaluation.records import History, json_line, jsonable, load_checkpoint, save_checkpoint, write_atomically
-from klrl_edu.exact.posterior import Posterior, posterior
+from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Loss
-from klrl_edu.learning.training import copy_of_prior
 from klrl_edu.models.contract import LanguageModel, restrict_to_support
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.transformer import TransformerModel
@@ -42,12 +41,12 @@ class ProblemSource:
 
     Args:
         name: an example's name or a path.
-        kl_coef: λ; None takes the example's own (1 for a table).
+        kl_coef: λ.
         separator, normalize: how to read a table.
     """
 
     name: str
-    kl_coef: float | None = None
+    kl_coef: float = 1.0
     separator: str = " "
     normalize: bool = False
 
@@ -61,8 +60,7 @@ class ProblemSource:
             return example(self.name, self.kl_coef)
         if not Path(self.name).exists():
             raise InputError(f"{self.name!r} is neither a file nor a standing problem ({', '.join(EXAMPLES)}); check the spelling.")
-        kl_coef = 1.0 if self.kl_coef is None else self.kl_coef
-        return load_table(self.name, kl_coef, separator=self.separator, normalize=self.normalize)
+        return load_table(self.name, self.kl_coef, separator=self.separator, normalize=self.normalize)
 
 
 def claim_directory(out: Path, command: str) -> Path:
@@ -137,18 +135,17 @@ def pick_device(name: DeviceName) -> torch.device:
 
 
 def build_policy(name: ModelName, target: Posterior, seed: int) -> LanguageModel:
-    """An untrained policy on the posterior's support: a copy of the prior for "table", else a network restricted to the support of π*."""
+    """An untrained policy on the sequences with prior mass and a finite reward: a copy of q there for "table", else a restricted network."""
     problem = target.problem
     space, device = problem.space, target.enumerated().tokens.device
+    allowed = feasible_prior(problem)
     if name == "table":
-        table = copy_of_prior(problem)
-        hard = bool((target.enumerated().rewards == -torch.inf).any())
-        return restrict_to_support(table, target.model) if hard else table
+        return allowed
     size = 0 if problem.prompt is None else len(problem.prompt)
     network: LanguageModel = (
         TransformerModel(space, max_prompt=size, seed=seed) if name == "transformer" else RecurrentModel(space, cell=name, seed=seed)
     )
-    return restrict_to_support(network.to(device), target.model)
+    return restrict_to_support(network.to(device), allowed)
 
 
 class RunWriter:

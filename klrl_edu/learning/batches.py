@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core.draws import Draw
-from klrl_edu.core.errors import UnsupportedPolicyError
+from klrl_edu.core.errors import InputError, UnsupportedPolicyError
 from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, sample, token_log_probs
 from klrl_edu.problems.problem import Problem
 
@@ -49,6 +49,16 @@ class Batch:
 
 Loss = Callable[[Batch], Tensor]
 """Batch -> scalar to minimise; one contract for training and for the audit. A loss with parameters of its own is an nn.Module."""
+
+
+def check_loss(value: Tensor) -> None:
+    """Refuses what a loss must not return: anything but a scalar tensor that carries a gradient."""
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"the loss returned {got}; a Loss maps a Batch to a scalar tensor.")
+    if not value.requires_grad:
+        raise InputError("the loss carries no gradient; build it from batch.log_probs without .detach().")
+
 
 AnyLoss = TypeVar("AnyLoss", bound=Loss)
 _NEEDS = "_klrl_needs"
@@ -106,7 +116,7 @@ def _score(policy: LanguageModel, problem: Problem, tokens: Tensor, index: int, 
         prior_log_probs = token_log_probs(problem.prior, tokens, prompt)
         _refuse_unsupported(problem, tokens, prior_log_probs.sum(-1), "the prior gives it no mass", "restrict_to_support(policy, problem.prior)")
         rewards = problem.token_rewards(tokens)
-        _refuse_unsupported(problem, tokens, rewards.sum(-1), "its reward is -inf", "restrict_to_support(policy, posterior(problem).model)")
+        _refuse_unsupported(problem, tokens, rewards.sum(-1), "its reward is -inf", "restrict_to_support(policy, feasible_prior(problem))")
     return Batch(
         tokens=tokens,
         live=problem.space.live(tokens),

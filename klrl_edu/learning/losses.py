@@ -8,6 +8,7 @@ N sequences, T tokens. Williams (1992); Kool et al. (2019); Ahmadian et al. (202
 import torch
 from torch import Tensor
 
+from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.learning.batches import Batch, needs
 
@@ -26,8 +27,8 @@ def exact(batch: Batch) -> Tensor:
     """
     log_prob = batch.log_probs.sum(-1)
     log_ratio = log_prob - batch.prior_log_probs.sum(-1)  # u [N], nats
-    terms = torch.exp(log_prob) * (batch.rewards.sum(-1) - batch.kl_coef * log_ratio)
-    return -terms.sum() / (batch.group.max() + 1)
+    objective = logspace.expectation(log_prob, batch.rewards.sum(-1) - batch.kl_coef * log_ratio)  # a sequence that π never gives counts 0
+    return -objective / (batch.group.max() + 1)
 
 
 def reinforce(batch: Batch, baseline: float | Tensor = 0.0) -> Tensor:

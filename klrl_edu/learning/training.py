@@ -21,8 +21,8 @@ from klrl_edu.evaluation.compare import compare, support_log_mass
 from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import Posterior
-from klrl_edu.learning.batches import Batch, Loss, needs_of, sample_batch, score_batch
-from klrl_edu.models.contract import LanguageModel, conditional_log_probs, ended_and_last
+from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of, sample_batch, score_batch
+from klrl_edu.models.contract import LanguageModel, conditional_log_probs, token_log_probs
 from klrl_edu.problems.problem import Problem, check_problems
 
 Schedule = Callable[[float], float]
@@ -91,13 +91,18 @@ def train_steps(
     optimizer = _adam(parameters, lr) if optimizer is None else optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     next_batch = _batches(policy, problems, loss, batch_size, draw)
+    weights = _LastGoodWeights(policy, problems, parameters)
     for step in range(1, steps + 1):
         factor = schedule((step - 1) / steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        batch = next_batch()
-        value = loss(batch)
-        _check_loss(value, step)
+        try:
+            batch = next_batch()
+            value = loss(batch)
+            _check_loss(value, step)
+        except (InputError, DivergedError):
+            weights.check(step - 1)  # did the last update break the policy?
+            raise
         optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
@@ -105,7 +110,10 @@ def train_steps(
             raise DivergedError(
                 f"step {step}: the gradient's norm is {float(norm)}; the last good weights are kept. Lower lr, or look at the loss.", step
             )
-        _guarded_step(optimizer, parameters, step)
+        weights.keep(batch)
+        optimizer.step()
+        if step == steps:
+            weights.check(step)
         yield {"step": step, "loss": float(value.detach()), "grad_norm": float(norm), "lr": rates[0] * factor, **_means(batch, loss)}
 
 
@@ -179,23 +187,28 @@ def _batches(policy: LanguageModel, problems: list[Problem], loss: Loss, size: i
     wanted = needs_of(loss)
     distributions = "distributions" in wanted
     if "support" in wanted:
-        supports = [problem_support(p) for p in problems]
-        for p, support in zip(problems, supports, strict=True):
-            _refuse_stray_mass(policy, p, support.tokens, support.trie)
-        groups = [support.tokens for support in supports]
+        groups = [_feasible_sequences(p) for p in problems]
+        for p, tokens in zip(problems, groups, strict=True):
+            _refuse_stray_mass(policy, p, tokens)
         return lambda: score_batch(policy, problems, groups, distributions=distributions)
     for p in problems:
         _refuse_unrestricted(policy, p, draw)
     return lambda: sample_batch(policy, problems, size, draw, distributions=distributions)[0]
 
 
+def _feasible_sequences(problem: Problem) -> Tensor:
+    """The sequences [K,T] of the prior's support whose reward is not −inf."""
+    support = problem_support(problem)
+    return support.tokens[support.rewards > -math.inf]
+
+
 @torch.no_grad()
-def _refuse_stray_mass(policy: LanguageModel, problem: Problem, tokens: Tensor, trie: PrefixTrie) -> None:
-    stray = float(support_log_mass(policy, tokens, trie, problem.prompt)[1].exp())
+def _refuse_stray_mass(policy: LanguageModel, problem: Problem, tokens: Tensor) -> None:
+    stray = float(support_log_mass(policy, tokens, PrefixTrie(problem.space, tokens), problem.prompt)[1].exp())
     if stray > 0:
         raise UnsupportedPolicyError(
-            f"the policy gives mass {stray:.2g} to sequences where the prior has none, so KL is infinite. "
-            "Wrap it: restrict_to_support(policy, problem.prior)."
+            f"the policy gives mass {stray:.2g} to sequences where the prior has none or the reward is -inf, so KL(policy‖posterior) is infinite. "
+            "Wrap it: restrict_to_support(policy, problem.prior), or feasible_prior(problem) in its place where rewards are -inf."
         )
 
 
@@ -204,8 +217,9 @@ def _refuse_unrestricted(policy: LanguageModel, problem: Problem, draw: Draw) ->
     """Looks at every next token along one sequence of the prior, so that a missing restriction shows before the first step."""
     tokens = problem.prior.sample(1, draw=draw, prompt=problem.prompt)
     prior, mine = (conditional_log_probs(model, tokens, problem.prompt) for model in (problem.prior, policy))
-    ended, _ = ended_and_last(problem.space, tokens)
-    stray = torch.where((prior == -math.inf) & ~ended[..., None], mine, -math.inf).exp().sum(-1)[0]
+    taken = mine.gather(-1, tokens[..., None]).squeeze(-1)
+    reached = torch.nn.functional.pad(taken.cumsum(-1), (1, -1)) > -math.inf
+    stray = torch.where((prior == -math.inf) & (reached & problem.space.live(tokens))[..., None], mine, -math.inf).exp().sum(-1)[0]
     if bool((stray > 0).any()):
         t = int((stray > 0).nonzero()[0])
         prefix = " ".join(problem.space.vocabulary[i] for i in tokens[0, :t].tolist())
@@ -216,25 +230,34 @@ def _refuse_unrestricted(policy: LanguageModel, problem: Problem, draw: Draw) ->
 
 
 def _check_loss(value: Tensor, step: int) -> None:
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"the loss returned {got}; a Loss maps a Batch to a scalar tensor.")
+    check_loss(value)
     if not bool(torch.isfinite(value)):
-        raise DivergedError(f"step {step}: the loss is {float(value)}; the last good weights are kept. Lower lr, or look at the loss.", step)
-    if not value.requires_grad:
-        raise InputError("the loss carries no gradient; build it from batch.log_probs without .detach().")
+        number = float(value.detach())
+        raise DivergedError(f"step {step}: the loss is {number}; the last good weights are kept. Lower lr, or look at the loss.", step)
 
 
-def _guarded_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], step: int) -> None:
-    """One update, taken back if it leaves a weight NaN or infinite that was finite (−inf logits of a table are zero mass, and stay)."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    optimizer.step()
-    with torch.no_grad():
-        if all(torch.equal(torch.isfinite(new), torch.isfinite(old)) for new, old in zip(parameters, before, strict=True)):
+class _LastGoodWeights:
+    """The weights before the last update, put back if that update left a policy that gives NaN."""
+
+    def __init__(self, policy: LanguageModel, problems: Sequence[Problem], parameters: Sequence[Tensor]):
+        self.policy, self.problems, self.parameters = policy, problems, parameters
+        self.kept: list[Tensor] = []
+        self.tokens: list[Tensor] = []
+
+    def keep(self, batch: Batch) -> None:
+        """Before an update: the weights, and one sequence a problem to try the policy on."""
+        self.kept = [parameter.detach().clone() for parameter in self.parameters]
+        self.tokens = [batch.tokens[batch.group == index][:1] for index in range(len(self.problems))]
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Raises DivergedError, with the kept weights back in place, if update `step` broke the policy or left a NaN among the weights."""
+        tried = [token_log_probs(self.policy, tokens, p.prompt) for p, tokens in zip(self.problems, self.tokens, strict=False)]
+        if not any(bool(torch.isnan(values).any()) for values in [*tried, *self.parameters]):
             return
-        for parameter, old in zip(parameters, before, strict=True):
+        for parameter, old in zip(self.parameters, self.kept, strict=False):
             parameter.copy_(old)
-    raise DivergedError(f"step {step}: the update made a weight NaN or infinite; the last good weights are kept. Lower lr.", step)
+        raise DivergedError(f"step {step}: its update made the policy NaN; the last good weights are back in place. Lower lr.", step)
 
 
 @torch.no_grad()
@@ -244,6 +267,7 @@ def _means(batch: Batch, loss: Loss) -> Record:
     reward, kl = batch.rewards.sum(-1), log_ratio.sum(-1)
     enumerated = "support" in needs_of(loss)
     weight = batch.log_probs.sum(-1).exp() / (batch.group.max() + 1) if enumerated else torch.full_like(reward, 1 / len(reward))
+    kl = torch.where(weight > 0, kl, 0)  # a listed sequence that π never gives has log-ratio −inf, and does not count
     means = {"reward": weight @ reward, "kl": weight @ kl, "objective": weight @ (reward - batch.kl_coef * kl)}
     length = weight @ batch.live.double().sum(-1)
     return {**{name: float(value) for name, value in means.items()}, "kl_per_token": float(weight @ kl / length)}

@@ -91,7 +91,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def select_rows(state: Any, index: Tensor) -> Any:
-    """Rows of every tensor in a nested tuple; numbers and None pass."""
+    """Rows `index` [m] of every tensor [n, …] in a nested tuple -> [m, …]; numbers and None pass."""
     if isinstance(state, Tensor):
         return state[index]
     if isinstance(state, tuple):

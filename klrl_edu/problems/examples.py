@@ -32,7 +32,7 @@ def four_sentences_policy() -> SequenceTable:
     return SequenceTable.from_texts(FOUR_POLICY, space=four_sentences_space())
 
 
-def surnames(kl_coef: float = 0.5, count: int = 1000, pattern: str = SURNAME_PATTERN) -> Problem:
+def surnames(kl_coef: float = 1.0, count: int = 1000, pattern: str = SURNAME_PATTERN) -> Problem:
     """US census surnames spelled as characters; reward 1 where the spelling matches a regular expression.
 
     Args:
@@ -46,12 +46,12 @@ def surnames(kl_coef: float = 0.5, count: int = 1000, pattern: str = SURNAME_PAT
 EXAMPLES: dict[str, Callable[..., Problem]] = {"four-sentences": four_sentences, "surnames": surnames}
 
 
-def example(name: str, kl_coef: float | None = None) -> Problem:
-    """A standing problem by its name, with its own λ unless one is given.
+def example(name: str, kl_coef: float = 1.0) -> Problem:
+    """A standing problem by its name.
 
     Raises:
         InputError: no such name; the message lists them.
     """
     if name not in EXAMPLES:
         raise InputError(f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or JSON table.")
-    return EXAMPLES[name]() if kl_coef is None else EXAMPLES[name](kl_coef)
+    return EXAMPLES[name](kl_coef)

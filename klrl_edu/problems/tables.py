@@ -1,6 +1,7 @@
 """Tables that people bring: CSV with the header `sentence,prob,reward`, or JSON.
 
-JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or the bare list.
+JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or the bare list; a separator in
+the file goes before the argument.
 Texts are NFC-normalised UTF-8 (a BOM is fine). Every refusal names file, row, value and remedy.
 """
 
@@ -39,7 +40,7 @@ def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normal
     Args:
         path: a .csv or .json file.
         kl_coef: λ ≥ 0.
-        separator: between words; "" spells sentences as characters.
+        separator: between words, unless a JSON file states its own; "" spells sentences as characters.
         normalize: accept weights instead of probabilities.
 
     Raises:
@@ -47,16 +48,19 @@ def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normal
     """
     path = Path(path)
     text = _read(path)
-    rows = _json_rows(text, path) if path.suffix.lower() == ".json" else _csv_rows(text, path)
+    if path.suffix.lower() == ".json":
+        rows, separator = _json_rows(text, path, separator)
+    else:
+        rows = _csv_rows(text, path)
     if not rows:
         raise InputError(f"{path}: the table has no rows; give at least one line of sentence,prob,reward.")
     _refuse_duplicates(rows, path, separator)
     sentences = [row.sentence for row in rows]
     try:
         probs = check_probabilities([row.prob for row in rows], "prob", normalize=normalize)
+        space = SequenceSpace.from_texts(sentences, separator=separator)
     except InputError as error:
         raise InputError(f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")) from None
-    space = SequenceSpace.from_texts(sentences, separator=separator)
     prior = SequenceTable(space, space.encode(sentences), torch.log(probs))
     # a reward where the prior has no mass is ignored, whatever it is
     rewards = {row.sentence: row.reward for row, prob in zip(rows, probs.tolist(), strict=True) if prob > 0}
@@ -99,7 +103,7 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
     return rows
 
 
-def _json_rows(text: str, path: Path) -> list[Row]:
+def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:
     def refuse_constant(name: str) -> float:
         raise InputError(f'{path}: {name} is not JSON; give finite numbers (to forbid a sentence write "-inf" in quotes).')
 
@@ -114,9 +118,18 @@ def _json_rows(text: str, path: Path) -> list[Row]:
         data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON.") from None
+    except InputError:
+        raise
+    except ValueError:  # Python refuses whole numbers of more than 4,300 digits
+        raise InputError(f"{path}: a number is too long to read; write it like 0.25 or 1e300.") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be a table; give a list of {{sentence, prob, reward}}.") from None
     entries = data.get("sentences") if isinstance(data, dict) else data
+    separator = data.get("separator", separator) if isinstance(data, dict) else separator
+    unknown = sorted(set(data) - {"sentences", "separator"}) if isinstance(data, dict) else []
+    if not isinstance(separator, str) or unknown:
+        what = f"key {_short(unknown[0])} is not known" if unknown else f"separator = {_short(separator)} is not text"
+        raise InputError(f'{path}: {what}; expected {{"sentences": [...], "separator": " "}}.')
     if not isinstance(entries, list):
         raise InputError(f'{path}: expected a list of {{"sentence", "prob", "reward"}} objects, or {{"sentences": [...]}}.')
     rows = []
@@ -126,7 +139,7 @@ def _json_rows(text: str, path: Path) -> list[Row]:
             raise InputError(f"{path}, {place}: expected an object with the keys sentence, prob, reward; got {_short(entry)}.")
         prob, reward = _number(entry["prob"], "prob", path, place), _number(entry["reward"], "reward", path, place)
         rows.append(Row(_sentence(entry["sentence"], path, place), prob, reward, place))
-    return rows
+    return rows, separator
 
 
 def _sentence(value: object, path: Path, place: str) -> str:

@@ -1,0 +1,147 @@
+"""The house keeps its order: data flows one way, and what is public is documented."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import klrl_edu
+
+ROOT = Path(klrl_edu.__file__).parent
+ORDER = ["reference", "core", "models", "problems", "exact", "estimators", "evaluation", "samplers", "learning", "audit", "theory", "experiments"]
+LAST = ["testing", "pytest_plugin", "exercises", "__main__", "__init__"]
+NEED_SHAPES = ("klrl_edu.models.", "klrl_edu.estimators.", "klrl_edu.learning.losses")
+MODULES = sorted(path.relative_to(ROOT.parent) for path in ROOT.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """klrl_edu.core.draws -> core."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports_of(source: str) -> list[str]:
+    """Every klrl_edu module that a source imports, at any depth of the code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("klrl_edu")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("klrl_edu"):
+            found += [f"{node.module}.{alias.name}" if node.module == "klrl_edu" else node.module for alias in node.names]
+    return found
+
+
+def breaches(name: str, source: str) -> list[str]:
+    """The imports of a module that point to a room below its own."""
+    here = room(name)
+    if here in LAST:
+        return []
+    allowed = set(ORDER[: ORDER.index(here) + 1]) - ({"reference"} if here != "reference" else set())
+    if here == "reference":
+        allowed = set()
+    if here == "estimators":
+        allowed = {"core", "estimators"}
+    return [target for target in imports_of(source) if room(target) not in allowed]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_a_module_imports_only_from_its_own_folder_and_those_above(path):
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    assert breaches(name, (ROOT.parent / path).read_text(encoding="utf-8")) == []
+
+
+def test_an_import_against_the_order_is_noticed():
+    assert breaches("klrl_edu.core.draws", "from klrl_edu.models.table import SequenceTable") == ["klrl_edu.models.table"]
+    assert breaches("klrl_edu.estimators.kl_values", "import klrl_edu.exact.posterior") == ["klrl_edu.exact.posterior"]
+    assert breaches("klrl_edu.reference", "def f():\n    from klrl_edu.core import logspace") == ["klrl_edu.core"]
+
+
+def test_importing_the_package_or_its_pytest_side_does_not_import_torch():
+    code = "import sys, klrl_edu; dir(klrl_edu); assert 'torch' not in sys.modules; klrl_edu.SequenceSpace; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error():
+    for name in klrl_edu.__all__:
+        assert getattr(klrl_edu, name) is not None
+    with pytest.raises(AttributeError, match="no public name 'nonsense'"):
+        klrl_edu.nonsense  # noqa: B018
+
+
+PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__}
+ALIASES = {"Loss", "Reward"}  # types: their meaning stands below them in the source, where Python keeps no docstring
+
+
+def members(name: str, thing: object) -> list[tuple[str, object]]:
+    """A public thing and, for classes and modules of ours, its public members."""
+    listed = [(name, thing)]
+    if inspect.ismodule(thing):
+        listed += [(f"{name}.{n}", m) for n, m in vars(thing).items() if inspect.isfunction(m) and m.__module__ == thing.__name__ and n[0] != "_"]
+    elif inspect.isclass(thing):
+        own = {n: m for n, m in vars(thing).items() if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property | classmethod))}
+        listed += [(f"{name}.{n}", m) for n, m in own.items() if n not in inherited_documentation(thing)]
+    return listed
+
+
+def inherited_documentation(cls: type) -> set[str]:
+    """Names that a parent documents; an override means the same."""
+    return {name for parent in cls.__mro__[1:] for name, member in vars(parent).items() if inspect.getdoc(member)}
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - ALIASES))
+def test_a_public_name_is_documented(name):
+    undocumented = [label for label, member in members(name, PUBLIC[name]) if not (inspect.getdoc(member) or "").strip()]
+    assert undocumented == []
+
+
+def test_an_undocumented_name_is_noticed():
+    class Bare:
+        def method(self):
+            return 1
+
+    assert [label for label, member in members("Bare", Bare) if not inspect.getdoc(member)] == ["Bare", "Bare.method"]
+
+
+SHAPE = re.compile(r"\[[^\]]*\]|\bscalar\b|shape")
+
+
+def shapeless() -> list[str]:
+    """Public functions of models, estimators and losses that take or give tensors and whose docstrings give no shape."""
+    missing = []
+    for path in MODULES:
+        name = ".".join(path.with_suffix("").parts)
+        if not name.startswith(NEED_SHAPES) or path.name.startswith("__"):
+            continue
+        module = importlib.import_module(name)
+        for label, member in vars(module).items():
+            ours = getattr(member, "__module__", None) == name and label[0] != "_"
+            if ours and inspect.isfunction(member) and takes_tensors(member) and not SHAPE.search(inspect.getdoc(member) or ""):
+                missing.append(f"{name}.{label}")
+    return missing
+
+
+def takes_tensors(function: object) -> bool:
+    return "Tensor" in str(inspect.signature(function)) or "Batch" in str(inspect.signature(function))
+
+
+def test_docstrings_of_models_estimators_and_losses_give_shapes():
+    assert shapeless() == []
+
+
+def test_every_module_opens_with_what_it_is():
+    bare = [
+        str(path)
+        for path in MODULES
+        if (ROOT.parent / path).read_text(encoding="utf-8").strip()
+        and not ast.get_docstring(ast.parse((ROOT.parent / path).read_text(encoding="utf-8")))
+    ]
+    assert bare == []
+
+
+def test_no_global_seed_is_set_or_drawn_from():
+    words = re.compile(r"torch\.manual_seed|np\.random\.|(?<!\.)\brandom\.(random|seed|choice)|set_default_dtype")
+    assert [str(path) for path in MODULES if words.search((ROOT.parent / path).read_text(encoding="utf-8"))] == []
