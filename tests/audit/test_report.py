@@ -1,0 +1,61 @@
+"""What a report derives from its moments, and its printed forms."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from klrl_edu.audit.audit import audit_gradient
+from klrl_edu.audit.report import AuditReport, total_variance
+from klrl_edu.learning import losses
+from klrl_edu.problems.examples import four_sentences, four_sentences_policy
+
+
+def report(mean, variance=1.0, **targets):
+    vectors = {name: torch.tensor(values, dtype=torch.float64) for name, values in targets.items()}
+    return AuditReport("mine", torch.tensor(mean, dtype=torch.float64), variance, vectors, "sequence logits", 2, 16, 0.01)
+
+
+def test_bias_cosine_and_scale_by_hand():
+    seen = report([3.0, 4.0], a=[6.0, 8.0], b=[4.0, -3.0], c=[0.0, 0.0])
+    assert seen.bias == pytest.approx({"a": 5.0, "b": math.hypot(1, 7), "c": 5.0})
+    assert seen.relative_bias == pytest.approx({"a": 0.5, "b": math.hypot(1, 7) / 5, "c": 5.0})
+    assert seen.cosine == pytest.approx({"a": 1.0, "b": 0.0, "c": math.nan}, nan_ok=True)
+    assert seen.scale == pytest.approx({"a": 0.5, "b": 0.0, "c": math.nan}, nan_ok=True)
+    assert seen.verdict == "mine follows a, scaled by 0.5."
+
+
+@pytest.mark.parametrize(
+    ("mean", "targets", "verdict"),
+    [
+        ([0.0, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
+        ([1e-12, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
+        ([1.0, 2.0], {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [2.0, 1.0]}, "mine is unbiased for a and b."),
+        ([1.0, 0.0], {"a": [-1.0, 0.0], "b": [1.0, 0.1]}, "mine is biased for all targets; nearest is b, relative bias 0.0995."),
+    ],
+)
+def test_the_verdict_in_words(mean, targets, verdict):
+    assert report(mean, **targets).verdict == verdict
+
+
+def test_one_number_is_never_called_parallel():
+    assert report([2.0], a=[1.0]).verdict == "mine is biased for all targets; nearest is a, relative bias 1."
+
+
+def test_total_variance_is_the_trace_of_the_covariance():
+    log_weight = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
+    values = torch.tensor([[0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
+    assert total_variance(log_weight, values, torch.tensor([3.0, 1.0], dtype=torch.float64)) == pytest.approx(6.0)
+
+
+def test_a_report_prints_and_serialises():
+    seen = audit_gradient(losses.rloo, four_sentences_policy(), four_sentences(), batch_size=2)
+    text = str(seen)
+    assert text.startswith("rloo is unbiased for objective.")
+    assert "sequence logits" in text
+    assert "16 outcomes enumerated" in text
+    assert "<table>" in seen._repr_html_()
+    data = json.loads(json.dumps(seen.to_dict(), allow_nan=False))
+    assert data["targets"]["objective"] == seen.targets["objective"].tolist()
+    assert data["verdict"] == seen.verdict

@@ -1,0 +1,76 @@
+"""What `posterior` returns: the method, the model, and its printed forms."""
+
+import math
+
+import pytest
+import torch
+
+from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
+from klrl_edu.models.contract import enumerate_support
+from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.examples import four_sentences, surnames
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import table_reward
+
+
+@pytest.mark.parametrize(
+    ("method", "taken", "kind"),
+    [("auto", "enumeration", SequenceTable), ("enumeration", "enumeration", SequenceTable), ("soft_bellman", "soft_bellman", PrefixTable)],
+)
+def test_it_says_which_method_it_took(method, taken, kind):
+    target = posterior(four_sentences(), method)
+    assert target.method == taken
+    assert isinstance(target.model, kind)
+    assert f"by {taken}" in str(target)
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"'magic'.*enumeration, soft_bellman"):
+        posterior(four_sentences(), "magic")
+
+
+@pytest.mark.parametrize("method", ["enumeration", "soft_bellman"])
+def test_the_model_is_a_language_model_with_the_posteriors_mass(method):
+    target = posterior(four_sentences(0.5), method)
+    seen = enumerate_support(target.model)
+    assert torch.equal(seen.tokens, target.enumerated().tokens)
+    assert seen.log_weights.tolist() == pytest.approx(target.log_probs.tolist(), abs=1e-14)
+
+
+def test_rows_come_by_falling_probability():
+    rows = posterior(four_sentences()).rows()
+    assert [row[0] for row in rows] == ["the cat", "a dog", "the dog", "a cat"]
+    assert rows[1][1:] == pytest.approx((0.1, 2.0, 0.317642414206), abs=5.1e-13)
+    assert len(posterior(four_sentences()).rows(2)) == 2
+
+
+def test_long_tables_are_cut_in_print_and_whole_in_rows():
+    target = posterior(surnames(count=25))
+    assert "… and 15 more" in str(target)
+    assert len(target.rows()) == 25
+    assert "<table>" in target._repr_html_()
+    assert target.to_dict() == {"kl_coef": 1.0, "method": "enumeration", "support_size": 25} | {
+        "value": float(target.value),
+        "log_evidence": float(target.log_evidence),
+    }
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5, math.inf])
+def test_the_feasible_prior_is_the_prior_given_that_nothing_is_forbidden(kl_coef):
+    base = four_sentences()
+    hard = table_reward({"the cat": 1.0, "the dog": -math.inf, "a cat": 0.0, "a dog": 2.0}, base.space)
+    prior = feasible_prior(Problem(base.prior, hard, kl_coef))
+    assert sorted(base.space.decode(prior.tokens)) == ["a cat", "a dog", "the cat"]
+    assert sorted(prior.log_probs.exp().tolist()) == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=1e-15)
+    with pytest.raises(InfeasibleError):
+        feasible_prior(Problem(base.prior, lambda tokens, prompt: torch.full((len(tokens),), -math.inf), kl_coef))
+
+
+def test_a_posterior_without_its_support_says_what_to_do():
+    whole = posterior(four_sentences())
+    bare = Posterior(whole.problem, whole.model, whole.value, whole.log_evidence, "elsewhere")
+    with pytest.raises(InputError, match=r"by elsewhere, without enumerating.*compare"):
+        _ = bare.log_probs
+    assert "λ log Z" in str(bare)
+    assert bare.to_dict()["support_size"] is None

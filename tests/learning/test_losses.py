@@ -1,0 +1,224 @@
+"""Losses: what each needs, the gradient of the exact one, and the baselines."""
+
+import math
+from functools import partial
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klrl_edu import reference
+from klrl_edu.core import logspace
+from klrl_edu.core.draws import seeded_draw
+from klrl_edu.core.errors import InputError, UnsupportedPolicyError
+from klrl_edu.exact.enumeration import problem_support
+from klrl_edu.exact.posterior import posterior
+from klrl_edu.learning import losses
+from klrl_edu.learning.batches import Batch, needs, needs_of, sample_batch, score_batch
+from klrl_edu.models.contract import sequence_log_probs
+from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.examples import four_sentences, four_sentences_policy
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import count_reward, table_reward
+from klrl_edu.testing import policies, problems
+from tests.exact.dictionaries import INF, assert_close, live_tuples, reward_dict, table_dict
+
+GRADIENT = [-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306]  # ∇J of t05, in sequence logits
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def whole_batch(policy, problem, **options):
+    return score_batch(policy, [problem], [problem_support(problem).tokens], **options)
+
+
+def flat_gradient(value, model):
+    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+# --- the exact loss --------------------------------------------------------------------------------------------------
+
+
+def test_the_exact_loss_has_the_gradient_of_t05():
+    policy = four_sentences_policy()
+    loss = losses.exact(score_batch(policy, [four_sentences()], [policy.tokens]))
+    assert float(loss.detach()) == pytest.approx(-(0.9 - 0.099793472091), abs=5.1e-13)
+    assert flat_gradient(loss, policy).tolist() == pytest.approx([-x for x in GRADIENT], abs=5.1e-13)
+
+
+@given(data=st.data())
+def test_the_gradient_of_the_objective_is_that_of_the_divergence_to_the_posterior(data):
+    """∇J = −λ∇KL(π‖π*), in whatever coordinates the policy has, for every problem without a hard reward."""
+    problem = data.draw(problems(forbid=False))
+    policy = data.draw(policies(problem))
+    target = posterior(problem)
+    ours = flat_gradient(-losses.exact(whole_batch(policy, problem)), policy)
+    log_pi = sequence_log_probs(policy, target.enumerated().tokens)
+    theirs = flat_gradient(-problem.kl_coef * logspace.kl_divergence(log_pi, target.log_probs), policy)
+    largest = float((target.enumerated().rewards.abs() + problem.kl_coef * target.enumerated().log_prior.abs()).max())
+    assert_close(ours, theirs, largest)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_the_gradient_is_the_references_and_the_derivative_of_j(data):
+    """In sequence logits: plain dictionaries to 1e-12, and mpmath's derivative of J(θ) in 40 digits."""
+    problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
+    tokens = problem_support(problem).tokens
+    logits = data.draw(st.lists(st.floats(-2, 2), min_size=len(tokens), max_size=len(tokens)))
+    policy = SequenceTable(problem.space, tokens, vector(*logits))
+    seen = flat_gradient(-losses.exact(whole_batch(policy, problem)), policy)
+    keys, q, r = live_tuples(problem.space, tokens), table_dict(problem.prior), reward_dict(problem)
+    pi = reference.softmax(dict(zip(keys, logits, strict=True)))
+    by_hand = reference.objective_gradient(pi, q, r, problem.kl_coef)
+    assert_close(seen, [by_hand[key] for key in keys])
+
+    def objective(shift, moved):
+        weight = {key: mpmath.exp(mpmath.mpf(x) + (shift if key == moved else 0)) for key, x in zip(keys, logits, strict=True)}
+        total = mpmath.fsum(weight.values())
+        lam = mpmath.mpf(problem.kl_coef)
+        return mpmath.fsum(w / total * (mpmath.mpf(r[key]) - lam * mpmath.log(w / total / mpmath.mpf(q[key]))) for key, w in weight.items())
+
+    with mpmath.workdps(40):
+        slopes = [float(mpmath.diff(partial(objective, moved=key), 0)) for key in keys]
+    assert_close(seen, slopes, max(abs(x) for x in r.values() if not math.isnan(x)))
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_the_gradient_by_next_token_logits_is_the_central_difference(data):
+    """PrefixTable coordinates; h = 1e-5 leaves an error of about 1e-9 for J of order 10."""
+    problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
+    policy = PrefixTable(problem.space, problem_support(problem).tokens)
+    shape = policy.logits.shape
+    with torch.no_grad():
+        policy.logits.copy_(vector(*data.draw(st.lists(st.floats(-1, 1), min_size=shape.numel(), max_size=shape.numel()))).reshape(shape))
+        edges = torch.full(shape, False)
+        edges[policy.trie.parent, policy.trie.token] = True
+        policy.logits.masked_fill_(~edges, -INF)  # on the prior's support
+    seen = flat_gradient(-losses.exact(whole_batch(policy, problem)), policy)
+    assert bool(torch.isfinite(seen).all())
+    h = 1e-5
+    for index, (logit, slope) in enumerate(zip(policy.logits.detach().view(-1), seen.tolist(), strict=True)):
+        if float(logit) == -INF:
+            assert slope == 0
+            continue
+        values = []
+        for shift in (h, -h):
+            moved = PrefixTable(problem.space, problem_support(problem).tokens, policy.logits.detach())
+            with torch.no_grad():
+                moved.logits.view(-1)[index] += shift
+            values.append(float(-losses.exact(whole_batch(moved, problem)).detach()))
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * h), abs=1e-7)
+
+
+def test_a_policy_with_zeros_on_the_support_has_a_finite_objective_and_gradient():
+    """0·(−inf) = 0: sequences that the policy never gives count nothing, at any λ."""
+    for lam in (0.0, 1.0):
+        problem = four_sentences(lam)
+        policy = SequenceTable(problem.space, problem.prior.tokens, vector(0.0, math.log(3), -INF, -INF))
+        loss = losses.exact(whole_batch(policy, problem))
+        assert float(loss.detach()) == pytest.approx(-(0.25 - lam * (0.25 * math.log(0.25 / 0.4) + 0.75 * math.log(0.75 / 0.3))), abs=1e-15)
+        assert bool(torch.isfinite(flat_gradient(loss, policy)).all())
+
+
+def test_the_exact_loss_averages_over_problems():
+    policy, parts = four_sentences_policy(), [four_sentences(lam) for lam in (0.5, 2.0)]
+    shared = [Problem(parts[0].prior, part.reward, part.kl_coef) for part in parts]
+    tokens = policy.tokens
+    joint = losses.exact(score_batch(policy, shared, [tokens, tokens]))
+    single = [losses.exact(score_batch(policy, [part], [tokens])) for part in parts]
+    assert float(joint.detach()) == pytest.approx(float(sum(single).detach()) / 2, abs=1e-15)
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+@given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=6), extra=st.lists(st.floats(-10, 10), min_size=2, max_size=4))
+def test_the_leave_one_out_mean_is_the_mean_of_the_others_in_the_group(values, extra):
+    everything = [(value, 0) for value in values] + [(value, 1) for value in extra]
+    everything = everything[::2] + everything[1::2]  # groups interleaved
+    seen = losses.leave_one_out_mean(vector(*(v for v, _ in everything)), torch.tensor([g for _, g in everything]))
+    for i, (_, group) in enumerate(everything):
+        others = [v for j, (v, g) in enumerate(everything) if g == group and j != i]
+        assert float(seen[i]) == pytest.approx(math.fsum(others) / len(others), abs=1e-13)
+
+
+def test_a_group_of_one_has_no_others_and_is_named():
+    with pytest.raises(InputError, match=r"group 1 holds one sequence.*batch_size >= 2"):
+        losses.leave_one_out_mean(vector(1.0, 2.0, 3.0), torch.tensor([0, 1, 0]))
+
+
+def test_the_penalised_reward_carries_no_gradient():
+    policy = four_sentences_policy()
+    batch = score_batch(policy, [four_sentences(2.0)], [policy.tokens])
+    reward = losses.penalised_reward(batch)
+    assert not reward.requires_grad
+    u = [math.log(p / q) for p, q in zip((0.5, 0.2, 0.1, 0.2), (0.4, 0.3, 0.2, 0.1), strict=True)]
+    assert reward.tolist() == pytest.approx([1 - 2 * u[0], -2 * u[1], -2 * u[2], 2 - 2 * u[3]], abs=1e-14)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_says_what_policy_prior_and_reward_say():
+    problem, policy = four_sentences(0.25), four_sentences_policy()
+    batch = score_batch(policy, [problem], [problem.space.encode(["a dog", "the cat"])], distributions=True)
+    assert batch.log_probs.exp().tolist() == [pytest.approx([0.3, 2 / 3]), pytest.approx([0.7, 5 / 7])]
+    assert batch.prior_log_probs.exp().tolist() == [pytest.approx([0.3, 1 / 3]), pytest.approx([0.7, 4 / 7])]
+    assert batch.rewards.tolist() == [[0.0, 2.0], [0.0, 1.0]]
+    assert batch.kl_coef.tolist() == [0.25, 0.25]
+    assert batch.group.tolist() == [0, 0]
+    assert bool(batch.live.all())
+    assert batch.log_probs.requires_grad
+    assert not batch.behaviour_log_probs.requires_grad
+    assert torch.equal(batch.behaviour_log_probs, batch.log_probs)
+    taken = batch.log_dists.gather(-1, batch.tokens[..., None]).squeeze(-1)
+    assert torch.allclose(taken, batch.log_probs, rtol=0, atol=1e-15)
+
+
+def test_after_the_end_a_batch_holds_zeros():
+    prior = SequenceTable.from_texts({"a": 0.5, "a b b": 0.5})
+    problem = Problem(prior, count_reward("a", prior.space), 1.0)
+    batch = score_batch(prior, [problem], [prior.space.encode(["a", "a b b"])])
+    assert batch.live.tolist() == [[True, True, False, False], [True, True, True, True]]
+    for name in ("log_probs", "prior_log_probs", "rewards"):
+        assert getattr(batch, name)[0, 2:].tolist() == [0, 0]
+    assert batch.rewards.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_problems_are_batched_in_groups():
+    base = four_sentences()
+    shared = [base, Problem(base.prior, lambda tokens, prompt: torch.zeros(len(tokens)), 3.0)]
+    batch, groups = sample_batch(four_sentences_policy(), shared, 5, seeded_draw(0))
+    assert batch.group.tolist() == [0] * 5 + [1] * 5
+    assert batch.kl_coef.tolist() == [1.0] * 5 + [3.0] * 5
+    assert [len(tokens) for tokens in groups] == [5, 5]
+    assert float(batch.rewards[5:].abs().max()) == 0
+    assert isinstance(batch, Batch)
+    assert batch.log_dists is None
+
+
+def test_a_sequence_without_prior_mass_or_with_a_forbidden_reward_names_text_and_remedy():
+    problem, policy = four_sentences(), four_sentences_policy()
+    free = PrefixTable(problem.space)
+    with pytest.raises(UnsupportedPolicyError, match=r"'dog dog'.*prior gives it no mass.*restrict_to_support\(policy, problem.prior\)"):
+        score_batch(free, [problem], [problem.space.encode(["a dog", "dog dog"])])
+    hard = Problem(problem.prior, table_reward({"the cat": 1, "the dog": -INF, "a cat": 0, "a dog": 0}, problem.space), 1.0)
+    with pytest.raises(UnsupportedPolicyError, match=r"'the dog'.*reward is -inf.*feasible_prior\(problem\)"):
+        score_batch(policy, [hard], [policy.tokens])
+
+
+def test_needs_are_seen_through_partial():
+    @needs("distributions", "support")
+    def loss(batch, weight):
+        return batch.log_probs.sum() * weight
+
+    assert needs_of(partial(partial(loss, 1.0))) == {"distributions", "support"}
+    assert needs_of(losses.exact) == {"support"}
+    assert needs_of(partial(losses.reinforce, baseline=1.0)) == frozenset()

@@ -1,0 +1,120 @@
+"""What a problem accepts, and where its rewards stand."""
+
+import math
+
+import pytest
+import torch
+
+from klrl_edu.core.errors import InputError
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.examples import four_sentences
+from klrl_edu.problems.problem import Problem, check_problems
+
+PRIOR = SequenceTable.from_texts({"": 0.25, "a": 0.25, "a b": 0.5})
+TOKENS = PRIOR.space.encode(["", "a", "a b"])
+
+
+def problem(reward, **options):
+    return Problem(PRIOR, reward, **{"kl_coef": 1.0} | options)
+
+
+def constant(values):
+    return lambda tokens, prompt: torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_whole_sequence_reward_stands_on_the_last_live_token():
+    seen = problem(constant([1.0, 2.0, 3.0]))
+    assert seen.token_rewards(TOKENS).tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 3]]
+    assert seen.rewards(TOKENS).tolist() == [1, 2, 3]
+
+
+def test_without_an_end_it_stands_on_the_last_token():
+    course = four_sentences()
+    assert course.token_rewards(course.space.encode(["the cat", "a dog"])).tolist() == [[0, 1], [0, 2]]
+
+
+def test_a_reward_a_token_stays_where_it_is():
+    values = [[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 3.0]]
+    assert problem(constant(values)).token_rewards(TOKENS).tolist() == values
+
+
+def test_forbidding_is_allowed_and_rewards_become_float64():
+    seen = problem(lambda tokens, prompt: torch.tensor([-math.inf, 1, 2], dtype=torch.float32)).rewards(TOKENS)
+    assert seen.tolist() == [-math.inf, 1, 2]
+    assert seen.dtype == torch.float64
+
+
+def test_a_reward_with_a_gradient_is_detached():
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    assert not problem(lambda tokens, prompt: weight * 2).rewards(TOKENS).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [([1.0, 2.0], r"\[2\]"), ([[1.0, 2.0]] * 3, r"\[3, 2\]"), (1.0, r"\[\]"), ([[[1.0]]] * 3, r"\[3, 1, 1\]")],
+)
+def test_a_wrong_shape_says_what_was_given_and_expected(values, given):
+    with pytest.raises(InputError, match=rf"returned {given}; expected a tensor \[N\] or \[N, T\], \[N, T\] = \[3, 3\]"):
+        problem(constant(values)).token_rewards(TOKENS)
+
+
+def test_a_reward_that_is_no_tensor_is_refused_by_its_name():
+    def length(tokens, prompt):
+        return [1.0, 2.0, 3.0]
+
+    with pytest.raises(InputError, match=r"'length' returned list"):
+        problem(length).token_rewards(TOKENS)
+
+
+def test_a_value_after_the_end_is_refused_with_its_place():
+    with pytest.raises(InputError, match=r"gives 5.0 at \[1, 2\], after the first EOS; multiply by space.live\(tokens\)"):
+        problem(constant([[0.0, 0.0, 0.0], [1.0, 0.0, 5.0], [0.0, 0.0, 0.0]])).token_rewards(TOKENS)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("shape", ["sequence", "token"])
+def test_nan_and_plus_infinity_are_refused_with_the_text(bad, shape):
+    values = [0.0, 0.0, bad] if shape == "sequence" else [[0.0] * 3, [0.0] * 3, [0.0, bad, 0.0]]
+    with pytest.raises(InputError, match=rf"of sequence 2, 'a b', is {bad}; give a number, or -inf to forbid it"):
+        problem(constant(values)).token_rewards(TOKENS)
+
+
+def test_a_prompt_reaches_the_reward_once_a_row():
+    seen = []
+
+    def reward(tokens, prompt):
+        seen.append(prompt)
+        return torch.zeros(len(tokens))
+
+    problem(reward, prompt=torch.tensor([1, 0])).rewards(TOKENS)
+    problem(reward).rewards(TOKENS)
+    assert seen[0].tolist() == [[1, 0]] * 3
+    assert seen[1] is None
+
+
+def test_arguments_are_checked_by_name():
+    for arguments, message in (
+        ((None, constant([0.0]), 1.0), "prior is a NoneType; expected a LanguageModel"),
+        ((PRIOR, 3.0, 1.0), "reward is a float; expected a function"),
+        ((PRIOR, constant([0.0]), -1.0), "kl_coef = -1.0 must be at least 0"),
+        ((PRIOR, constant([0.0]), math.nan), "kl_coef = nan"),
+        ((PRIOR, constant([0.0]), 1.0, torch.zeros(1, 2)), r"prompt has shape \[1, 2\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Problem(*arguments)
+
+
+def test_the_coefficient_becomes_a_float():
+    assert isinstance(problem(constant([0.0]), kl_coef=1).kl_coef, float)
+    assert problem(constant([0.0]), kl_coef=torch.tensor(0.5)).kl_coef == 0.5
+
+
+def test_several_problems_must_share_the_prior_object():
+    one, other = problem(constant([0.0])), problem(constant([1.0]), kl_coef=2.0)
+    assert check_problems([one, other]) == [one, other]
+    assert check_problems(one) == [one]
+    with pytest.raises(InputError, match="share one prior"):
+        check_problems([one, four_sentences()])
+    for bad in ([], [one, "two"]):
+        with pytest.raises(InputError, match="at least one Problem"):
+            check_problems(bad)
