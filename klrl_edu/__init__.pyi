@@ -42,11 +42,11 @@ from klrl_edu.learning.training import train_steps as train_steps
 from klrl_edu.models.contract import LanguageModel as LanguageModel
 from klrl_edu.models.contract import conditional_log_probs as conditional_log_probs
 from klrl_edu.models.contract import enumerate_support as enumerate_support
-from klrl_edu.models.contract import restrict_to_support as restrict_to_support
 from klrl_edu.models.contract import sample as sample
 from klrl_edu.models.contract import sequence_log_probs as sequence_log_probs
 from klrl_edu.models.contract import token_log_probs as token_log_probs
 from klrl_edu.models.recurrent import RecurrentModel as RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support as restrict_to_support
 from klrl_edu.models.table import PrefixTable as PrefixTable
 from klrl_edu.models.table import SequenceTable as SequenceTable
 from klrl_edu.models.transformer import TransformerModel as TransformerModel

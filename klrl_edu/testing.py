@@ -23,15 +23,8 @@ from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.models.contract import (
-    LanguageModel,
-    batch_prompt,
-    conditional_log_probs,
-    ended_and_last,
-    force_eos,
-    restrict_to_support,
-    token_log_probs,
-)
+from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, ended_and_last, force_eos, token_log_probs
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import Reward, table_reward, token_reward

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from klrl_edu import testing
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.models.contract import LanguageModel, PrefixState, RestrictedModel, check_room, sequence_log_probs
+from klrl_edu.models.contract import LanguageModel, PrefixState, check_room, sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import RestrictedModel
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import count_reward, length_reward, text_reward

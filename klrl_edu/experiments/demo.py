@@ -16,8 +16,9 @@ from klrl_edu.exact.posterior import Posterior, posterior
 from klrl_edu.experiments import plots
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import comparison_metrics, cosine, train_steps
-from klrl_edu.models.contract import LanguageModel, restrict_to_support, sequence_log_probs
+from klrl_edu.models.contract import LanguageModel, sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import SURNAME_PATTERN, four_sentences, four_sentences_policy, surnames
 

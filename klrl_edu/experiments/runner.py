@@ -22,8 +22,9 @@ from klrl_edu.evaluation.records import History, json_line, jsonable, load_check
 from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Loss
-from klrl_edu.models.contract import LanguageModel, restrict_to_support
+from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import EXAMPLES, example
 from klrl_edu.problems.problem import Problem

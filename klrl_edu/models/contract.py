@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count, check_same_space
+from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
 
 MAX_SEQUENCES = 1_000_000
@@ -38,7 +38,10 @@ class LanguageModel(nn.Module):
     space: SequenceSpace
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may read tokens[:, :t] only."""
+        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may read tokens[:, :t] only.
+
+        Ids beyond the rows in use can be anything from 0 to V − 1 (a prefix is read filled up with zeros, EOS or not).
+        """
         raise NotImplementedError
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -47,7 +50,7 @@ class LanguageModel(nn.Module):
         return self._read(tokens, prompt), PrefixState(tokens, prompt)
 
     def step(self, state: Any, token: Tensor) -> tuple[Tensor, Any]:
-        """After token [n]: the next logits [n,V] and the state. Raises InputError past T."""
+        """After token [n]: the next logits [n,V] and a new state; `state` stays as it was. Raises InputError past T."""
         check_room(self.space, state.tokens.shape[1] + 1)
         tokens = torch.cat([state.tokens, token[:, None]], 1)
         return self._read(tokens, state.prompt), PrefixState(tokens, state.prompt)
@@ -111,12 +114,14 @@ def force_eos(logits: Tensor, ended: Tensor, last: Tensor | bool, space: Sequenc
 
     This keeps q normalised and sampleable; conditioning q on |y| ≤ T would be another distribution.
     """
-    log_probs = torch.log_softmax(logits.double(), -1)
     if not space.eos:
-        return log_probs
-    forced = torch.full((space.vocab_size,), -math.inf, dtype=torch.float64, device=logits.device)
-    forced[-1] = 0
-    return torch.where((ended | last).unsqueeze(-1), forced, log_probs)
+        return torch.log_softmax(logits.double(), -1)
+    forced = (ended | last).unsqueeze(-1)
+    certain = torch.full((space.vocab_size,), -math.inf, dtype=torch.float64, device=logits.device)
+    certain[-1] = 0
+    # masked before the softmax too: a row of −inf there would send NaN into the gradient from behind the last `where`
+    log_probs = torch.log_softmax(torch.where(forced, 0.0, logits.double()), -1)
+    return torch.where(forced, certain, log_probs)
 
 
 def conditional_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -285,88 +290,3 @@ def _lexicographic(tokens: Tensor) -> Tensor:
     for t in reversed(range(tokens.shape[1])):
         order = order[torch.sort(tokens[order, t], stable=True).indices]
     return order
-
-
-class RestrictedState(NamedTuple):
-    """Where a restricted policy stands: both models' states, and which rows the reference can reach."""
-
-    policy: Any
-    reference: Any
-    reference_log_probs: Tensor
-    reachable: Tensor
-    position: int
-
-
-class RestrictedModel(LanguageModel):
-    """A policy whose next-token logits are −inf where the reference has no mass; see `restrict_to_support`."""
-
-    def __init__(self, policy: LanguageModel, reference: LanguageModel):
-        super().__init__()
-        check_same_space(policy.space, reference.space, "policy and reference")
-        self.space = policy.space
-        self.policy = policy
-        # outside the module tree: the reference is fixed, belongs to the problem and not to this policy's parameters
-        self._reference = (reference,)
-
-    @property
-    def reference(self) -> LanguageModel:
-        """The model whose support this policy keeps to."""
-        return self._reference[0]
-
-    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            allowed_log_probs = force_eos(self.reference(tokens, prompt), *ended_and_last(self.space, tokens), self.space)
-            taken = allowed_log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-            reached = torch.nn.functional.pad((taken > -math.inf).long().cumprod(-1), (1, -1), value=1) > 0
-        return _mask(self.policy(tokens, prompt), allowed_log_probs, reached)
-
-    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, RestrictedState]:
-        logits, state = self.policy.start(n, prompt)
-        reference_logits, reference_state = self.reference.start(n, prompt)
-        reachable = torch.ones(n, dtype=torch.bool, device=logits.device)
-        return self._restrict(logits, state, reference_logits, reference_state, reachable, 0)
-
-    def step(self, state: RestrictedState, token: Tensor) -> tuple[Tensor, RestrictedState]:
-        logits, policy_state = self.policy.step(state.policy, token)
-        reference_logits, reference_state = self.reference.step(state.reference, token)
-        taken = state.reference_log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        reachable = state.reachable & (taken > -math.inf)
-        return self._restrict(logits, policy_state, reference_logits, reference_state, reachable, state.position + 1)
-
-    def select(self, state: RestrictedState, index: Tensor) -> RestrictedState:
-        return RestrictedState(
-            self.policy.select(state.policy, index),
-            self.reference.select(state.reference, index),
-            state.reference_log_probs[index],
-            state.reachable[index],
-            state.position,
-        )
-
-    def _restrict(
-        self, logits: Tensor, policy_state: Any, reference_logits: Tensor, reference_state: Any, reachable: Tensor, position: int
-    ) -> tuple[Tensor, RestrictedState]:
-        with torch.no_grad():
-            last = position == self.space.max_length - 1
-            log_probs = force_eos(reference_logits, torch.zeros_like(reachable), last, self.space)
-        state = RestrictedState(policy_state, reference_state, log_probs, reachable, position)
-        return _mask(logits, log_probs, reachable), state
-
-
-def _mask(logits: Tensor, reference_log_probs: Tensor, reachable: Tensor) -> Tensor:
-    """Logits with −inf where the reference has none; uniform where its prefix is out of reach (never a row of −inf, which is NaN)."""
-    dead = reference_log_probs == -math.inf
-    return torch.where(reachable.unsqueeze(-1), logits.masked_fill(dead, -math.inf), torch.zeros_like(logits))
-
-
-def restrict_to_support(policy: LanguageModel, reference: LanguageModel) -> RestrictedModel:
-    """The policy renormalised, token by token, on the support of a reference.
-
-    A softmax gives mass to every sequence, so KL(π‖q) is infinite where the prior (or a posterior under a hard reward) has zeros;
-    the restricted policy gives exactly 0 there and shares the parameters of `policy`. A prefix that the reference cannot reach
-    has uniform logits (never NaN); its sequences keep mass 0. This is a new distribution, not the policy conditioned on the support.
-
-    Args:
-        policy: the model to restrict, logits [N,T,V].
-        reference: the prior, or `posterior(problem).model` for hard rewards, on the same space; its gradient is not followed.
-    """
-    return RestrictedModel(policy, reference)

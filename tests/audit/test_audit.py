@@ -16,8 +16,8 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.estimators import kl_values
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import needs
-from klrl_edu.models.contract import restrict_to_support
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem

@@ -14,8 +14,9 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.evaluation.compare import Comparisons, compare
 from klrl_edu.exact.posterior import Posterior, posterior
-from klrl_edu.models.contract import restrict_to_support, sequence_log_probs
+from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy, four_sentences_space

@@ -18,8 +18,9 @@ from klrl_edu.evaluation.records import json_line
 from klrl_edu.exact.posterior import feasible_prior, posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import SCHEDULES, cosine, linear, train, train_steps
-from klrl_edu.models.contract import LanguageModel, restrict_to_support
+from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
@@ -215,9 +216,11 @@ def test_batch_means_count_no_sequence_that_the_policy_never_gives():
     ("name", "expected"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])]
 )
 def test_schedules_scale_the_learning_rate(name, expected):
-    problem = four_sentences()
-    history = train(restricted(problem), problem, losses.rloo, steps=4, lr=0.2, schedule=SCHEDULES[name], draw=seeded_draw(0))
-    assert history["lr"] == pytest.approx([0.2 * factor for factor in expected], abs=1e-6)
+    problem, policy = four_sentences(), restricted(four_sentences())
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.2)
+    stream = train_steps(policy, problem, losses.rloo, steps=4, optimizer=optimizer, schedule=SCHEDULES[name], draw=seeded_draw(0))
+    seen = [(record["lr"], optimizer.param_groups[0]["lr"]) for record in stream]
+    assert seen == [(pytest.approx(0.2 * factor, abs=1e-6),) * 2 for factor in expected]
     assert (linear(1.0), cosine(1.0)) == (0.0, pytest.approx(0.0, abs=1e-16))
 
 

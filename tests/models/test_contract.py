@@ -16,12 +16,12 @@ from klrl_edu.models.contract import (
     conditional_log_probs,
     enumerate_support,
     readable_count,
-    restrict_to_support,
     sample,
     sequence_log_probs,
     token_log_probs,
 )
 from klrl_edu.models.recurrent import RecurrentModel
+from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.testing import check_language_model, example_tokens, policies, problems, sequence_tables, spaces
