@@ -35,7 +35,7 @@ def k3(log_ratio: Tensor) -> Tensor:
     overflow = torch.isinf(values) & torch.isfinite(log_ratio)
     if bool(overflow.any()):
         lowest = float(log_ratio.detach()[overflow].min())
-        warnings.warn(f"k3 overflows {log_ratio.dtype} at log-ratio {lowest:g}: its log is {-lowest:g} nats; use k1, or float64.", RuntimeWarning, 2)
+        warnings.warn(f"k3 overflows {log_ratio.dtype} at log-ratio {lowest:g}: its log is {-lowest:g} nats; use k1.", RuntimeWarning, 2)
     return values
 
 

@@ -41,10 +41,11 @@ class Comparison:
         jensen_shannon: ½ KL(π‖m) + ½ KL(π*‖m), m = ½(π + π*).
         expected_reward: E_π[r] over the prior's support, in reward units; rewards elsewhere do not exist and count 0.
         kl_to_prior: KL(π‖q).
-        objective: J(π) = expected_reward − λ·kl_to_prior.
+        objective: J(π) = expected_reward − λ·kl_to_prior; −inf off the prior's support, at λ = 0 too.
         objective_gap: λ log Z − J(π), computed as λ·reverse_kl (max r − J at λ = 0), which has no cancellation.
         log_evidence_error: log Ẑ − log Z in nats for weighted particles; None for models.
-        effective_sample_size: per sample, in (0, 1]: 1/Σ π*²/π for a model used as a proposal, (Σw)²/(n Σw²) for particles.
+        effective_sample_size: per sample, in (0, 1]: 1/Σ π*²/π for a model used as a proposal, (Σw)²/(n Σw²) for particles. Sampled, it is the
+            reciprocal of an unbiased mean, and so biased itself.
         uncovered_mass: π* mass where π has none.
         violating_mass: π mass where π* has none.
         sequences: None when exact, else how many were drawn from each side.
@@ -178,7 +179,9 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
 
 
 def _product(kl_coef: float, kl: float) -> float:
-    """λ·KL with 0·inf = 0: at λ = 0 divergence costs nothing, and at λ = inf only none is free."""
+    """λ·KL by its limits: at λ = 0 a finite divergence costs nothing, at λ = inf only none is free, and off q's support no λ helps."""
+    if math.isinf(kl):
+        return math.inf
     return 0.0 if kl_coef == 0 or kl == 0 else kl_coef * kl
 
 
@@ -295,7 +298,10 @@ def _middle(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _penalty(kl_coef: float, log_ratio: Tensor) -> Tensor:
-    return torch.zeros_like(log_ratio) if kl_coef == 0 else kl_coef * log_ratio
+    """λu [n], whose mean is λ·KL; at λ = inf any divergence costs inf, whatever the sign of one sample's u."""
+    if kl_coef == math.inf:
+        return torch.where(log_ratio == 0, 0.0, math.inf)
+    return torch.where(torch.isinf(log_ratio), math.inf, kl_coef * log_ratio)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

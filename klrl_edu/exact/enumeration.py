@@ -66,7 +66,10 @@ def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
     feasible = rewards > -math.inf
     below = torch.where(feasible, rewards, top) - top
     forbidden = torch.full_like(below, -math.inf)
-    scaled = below / kl_coef if kl_coef > 0 else torch.where(below == 0, below, forbidden)
+    if kl_coef == 0:
+        return torch.where(feasible & (below == 0), below, forbidden)
+    # r − m itself overflows where rewards lie at both ends of the range of floats
+    scaled = torch.where(torch.isinf(below), rewards / kl_coef - top / kl_coef, below / kl_coef)
     return torch.where(feasible, scaled, forbidden)
 
 

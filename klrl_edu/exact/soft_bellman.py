@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_kl_coef
 from klrl_edu.exact.enumeration import Support, scaled_advantage
@@ -46,7 +47,11 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
 
     Args:
         support: the prior's sequences with `token_rewards` [K,T]; a whole-sequence reward stands on the last live token.
-        kl_coef: λ ≥ 0; 0 and inf by their limits, where ties at λ = 0 are exact equalities of summed token rewards.
+        kl_coef: λ ≥ 0; 0 and inf by their limits, where ties at λ = 0 are exact equalities of summed token rewards (summed from the end,
+            where enumeration sums from the start: rewards that are not exact in binary may tie in one and not in the other).
+
+    Raises:
+        InputError: the rewards [K,T] are not causal.
     """
     check_kl_coef(kl_coef)
     trie = support.trie
@@ -91,6 +96,13 @@ def _edge_rewards(support: Support) -> Tensor:
     on_path = trie.edge_of >= 0
     rewards = support.log_prior.new_zeros(len(trie.key))
     rewards[trie.edge_of[on_path]] = support.token_rewards[on_path]
+    differs = on_path & (rewards[trie.edge_of.clamp(min=0)] != support.token_rewards)
+    if bool(differs.any()):
+        n, t = differs.nonzero()[0].tolist()
+        raise InputError(
+            f"the reward is not causal: sequence {n} has {float(support.token_rewards[n, t])} at position {t}, and another sequence with the same "
+            "tokens up to there has another value. Return [N] for a whole-sequence reward."
+        )
     return rewards
 
 

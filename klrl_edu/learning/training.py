@@ -25,6 +25,7 @@ from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of, sample_
 from klrl_edu.models.contract import LanguageModel, conditional_log_probs, token_log_probs
 from klrl_edu.problems.problem import Problem, check_problems
 
+_LOOKED_AT = 16  # sequences of the prior along which an unrestricted policy is looked for before the first step
 Schedule = Callable[[float], float]
 """Fraction of the run done, in [0, 1) -> factor of the learning rate."""
 
@@ -79,7 +80,8 @@ def train_steps(
 
     Raises:
         UnsupportedPolicyError: the policy gives mass where the prior has none or the reward is −inf.
-        DivergedError: loss, gradient or weights turned NaN or infinite; names the step, last good weights kept.
+        DivergedError: loss, gradient or weights turned NaN or infinite; names the step, last good weights kept. Weights are looked at when
+            they are next used and after the last step, so a loop that is left early may leave with a broken last update.
     """
     problems = check_problems(problem)
     check_same_space(policy.space, problems[0].space, "policy and problem")
@@ -100,8 +102,10 @@ def train_steps(
             batch = next_batch()
             value = loss(batch)
             _check_loss(value, step)
-        except (InputError, DivergedError):
+        except (InputError, DivergedError) as error:
             weights.check(step - 1)  # did the last update break the policy?
+            if not isinstance(error, DivergedError):
+                error.args = (f"step {step}: {error}", *error.args[1:])
             raise
         optimizer.zero_grad()
         value.backward()
@@ -214,17 +218,17 @@ def _refuse_stray_mass(policy: LanguageModel, problem: Problem, tokens: Tensor) 
 
 @torch.no_grad()
 def _refuse_unrestricted(policy: LanguageModel, problem: Problem, draw: Draw) -> None:
-    """Looks at every next token along one sequence of the prior, so that a missing restriction shows before the first step."""
-    tokens = problem.prior.sample(1, draw=draw, prompt=problem.prompt)
+    """Looks at every next token along some sequences of the prior, so that a missing restriction shows before the first step."""
+    tokens = problem.prior.sample(_LOOKED_AT, draw=draw, prompt=problem.prompt)
     prior, mine = (conditional_log_probs(model, tokens, problem.prompt) for model in (problem.prior, policy))
     taken = mine.gather(-1, tokens[..., None]).squeeze(-1)
     reached = torch.nn.functional.pad(taken.cumsum(-1), (1, -1)) > -math.inf
-    stray = torch.where((prior == -math.inf) & (reached & problem.space.live(tokens))[..., None], mine, -math.inf).exp().sum(-1)[0]
+    stray = torch.where((prior == -math.inf) & (reached & problem.space.live(tokens))[..., None], mine, -math.inf).exp().sum(-1)
     if bool((stray > 0).any()):
-        t = int((stray > 0).nonzero()[0])
-        prefix = " ".join(problem.space.vocabulary[i] for i in tokens[0, :t].tolist())
+        n, t = (stray > 0).nonzero()[0].tolist()
+        prefix = problem.space.separator.join(problem.space.vocabulary[i] for i in tokens[n, :t].tolist())
         raise UnsupportedPolicyError(
-            f"after {prefix!r} the policy gives mass {float(stray[t]):.2g} to tokens where the prior has none, so KL is infinite. "
+            f"after {prefix!r} the policy gives mass {float(stray[n, t]):.2g} to tokens where the prior has none, so KL is infinite. "
             "Wrap it: restrict_to_support(policy, problem.prior)."
         )
 

@@ -153,11 +153,13 @@ def _sentence(value: object, path: Path, place: str) -> str:
 def _number(value: object, column: str, path: Path, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number.")
+    if isinstance(value, str) and "_" in value:
+        raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number; write it without underscores.")
     try:
         number = float(value)
     except (ValueError, OverflowError):
         raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number a float can hold; write it like 0.25.") from None
-    if isinstance(value, float) and not math.isfinite(number):
+    if math.isinf(number) and not (isinstance(value, str) and "inf" in value.lower()):
         raise InputError(f"{path}, {place}: {column} = {value} is out of a float's range; give a finite number.")
     if column == "prob" and not 0 <= number < math.inf:
         raise InputError(f"{path}, {place}: prob = {_short(value)} is not allowed; probabilities are numbers from 0 to 1.")

@@ -326,3 +326,16 @@ def test_the_same_seed_gives_the_same_comparison():
     target = posterior(four_sentences())
     first, second = (compare(four_sentences_policy(), target, n=50, draw=seeded_draw(3)).to_dict() for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 1.0])
+def test_a_policy_off_the_prior_s_support_has_no_objective_at_any_kl_coef(kl_coef):
+    problem = four_sentences(kl_coef)
+    found = compare(RecurrentModel(problem.space, hidden_size=4), posterior(problem))
+    assert (found.objective, found.objective_gap, found.kl_to_prior) == (-math.inf, math.inf, math.inf)
+
+
+def test_sampled_numbers_at_infinite_kl_coef_are_infinite_and_never_nan():
+    found = compare(four_sentences_policy(), posterior(four_sentences(math.inf)), n=50, draw=seeded_draw(0))
+    assert found.objective == -math.inf
+    assert not any(math.isnan(value) for value in found.metrics().values() if value is not None)

@@ -254,3 +254,10 @@ def test_the_limit_on_sequences_is_the_callers():
     assert len(problem_support(four_sentences(), max_sequences=4).tokens) == 4
     with pytest.raises(TooLargeError, match="max_sequences = 3"):
         posterior(four_sentences(), max_sequences=3)
+
+
+def test_rewards_at_both_ends_of_the_floats_are_weighed_without_overflow():
+    # (r − m)/λ = (−1.5e308 − 1.5e308)/1e308 = −3, though r − m itself overflows
+    tilted = tilt(torch.tensor([0.5, 0.5], dtype=torch.float64).log(), torch.tensor([1.5e308, -1.5e308], dtype=torch.float64), 1e308)
+    odds = float(tilted.log_posterior[0] - tilted.log_posterior[1])
+    assert odds == pytest.approx(3, rel=1e-12)

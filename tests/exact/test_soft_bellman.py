@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klrl_edu import reference
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.exact.soft_bellman import soft_bellman
 from klrl_edu.models.contract import sequence_log_probs
+from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import add, count_reward, length_reward
@@ -83,3 +86,14 @@ def test_rewards_paid_along_the_way_and_at_the_end_give_one_posterior(kl_coef):
     tokens = along.enumerated().tokens
     assert_close(sequence_log_probs(along.model, tokens).detach(), sequence_log_probs(whole.model, tokens).detach())
     assert_close(along.value, whole.value)
+
+
+def test_a_reward_that_is_not_causal_is_refused_and_not_answered_wrongly():
+    space = SequenceSpace(("a", "b"), max_length=2, eos=False)
+    prior = SequenceTable.from_texts({"a a": 0.5, "a b": 0.5}, space=space)
+
+    def looks_ahead(tokens, prompt=None):
+        return torch.stack([(tokens[:, 1] == 1).double(), torch.zeros(len(tokens), dtype=torch.float64)], 1)
+
+    with pytest.raises(InputError, match="not causal"):
+        posterior(Problem(prior, looks_ahead, 1.0), "soft_bellman")

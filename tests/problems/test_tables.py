@@ -124,7 +124,7 @@ def test_ten_thousand_rows_are_read_in_a_moment(tmp_path):
         ("a,-0.1,0\nb,1.1,0\n", r"line 2: prob = '-0.1' is not allowed; probabilities are numbers from 0 to 1"),
         ("a,0.5,0\nb,nan,0\n", r"line 3: prob = 'nan' is not allowed"),
         ("a,inf,0\n", r"line 2: prob = 'inf' is not allowed"),
-        ("a,1e999,0\n", r"line 2: prob = '1e999' is not allowed"),
+        ("a,1e999,0\n", r"line 2: prob = 1e999 is out of a float's range"),
         ("a,,0\n", r"line 2: prob = '' is not a number"),
         ("a,half,0\n", r"line 2: prob = 'half' is not a number.*write it like 0\.25"),
         ("a,1,good\n", r"line 2: reward = 'good' is not a number"),
@@ -232,3 +232,11 @@ def test_bad_json_is_refused_with_entry_value_and_remedy(tmp_path, text, message
 def test_the_coefficient_is_checked_here_too(tmp_path, kl_coef):
     with pytest.raises(InputError, match="kl_coef"):
         load_table(write(tmp_path, COURSE), kl_coef)
+
+
+@pytest.mark.parametrize(("reward", "words"), [("-1e999", "out of a float's range"), ("1_0", "without underscores")])
+def test_a_number_that_python_reads_but_nobody_means_is_refused(reward, words, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"sentence,prob,reward\na,0.5,{reward}\nb,0.5,0\n", encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        load_table(path, 1.0)
