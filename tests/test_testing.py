@@ -206,7 +206,7 @@ def test_a_restriction_that_decoding_forgets_is_found():
 def test_a_model_that_samples_zero_mass_is_found():
     table = SequenceTable.from_texts({"a": 1.0, "b": 0.0}, space=SPACE)
     with pytest.raises(AssertionError, match=r"zero mass: \['b'\]"):
-        testing.check_samples_belong(table, draw=lambda log_probs, rows=None: torch.full((len(log_probs),), 1 if log_probs[0, 0] == 0 else 3))
+        testing.check_samples_belong(table, draw=lambda log_probs, rows: torch.full((len(rows),), 1 if log_probs[0, 0] == 0 else 3))
 
 
 def test_float32_gets_its_own_tolerance_and_a_given_one_counts():

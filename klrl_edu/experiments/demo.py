@@ -39,7 +39,7 @@ class Recipe:
     lr: float
 
 
-SMALL = Recipe(steps=400, batch_size=64, lr=1e-2)
+SMALL = Recipe(steps=500, batch_size=64, lr=3e-3)
 SURNAMES = Recipe(steps=300, batch_size=256, lr=2e-2)
 
 

@@ -19,7 +19,7 @@ from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
 
 MAX_SEQUENCES = 1_000_000
-_BLOCK_ENTRIES = 1 << 20  # logits held at once by a walk: 8 MiB in float64
+_BLOCK_ENTRIES, _BLOCK_ROWS = 1 << 20, 1 << 11  # the most logits (8 MiB in float64) and prefixes that a walk reads at once
 
 
 class PrefixState(NamedTuple):
@@ -171,7 +171,7 @@ def batch_prompt(prompt: Tensor | None, n: int) -> Tensor | None:
 
 @torch.no_grad()
 def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None) -> Tensor:
-    """Ancestral samples.
+    """Ancestral samples; sequences that still share a prefix are read once.
 
     Args:
         n: sequences a prompt.
@@ -185,22 +185,31 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
     space = model.space
     if prompts is not None and prompts.ndim != 2:
         raise InputError(f"prompts has shape {list(prompts.shape)}; expected [M, S].")
-    prompt = None if prompts is None else prompts.repeat_interleave(n, 0)
-    rows = n if prompt is None else len(prompt)
-    logits, state = model.start(rows, prompt)
-    ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
-    columns = []
+    distinct = 1 if prompts is None else len(prompts)
+    logits, state = model.start(distinct, prompts)
+    row = torch.arange(distinct, device=logits.device).repeat_interleave(n)  # which distinct prefix each sequence has
+    ended = torch.zeros(distinct, dtype=torch.bool, device=logits.device)
+    columns: list[Tensor] = []
     for t in range(space.max_length):
         last = t == space.max_length - 1
-        token = draw(force_eos(logits, ended, last, space))
+        token = draw(force_eos(logits, ended, last, space), row)
         columns.append(token)
-        if space.eos:
-            ended = ended | (token == space.eos_id)
-        if last or bool(ended.all()):
+        if last or (space.eos and bool((token == space.eos_id).all())):
             break
-        logits, state = model.step(state, token)
+        parent, token, row = _distinct_children(row, token, len(logits), space.vocab_size)
+        if space.eos:
+            ended = token == space.eos_id
+        logits, state = model.step(state if parent is None else model.select(state, parent), token)
     tokens = torch.stack(columns, 1)
     return torch.nn.functional.pad(tokens, (0, space.max_length - tokens.shape[1]), value=space.vocab_size - 1)
+
+
+def _distinct_children(row: Tensor, token: Tensor, parents: int, vocab_size: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The distinct (prefix, token) pairs among sequences: their parents (None: all, in order) and tokens [M], and each sequence's row [N]."""
+    if parents == len(row):  # every sequence already has a prefix of its own
+        return None, token, row
+    pairs, row = torch.unique(row * vocab_size + token, return_inverse=True)
+    return pairs // vocab_size, pairs % vocab_size, row
 
 
 class _Block(NamedTuple):
@@ -258,10 +267,12 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
                 "raise max_sequences, shorten the space, or compare by samples (compare(..., n=, draw=))."
             )
         leaves.append((torch.nn.functional.pad(prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1), log_prob[done]))
-        stack.extend(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size))
-    tokens = torch.cat([tokens for tokens, _ in leaves])
-    order = _lexicographic(tokens)
-    return WeightedSequences(space, tokens[order], torch.cat([log_prob for _, log_prob in leaves])[order], exact=True)
+        stack.extend(reversed(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size)))
+    tokens, log_probs = torch.cat([tokens for tokens, _ in leaves]), torch.cat([log_prob for _, log_prob in leaves])
+    if space.eos:  # leaves of other depths came first; without EOS the walk is in order already
+        order = _lexicographic(tokens)
+        tokens, log_probs = tokens[order], log_probs[order]
+    return WeightedSequences(space, tokens, log_probs, exact=True)
 
 
 def readable_count(count: int) -> str:
@@ -273,14 +284,20 @@ def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[T
     """The logits [n,V] after a block's prefixes, and the state that reads them."""
     if block.prefix.shape[1] == 0:
         return model.start(1, batch_prompt(prompt, 1))
-    return model.step(model.select(block.state, block.row), block.prefix[:, -1])
+    parents, children = torch.unique_consecutive(block.row, return_counts=True)
+    token = block.prefix[:, -1]
+    if len(parents) < len(token) and bool((children == children[0]).all()):  # a full grid: the children share their parents' state
+        logits, state = model.branch(model.select(block.state, parents), token.reshape(len(parents), -1))
+        return logits.flatten(0, 1), state
+    return model.step(model.select(block.state, block.row), token)
 
 
 def _split(prefix: Tensor, log_prob: Tensor, row: Tensor, state: Any, vocab_size: int) -> list[_Block]:
     """The surviving prefixes in blocks, each small enough that its logits fit the budget."""
     if not len(prefix):
         return []
-    size = max(1, _BLOCK_ENTRIES // vocab_size)
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // vocab_size))
+    size -= size % vocab_size if size > vocab_size else 0  # whole grids of children, which share their parents' state
     pieces = zip(prefix.split(size), log_prob.split(size), row.split(size), strict=True)
     return [_Block(prefixes, log_probs, rows, state) for prefixes, log_probs, rows in pieces]
 

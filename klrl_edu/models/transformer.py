@@ -3,7 +3,8 @@
     x ← x + attend(norm(x)),   x ← x + mlp(norm(x)),   logits = W norm(x)                                        (1)
 
 The sequence read is [prompt, BOS, y_0 … y_{T−2}]. Positions count from BOS, so a prompt's left padding never shifts them, and
-padding is masked out. Keys and values are cached in decoding: [N, L, heads, t, D] with the sequences first.
+padding is masked out. Keys and values are cached in decoding, [N,heads,t,D] a layer with the sequences first; the children of a
+branch attend to their parent's cache where it lies, and copy it only when one of them is selected.
 """
 
 import math
@@ -17,16 +18,28 @@ from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_count
-from klrl_edu.models.contract import LanguageModel, check_room, device_of
+from klrl_edu.models.contract import LanguageModel, check_room, device_of, select_rows
+
+Cache = tuple[Tensor, ...]  # one tensor [N,heads,t,D] a layer
 
 
 class TransformerState(NamedTuple):
-    """Cached keys and values [N,L,heads,t,D], which of the t may be read [N,t], and the position of the last logits."""
+    """Cached keys and values, which of the t may be read [N,t] (None: all), and the position of the last logits."""
 
-    keys: Tensor
-    values: Tensor
-    readable: Tensor
+    keys: Cache
+    values: Cache
+    readable: Tensor | None
     position: int
+
+
+class BranchState(NamedTuple):
+    """k children each of n parents: the parents' caches [n,heads,t + k,D], whose last k entries are the children's own."""
+
+    keys: Cache
+    values: Cache
+    readable: Tensor | None
+    position: int
+    children: int
 
 
 class _Block(nn.Module):
@@ -41,14 +54,14 @@ class _Block(nn.Module):
         self.expand = nn.utils.skip_init(nn.Linear, width, 4 * width, dtype=dtype)
         self.contract = nn.utils.skip_init(nn.Linear, 4 * width, width, dtype=dtype)
 
-    def forward(self, x: Tensor, allowed: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N,t,width], allowed [N,1,t,t_past + t] -> x, and all keys and values [N,heads,t_past + t,D]."""
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,t,width], additive mask [N,1,t,t_past + t] or None -> x, and all keys and values [N,heads,t_past + t,D]."""
         n, t, width = x.shape
         split = self.qkv(self.attention_norm(x)).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, keys, values = split.unbind(0)
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        attended = scaled_dot_product_attention(query, keys, values, attn_mask=allowed)
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
         x = x + self.project(attended.transpose(1, 2).reshape(n, t, width))
         return x + self.contract(gelu(self.expand(self.mlp_norm(x)))), keys, values
 
@@ -110,28 +123,64 @@ class TransformerModel(LanguageModel):
         ids, positions, readable = self._prompt_and_bos(n, prompt)
         ids = torch.cat([ids, tokens[:, :-1].long()], 1)
         positions = torch.cat([positions, torch.arange(1, length, device=ids.device)])
+        if readable is None:
+            return self._logits(ids, positions, None, causal=True)[0]
         readable = pad(readable, (0, length - 1), value=True)
-        return self._logits(ids, positions, readable)[0][:, -length:]
+        return self._logits(ids, positions, self._causal_mask(readable, ids.shape[1]))[0][:, -length:]
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, TransformerState]:
         ids, positions, readable = self._prompt_and_bos(n, prompt)
-        logits, keys, values = self._logits(ids, positions, readable)
+        mask = None if readable is None else self._causal_mask(readable, ids.shape[1])
+        logits, keys, values = self._logits(ids, positions, mask)
         return logits[:, -1], TransformerState(keys, values, readable, 0)
 
-    def step(self, state: TransformerState, token: Tensor) -> tuple[Tensor, TransformerState]:
+    def step(self, state: TransformerState | BranchState, token: Tensor) -> tuple[Tensor, TransformerState]:
         position = state.position + 1
         check_room(self.space, position)
-        readable = pad(state.readable, (0, 1), value=True)
-        positions = torch.tensor([position], device=token.device)
-        logits, keys, values = self._logits(token[:, None], positions, readable, state)
+        state = self._settled(state)
+        readable = None if state.readable is None else pad(state.readable, (0, 1), value=True)
+        mask = None if readable is None else self._causal_mask(readable, 1)
+        positions = torch.full((1,), position, device=token.device)
+        logits, keys, values = self._logits(token[:, None], positions, mask, past=state)
         return logits[:, -1], TransformerState(keys, values, readable, position)
 
-    def _prompt_and_bos(self, n: int, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read [n,S+1]."""
+    def branch(self, state: TransformerState | BranchState, tokens: Tensor) -> tuple[Tensor, BranchState]:
+        position = state.position + 1
+        check_room(self.space, position)
+        state = self._settled(state)
+        k, cached = tokens.shape[1], state.keys[0].shape[2]
+        dtype = self.head.weight.dtype
+        itself = torch.full((k, k), -math.inf, dtype=dtype, device=tokens.device).fill_diagonal_(0)  # siblings do not see each other
+        parents = torch.zeros(k, cached, dtype=dtype, device=tokens.device)
+        mask = torch.cat([parents, itself], 1)
+        if state.readable is not None:
+            mask = mask + pad(_additive(state.readable, dtype), (0, k))[:, None, None, :]
+        positions = torch.full((1,), position, device=tokens.device)
+        logits, keys, values = self._logits(tokens, positions, mask, past=state)
+        return logits, BranchState(keys, values, state.readable, position, k)
+
+    def select(self, state: TransformerState | BranchState, index: Tensor) -> TransformerState:
+        if isinstance(state, TransformerState):
+            selected: TransformerState = select_rows(state, index)
+            return selected
+        parent, child = index // state.children, index % state.children
+        cached = state.keys[0].shape[2] - state.children
+        keys, values = (tuple(_one_child(layer, parent, child, cached) for layer in cache) for cache in (state.keys, state.values))
+        readable = None if state.readable is None else pad(state.readable[parent], (0, 1), value=True)
+        return TransformerState(keys, values, readable, state.position)
+
+    def _settled(self, state: TransformerState | BranchState) -> TransformerState:
+        """A state with a cache for every row."""
+        if isinstance(state, TransformerState):
+            return state
+        return self.select(state, torch.arange(len(state.keys[0]) * state.children, device=state.keys[0].device))
+
+    def _prompt_and_bos(self, n: int, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read [n,S+1] (None: all)."""
         bos = torch.full((n, 1), self.space.vocab_size, dtype=torch.long, device=device_of(self))
         zero = torch.zeros(1, dtype=torch.long, device=bos.device)
         if prompt is None:
-            return bos, zero, torch.ones_like(bos, dtype=torch.bool)
+            return bos, zero, None
         padding = int((prompt < 0).all(0).sum())  # columns that pad every row carry nothing
         prompt = prompt[:, padding:]
         size = prompt.shape[1]
@@ -141,17 +190,33 @@ class TransformerModel(LanguageModel):
         readable = pad(prompt >= 0, (0, 1), value=True)
         return torch.cat([prompt.clamp(min=0), bos], 1), torch.cat([backwards, zero]), readable
 
-    def _logits(self, ids: Tensor, positions: Tensor, readable: Tensor, past: TransformerState | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N,t,V] for ids [N,t] after the past, and all keys and values [N,L,heads,t_past + t,D]."""
-        t, total = ids.shape[1], readable.shape[1]
-        causal = torch.ones(t, total, dtype=torch.bool, device=ids.device).tril(total - t)
+    def _causal_mask(self, readable: Tensor, t: int) -> Tensor:
+        """Additive mask [N,1,t,total] for the last t of readable [N,total]: what lies before, and is no padding."""
+        total = readable.shape[1]
+        causal = torch.ones(t, total, dtype=torch.bool, device=readable.device).tril(total - t)
         # a padded row of the prompt reads itself, or its softmax would be empty (NaN)
-        itself = torch.eye(total, dtype=torch.bool, device=ids.device)[total - t :]
-        allowed = causal & (readable[:, None, None, :] | itself)
+        itself = torch.eye(total, dtype=torch.bool, device=readable.device)[total - t :]
+        return _additive(causal & (readable[:, None, None, :] | itself), self.head.weight.dtype)
+
+    def _logits(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, *, causal: bool = False, past: TransformerState | None = None
+    ) -> tuple[Tensor, Cache, Cache]:
+        """Logits [N,t,V] for ids [N,t] at positions [t] after the past, and all keys and values [N,heads,t_past + t,D] a layer."""
         x = self.token_embedding(ids) + self.position_embedding(positions)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            x, key, value = block(x, allowed, None if past is None else (past.keys[:, layer], past.values[:, layer]))
+            x, key, value = block(x, mask, causal, None if past is None else (past.keys[layer], past.values[layer]))
             keys.append(key)
             values.append(value)
-        return self.head(self.norm(x)), torch.stack(keys, 1), torch.stack(values, 1)
+        return self.head(self.norm(x)), tuple(keys), tuple(values)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, −inf elsewhere: attention kernels take this form faster than booleans."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -math.inf)
+
+
+def _one_child(layer: Tensor, parent: Tensor, child: Tensor, cached: int) -> Tensor:
+    """A cache [m,heads,t + 1,D] of chosen children out of [n,heads,t + k,D]: the parent's t entries and the child's own."""
+    own = layer[parent, :, cached + child]  # [m,heads,D]
+    return torch.cat([layer[:, :, :cached][parent], own.unsqueeze(2)], 2)

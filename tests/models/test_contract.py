@@ -241,7 +241,7 @@ def test_sample_stops_once_all_have_ended_and_fills_up_with_eos():
             steps.append(1)
             return super().step(state, token)
 
-    tokens = sample(Counting(words(2, 50)), 3, draw=lambda log_probs, rows=None: torch.full((len(log_probs),), 2))
+    tokens = sample(Counting(words(2, 50)), 3, draw=lambda log_probs, rows: torch.full((len(rows),), 2))
     assert torch.equal(tokens, torch.full((3, 50), 2))
     assert not steps
 

@@ -70,7 +70,13 @@ def test_branches_share_their_parents_cache_and_agree_with_steps():
     for k in range(3):
         logits, _ = model.step(state, tokens[:, k])
         assert torch.allclose(branched[:, k], logits, rtol=0, atol=1e-13)
-    assert children.keys.shape[0] == 6
+    assert all(layer.shape[0] == 2 for layer in children.keys)  # two parents' caches, not six children's
+    chosen = torch.tensor([5, 0, 2])
+    for again, state_of in ((model.select(children, chosen), chosen), (children, torch.arange(6))):
+        token = torch.zeros(len(state_of), dtype=torch.long)
+        parents = model.select(state, state_of // 3)
+        _, stepped = model.step(parents, tokens.reshape(-1)[state_of])
+        assert torch.allclose(model.step(again, token)[0], model.step(stepped, token)[0], rtol=0, atol=1e-13)
 
 
 def test_a_prompt_longer_than_max_prompt_is_refused_unless_the_rest_is_padding():
