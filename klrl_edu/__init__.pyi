@@ -50,6 +50,7 @@ from klrl_edu.models.restricted import restrict_to_support as restrict_to_suppor
 from klrl_edu.models.table import PrefixTable as PrefixTable
 from klrl_edu.models.table import SequenceTable as SequenceTable
 from klrl_edu.models.transformer import TransformerModel as TransformerModel
+from klrl_edu.problems.examples import count_threes as count_threes
 from klrl_edu.problems.examples import example as example
 from klrl_edu.problems.examples import four_sentences as four_sentences
 from klrl_edu.problems.examples import surnames as surnames
@@ -59,6 +60,7 @@ from klrl_edu.problems.rewards import add as add
 from klrl_edu.problems.rewards import count_reward as count_reward
 from klrl_edu.problems.rewards import length_reward as length_reward
 from klrl_edu.problems.rewards import regex_reward as regex_reward
+from klrl_edu.problems.rewards import repeat_reward as repeat_reward
 from klrl_edu.problems.rewards import scale as scale
 from klrl_edu.problems.rewards import table_reward as table_reward
 from klrl_edu.problems.rewards import text_reward as text_reward

@@ -19,15 +19,12 @@ from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_same_space
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.posterior import Posterior
-from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, sequence_log_probs
+from klrl_edu.models.contract import LanguageModel, advance, batch_prompt, block_size, force_eos, sequence_log_probs
 from klrl_edu.models.table import SequenceTable
-
-_BLOCK_ENTRIES = 1 << 21  # conditionals [n,T,V] held at once
 
 
 @dataclass(frozen=True)
@@ -217,33 +214,31 @@ def support_log_mass(
         approximation = WeightedSequences(approximation.space, approximation.tokens, approximation.log_probs.detach(), exact=True)
     if isinstance(approximation, WeightedSequences):
         return _table_log_mass(approximation, len(tokens), trie)
-    space: SequenceSpace = approximation.space
-    first_reader = _first_reader(trie, len(tokens))
-    on_support, leaving = [], []
-    size = max(1, _BLOCK_ENTRIES // (space.max_length * space.vocab_size))
-    for start in range(0, len(tokens), size):
-        block = slice(start, start + size)
-        log_probs = conditional_log_probs(approximation, tokens[block], batch_prompt(prompt, len(tokens[block])))
-        taken = log_probs.gather(-1, tokens[block].unsqueeze(-1)).squeeze(-1)
-        on_support.append(taken.sum(-1))
-        before = torch.nn.functional.pad(taken.cumsum(-1), (1, -1))  # log-mass of the prefix that each row t reads
-        off_trie = torch.where(first_reader[block], _off_trie(log_probs, trie, trie.node_of[block]), -math.inf)
-        leaving.append(logspace.logsumexp(before + off_trie))
-    return torch.cat(on_support), logspace.logsumexp(torch.cat(leaving))
+    return _walk(approximation, trie, len(tokens), prompt)
 
 
-def _first_reader(trie: PrefixTrie, rows: int) -> Tensor:
-    """[K,T]: which sequence is the first to pass each node, so that every node is counted once."""
-    on_path = trie.node_of >= 0
-    row = torch.arange(rows, device=trie.key.device)[:, None].expand_as(trie.node_of)
-    first = torch.full((trie.nodes,), rows, device=trie.key.device).scatter_reduce(0, trie.node_of[on_path], row[on_path], "amin")
-    return on_path & (first[trie.node_of.clamp(min=0)] == row)
-
-
-def _off_trie(log_probs: Tensor, trie: PrefixTrie, node: Tensor) -> Tensor:
-    """log-mass [n,T] that conditionals [n,T,V] give to tokens without an edge at their nodes [n,T]."""
-    on_edge = trie.scatter_edges(torch.ones_like(trie.key, dtype=torch.bool), node.reshape(-1), False).reshape(log_probs.shape)
-    return logspace.logsumexp(log_probs.masked_fill(on_edge, -math.inf))
+def _walk(model: LanguageModel, trie: PrefixTrie, rows: int, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log-mass [K] of a trie's sequences and of all else, reading each node once, depth-first in blocks."""
+    space = model.space
+    on_support = torch.full((rows,), -math.inf, dtype=torch.float64, device=trie.key.device)
+    elsewhere = []
+    root = torch.zeros(1, dtype=torch.long, device=trie.key.device)
+    stack = [(0, root, root, root.double(), None, root)]  # depth, nodes, rows of the parents' state, log-masses, that state, tokens
+    while stack:
+        depth, node, row, before, state, token = stack.pop()
+        logits, state = model.start(1, batch_prompt(prompt, 1)) if depth == 0 else advance(model, state, row, token)
+        last = depth == space.max_length - 1
+        log_probs = before[:, None] + force_eos(logits, torch.zeros_like(node, dtype=torch.bool), last, space)
+        on_edge = trie.scatter_edges(torch.ones_like(trie.key, dtype=torch.bool), node, False)
+        elsewhere.append(logspace.logsumexp(log_probs.masked_fill(on_edge, -math.inf).reshape(-1)))
+        row, token = on_edge.nonzero(as_tuple=True)
+        edge, child = trie.follow(node[row], token)
+        mass = log_probs[row, token]
+        ends, goes_on = child < 0, child >= 0
+        on_support[trie.leaf[edge[ends]]] = mass[ends]
+        pieces = (part[goes_on].split(block_size(space.vocab_size)) for part in (child, row, mass, token))
+        stack.extend((depth + 1, *piece[:3], state, piece[3]) for piece in zip(*pieces, strict=True) if len(piece[0]))
+    return on_support, logspace.logsumexp(torch.stack(elsewhere))
 
 
 def _table_log_mass(weighted: WeightedSequences, rows: int, trie: PrefixTrie) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,7 @@ def _parameters(policy: LanguageModel, loss: Loss) -> list[Tensor]:
 def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
     if not (isinstance(lr, float | int) and 0 < lr < math.inf):
         raise InputError(f"lr = {lr!r} must be a positive number.")
-    return torch.optim.Adam(parameters, lr=lr)
+    return torch.optim.Adam(parameters, lr=lr, fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters))
 
 
 def _batches(policy: LanguageModel, problems: list[Problem], loss: Loss, size: int, draw: Draw) -> Callable[[], Batch]:

@@ -194,11 +194,11 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
         last = t == space.max_length - 1
         token = draw(force_eos(logits, ended, last, space), row)
         columns.append(token)
-        if last or (space.eos and bool((token == space.eos_id).all())):
+        if last or (space.eos and bool(token.eq(space.vocab_size - 1).all())):
             break
         parent, token, row = _distinct_children(row, token, len(logits), space.vocab_size)
         if space.eos:
-            ended = token == space.eos_id
+            ended = token.eq(space.vocab_size - 1)
         logits, state = model.step(state if parent is None else model.select(state, parent), token)
     tokens = torch.stack(columns, 1)
     return torch.nn.functional.pad(tokens, (0, space.max_length - tokens.shape[1]), value=space.vocab_size - 1)
@@ -284,20 +284,32 @@ def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[T
     """The logits [n,V] after a block's prefixes, and the state that reads them."""
     if block.prefix.shape[1] == 0:
         return model.start(1, batch_prompt(prompt, 1))
-    parents, children = torch.unique_consecutive(block.row, return_counts=True)
-    token = block.prefix[:, -1]
-    if len(parents) < len(token) and bool((children == children[0]).all()):  # a full grid: the children share their parents' state
-        logits, state = model.branch(model.select(block.state, parents), token.reshape(len(parents), -1))
+    return advance(model, block.state, block.row, block.prefix[:, -1])
+
+
+def advance(model: LanguageModel, state: Any, row: Tensor, token: Tensor) -> tuple[Tensor, Any]:
+    """One step of a walk on a trie: the rows `row` [m] of a state, in order, continued by `token` [m] -> logits [m,V] and the new state.
+
+    Where every row in use has the same number of children, they share its state (`branch`); otherwise it is copied for each.
+    """
+    parents, children = torch.unique_consecutive(row, return_counts=True)
+    if len(parents) < len(token) and bool((children == children[0]).all()):
+        logits, state = model.branch(model.select(state, parents), token.reshape(len(parents), -1))
         return logits.flatten(0, 1), state
-    return model.step(model.select(block.state, block.row), token)
+    return model.step(model.select(state, row), token)
+
+
+def block_size(vocab_size: int) -> int:
+    """How many prefixes a walk reads at once: few enough for its memory, and whole grids of children where that is possible."""
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // vocab_size))
+    return size - (size % vocab_size if size > vocab_size else 0)
 
 
 def _split(prefix: Tensor, log_prob: Tensor, row: Tensor, state: Any, vocab_size: int) -> list[_Block]:
     """The surviving prefixes in blocks, each small enough that its logits fit the budget."""
     if not len(prefix):
         return []
-    size = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // vocab_size))
-    size -= size % vocab_size if size > vocab_size else 0  # whole grids of children, which share their parents' state
+    size = block_size(vocab_size)
     pieces = zip(prefix.split(size), log_prob.split(size), row.split(size), strict=True)
     return [_Block(prefixes, log_probs, rows, state) for prefixes, log_probs, rows in pieces]
 

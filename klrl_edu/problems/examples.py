@@ -2,18 +2,23 @@
 
 from collections.abc import Callable
 
+import torch
+
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.models.table import SequenceTable
+from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.corpora import surname_prior
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import regex_reward, table_reward
+from klrl_edu.problems.rewards import add, count_reward, regex_reward, repeat_reward, table_reward
 
 FOUR_SENTENCES = {"the cat": 0.4, "the dog": 0.3, "a cat": 0.2, "a dog": 0.1}
 FOUR_REWARDS = {"the cat": 1.0, "the dog": 0.0, "a cat": 0.0, "a dog": 2.0}
 FOUR_POLICY = {"the cat": 0.5, "the dog": 0.2, "a cat": 0.1, "a dog": 0.2}
 
 SURNAME_PATTERN = r"(son|sen|man)$"
+
+_COUNT_THREES_SEED, _COUNT_THREES_SCALE = 0, 0.8  # pinned, with their H(q), KL and hash, by a test
 
 
 def four_sentences_space() -> SequenceSpace:
@@ -43,7 +48,22 @@ def surnames(kl_coef: float = 1.0, count: int = 1000, pattern: str = SURNAME_PAT
     return Problem(prior, regex_reward(pattern, prior.space), kl_coef)
 
 
-EXAMPLES: dict[str, Callable[..., Problem]] = {"four-sentences": four_sentences, "surnames": surnames}
+def count_threes_prior(dtype: torch.dtype = torch.float32) -> TransformerModel:
+    """A random two-layer Transformer over eight words (width 64, 4 heads, 101,568 parameters), its output scaled to H(q) ≈ 9.68 nats."""
+    space = SequenceSpace(tuple("01234567"), max_length=6, eos=False)
+    prior = TransformerModel(space, width=64, heads=4, layers=2, seed=_COUNT_THREES_SEED, dtype=dtype)
+    with torch.no_grad():
+        prior.head.weight.mul_(_COUNT_THREES_SCALE)
+    return prior.requires_grad_(False)
+
+
+def count_threes(kl_coef: float = 0.5) -> Problem:
+    """262,144 sequences that nobody can eyeball: a Transformer prior, r = number of '3's − ½ · adjacent repeats."""
+    prior = count_threes_prior()
+    return Problem(prior, add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5)), kl_coef)
+
+
+EXAMPLES: dict[str, Callable[..., Problem]] = {"four-sentences": four_sentences, "surnames": surnames, "count-threes": count_threes}
 
 
 def example(name: str, kl_coef: float = 1.0) -> Problem:

@@ -125,6 +125,24 @@ def length_reward(space: SequenceSpace, value: float = 1.0) -> TokenReward:
 
 
 @dataclass(frozen=True)
+class RepeatReward:
+    """A reward [N,T] for repeating the word before; see `repeat_reward`."""
+
+    space: SequenceSpace
+    value: float
+
+    def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        repeats = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & (tokens[:, 1:] < len(self.space.vocabulary))
+        return self.value * repeats
+
+
+def repeat_reward(space: SequenceSpace, value: float = -1.0) -> RepeatReward:
+    """`value` for each word equal to the one before it, EOS not counted: a causal reward [N,T]."""
+    return RepeatReward(space, float(value))
+
+
+@dataclass(frozen=True)
 class SumReward:
     """A weighted sum of rewards; see `add` and `scale`."""
 

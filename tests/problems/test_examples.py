@@ -1,5 +1,6 @@
 """The standing problems hold the course's numbers."""
 
+import hashlib
 import math
 
 import pytest
@@ -8,7 +9,18 @@ import torch
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.posterior import posterior
-from klrl_edu.problems.examples import EXAMPLES, SURNAME_PATTERN, example, four_sentences, four_sentences_policy, surnames
+from klrl_edu.models.contract import sequence_log_probs
+from klrl_edu.problems.examples import (
+    EXAMPLES,
+    SURNAME_PATTERN,
+    count_threes,
+    count_threes_prior,
+    example,
+    four_sentences,
+    four_sentences_policy,
+    surnames,
+)
+from klrl_edu.testing import check_causal_reward
 
 
 def test_the_four_sentences_are_the_courses():
@@ -57,3 +69,31 @@ def test_every_example_has_a_posterior(name):
 def test_an_unknown_example_lists_the_known_ones():
     with pytest.raises(InputError, match=r"'five-sentences' is not known; choose from four-sentences, surnames.*CSV or JSON"):
         example("five-sentences", 1.0)
+
+
+# count-threes: pinned, so that numbers quoted for it stay comparable
+
+
+def test_count_threes_is_the_problem_that_its_numbers_were_quoted_for():
+    problem = count_threes()
+    assert (problem.space.size, problem.kl_coef) == (262_144, 0.5)
+    assert sum(parameter.numel() for parameter in problem.prior.parameters()) == 101_568
+    target = posterior(problem)
+    support = target.enumerated()
+    assert len(support.tokens) == 262_144
+    assert float(logspace.entropy(support.log_prior)) == pytest.approx(9.6827, abs=1e-4)
+    assert float(logspace.kl_divergence(support.log_prior, target.log_probs)) == pytest.approx(1.11531, abs=1e-5)
+
+
+def test_the_prior_of_count_threes_has_the_pinned_log_probabilities():
+    prior = count_threes_prior(torch.float64)
+    log_probs = sequence_log_probs(prior, prior.space.all_tokens()[:1000])
+    digest = hashlib.sha256("\n".join(f"{value:.6f}" for value in log_probs.tolist()).encode()).hexdigest()
+    assert digest[:16] == "e0e53e7b65ab98ac"
+
+
+def test_the_reward_of_count_threes_counts_threes_and_charges_repeats():
+    problem = count_threes()
+    tokens = problem.space.encode(["3 3 0 3 1 1", "0 1 2 4 5 6"])
+    assert problem.rewards(tokens).tolist() == [3 - 2 * 0.5, 0.0]
+    check_causal_reward(problem.reward, problem.space)

@@ -1,0 +1,161 @@
+"""The bench: every speed ratio that the README quotes.
+
+python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md and results.json
+python3 dev.py bench --long     with the thousand-step training runs as well
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core import logspace
+from klrl_edu.core.draws import Draw, seeded_draw
+from klrl_edu.evaluation.compare import compare
+from klrl_edu.exact.enumeration import tilt
+from klrl_edu.exact.posterior import posterior
+from klrl_edu.learning import losses
+from klrl_edu.learning.training import copy_of_prior, cosine, train_steps
+from klrl_edu.models.contract import LanguageModel, enumerate_support, force_eos, sample
+from klrl_edu.problems.examples import count_threes
+from tests.benchmarks.measure import ROUNDS, Ratio, ratio
+
+HERE = Path(__file__).parent
+BATCH, SHARE = 256, 16  # the full forward is timed on 1/16 of the batches and scaled
+
+
+def enumeration_against_hugging_face() -> Ratio:
+    """log q of all 262,144 sequences: full forwards ÷ one walk of the prefix trie."""
+    from tests.benchmarks.hugging_face import build_gpt2, log_probs
+
+    prior, other = count_threes().prior, build_gpt2()
+    batches = prior.space.all_tokens().split(BATCH)[::SHARE]
+
+    def full() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                log_probs(other, batch).double().sum(-1)
+
+    names = ("log q of all 262,144 sequences", "Hugging Face GPT-2, full forward in batches of 256 ÷ own")
+    return ratio(*names, "≥ 40", full, lambda: enumerate_support(prior), scale=SHARE)
+
+
+def rloo_step_against_hugging_face() -> Ratio:
+    """One RLOO step of batch 256."""
+    from tests.benchmarks.hugging_face import MinimalRloo
+
+    problem = count_threes()
+    steps = train_steps(copy_of_prior(problem), problem, losses.rloo, steps=10_000, draw=seeded_draw(0), batch_size=BATCH, lr=1e-3)
+    other = MinimalRloo(problem, BATCH)
+    return ratio("one RLOO step, batch 256", "minimal Hugging Face loop with past_key_values ÷ own", "≥ 1.5", other.step, lambda: next(steps))
+
+
+def vectors(n: int = 1_000_000) -> tuple[Tensor, Tensor, Tensor]:
+    """log q, r, log p [n] of a million outcomes."""
+    generator = torch.Generator().manual_seed(0)
+    logits, rewards, others = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3))
+    return torch.log_softmax(logits, 0), rewards, torch.log_softmax(others, 0)
+
+
+def posterior_of_a_million() -> Ratio:
+    """π* and log Z, validation and −inf handling included."""
+    log_prior, rewards, _ = vectors()
+    names = ("posterior of 10⁶ outcomes, float64", "own ÷ torch.log_softmax")
+    return ratio(*names, "≤ 2", lambda: tilt(log_prior, rewards, 0.5), lambda: torch.log_softmax(log_prior, 0))
+
+
+def kl_of_a_million() -> Ratio:
+    """KL, exact near zero and where mass is zero."""
+    log_q, _, log_p = vectors()
+    names = ("KL of 10⁶ outcomes, float64", "own ÷ torch.log_softmax")
+    return ratio(*names, "≤ 3", lambda: logspace.kl_divergence(log_p, log_q), lambda: torch.log_softmax(log_q, 0))
+
+
+@torch.no_grad()
+def cached_sample(model: LanguageModel, n: int, draw: Draw) -> Tensor:
+    """n sequences [n,T] with a KV cache and a row for each from the start."""
+    logits, state = model.start(n)
+    columns = []
+    for t in range(model.space.max_length):
+        columns.append(draw(force_eos(logits, torch.zeros(n, dtype=torch.bool), False, model.space), None))
+        if t < model.space.max_length - 1:
+            logits, state = model.step(state, columns[-1])
+    return torch.stack(columns, 1)
+
+
+def sampling() -> Ratio:
+    """1024 samples: the same law, and with one seed the same tokens."""
+    prior = count_threes().prior
+    assert torch.equal(cached_sample(prior, 1024, seeded_draw(5)), sample(prior, 1024, draw=seeded_draw(5)))
+    one, other = seeded_draw(0), seeded_draw(0)
+    names = ("1024 samples from count-threes", "KV-cached sampler ÷ prefix-sharing sampler")
+    return ratio(*names, "≥ 2.3", lambda: cached_sample(prior, 1024, one), lambda: sample(prior, 1024, draw=other))
+
+
+def thousand_steps() -> Ratio:
+    """Exact KL(π_end‖π*) ÷ KL(q‖π*) after 1000 RLOO steps of 256 from a copy of the prior, median of 3 seeds."""
+    problem = count_threes()
+    target = posterior(problem)
+    start = compare(problem.prior, target).reverse_kl
+    ends = []
+    for seed in range(3):
+        policy = copy_of_prior(problem)
+        options = {"steps": 1000, "batch_size": BATCH, "lr": 2e-3, "schedule": cosine, "max_grad_norm": 1.0}
+        for _ in train_steps(policy, problem, losses.rloo, draw=seeded_draw(seed), **options):
+            pass
+        ends.append(compare(policy, target).reverse_kl / start)
+    note = "seeds 0–2: " + ", ".join(f"{end:.3g}" for end in ends)
+    return Ratio(
+        "exact KL(π‖π*) after 1000 RLOO steps of 256", "÷ KL(q‖π*), policy started as a copy of the prior", "≤ 3e-4", statistics.median(ends), note
+    )
+
+
+SHORT: list[Callable[[], Ratio]] = [
+    enumeration_against_hugging_face,
+    rloo_step_against_hugging_face,
+    posterior_of_a_million,
+    kl_of_a_million,
+    sampling,
+]
+
+
+def run(benches: list[Callable[[], Ratio]]) -> Iterator[Ratio]:
+    """Each ratio in turn; one whose other side is not installed has no value, and says so."""
+    for bench in benches:
+        try:
+            row = bench()
+        except ModuleNotFoundError as error:
+            row = Ratio((bench.__doc__ or "").split("\n")[0].rstrip("."), "–", "–", None, f"not measured: {error.name} is not installed (extra `hf`)")
+        print(f"{row.measured}: {'–' if row.value is None else format(row.value, '.3g')} (bar {row.bar}; {row.note})", flush=True)
+        yield row
+
+
+def table(rows: list[Ratio]) -> str:
+    """Markdown, with date and machine."""
+    where = f"{datetime.date.today()}, {platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    head = f"Median of {ROUNDS} interleaved rounds, CPU time, one thread; {where}.\n\n"
+    lines = ["| measured | ratio | to reach | reached | detail |", "|---|---|---|---|---|"]
+    for row in rows:
+        reached = {True: "yes", False: "**no**", None: "–"}[row.reached]
+        value = "–" if row.value is None else f"{row.value:.3g}"
+        lines.append(f"| {row.measured}: {row.against} | {value} | {row.bar} | {reached} | {row.note} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints and writes the table; exit 1 where a bar was missed."""
+    torch.set_num_threads(1)
+    rows = list(run(SHORT + ([thousand_steps] if "--long" in arguments else [])))
+    (HERE / "results.md").write_text(table(rows), encoding="utf-8")
+    (HERE / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return int(any(row.reached is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
