@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
 """Everything a developer or a newcomer runs, from nothing but Python 3.11 or newer.
 
-    python3 dev.py demo      set up, then the demo (about a minute)
+    python3 dev.py demo      set up, then the demo (one to two minutes)
     python3 dev.py test      set up, then the tests; further words go to pytest
     python3 dev.py check     set up, then ruff and mypy
+    python3 dev.py bench     set up, then the speed ratios, a few minutes: tests/benchmarks/results.md; --long: training runs too
+    python3 dev.py docs      set up, then the site, every page executed: runs/site/html/index.html
+    python3 dev.py student   set up, then the tutorials without their solutions, in runs/student or where you say
+    python3 dev.py figures   set up, then every figure with its data again, in figures/; further words: some numbers only
 
 Each makes .venv if there is none, installs the package with what the target needs, and stamps what it installed, so that a
 second call starts at once. Only the standard library is used here.
@@ -11,6 +15,7 @@ second call starts at once. Only the standard library is used here.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -27,7 +32,7 @@ def main(arguments: list[str]) -> int:
     if sys.version_info < MINIMUM:
         print(f"dev.py: this is Python {sys.version.split()[0]}; Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.", file=sys.stderr)
         return 2
-    targets = {"demo": demo, "test": test, "check": check}
+    targets = {"demo": demo, "test": test, "check": check, "bench": bench, "docs": docs, "student": student, "figures": figures}
     if not arguments or arguments[0] not in targets:
         asked = f"no target {arguments[0]!r}. " if arguments and arguments[0] not in ("-h", "--help") else ""
         print(f"dev.py: {asked}Usage:\n{(__doc__ or '').partition(chr(10) * 2)[2].rstrip()}", file=sys.stderr if asked else sys.stdout)
@@ -57,6 +62,35 @@ def check(arguments: list[str]) -> int:
     """Style and types."""
     set_up("dev")
     return max(run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", "."), run("-m", "mypy"))
+
+
+def bench(arguments: list[str]) -> int:
+    """Speed ratios against other libraries, each where it is installed."""
+    set_up("hf")
+    return run("-m", "tests.benchmarks.bench", *arguments)
+
+
+def docs(arguments: list[str]) -> int:
+    """The site from scratch, offline; a warning, or a page that did not run, fails it. Further words go to sphinx-build."""
+    set_up("docs")
+    site = ROOT / "runs" / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    words = ["-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-d", str(site / "doctrees")]
+    code = run("-m", "sphinx", *words, *arguments, "tutorials", str(site / "html"))
+    print(f"the site failed (exit {code})" if code else f"the site: {site / 'html' / 'index.html'}")
+    return code
+
+
+def student(arguments: list[str]) -> int:
+    """The tutorials as a student gets them."""
+    set_up("docs")
+    return run("-m", "klrl_edu.experiments.student", *(arguments or ["runs/student"]))
+
+
+def figures(arguments: list[str]) -> int:
+    """Every figure again from its own computation, in place."""
+    set_up()
+    return run("-m", "klrl_edu.experiments.figures", *arguments)
 
 
 def run(*arguments: str) -> int:

@@ -33,7 +33,7 @@ KLRL = [line for line in COMMANDS if line.startswith("klrl ") and "demo" not in 
 
 
 def test_the_readme_has_commands_to_try():
-    assert len(KLRL) == 4
+    assert len(KLRL) == 5
     assert {"python3 dev.py demo", "python3 dev.py test"} <= set(COMMANDS)
 
 

@@ -20,6 +20,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from klrl_edu.core.display import Cell, text_table
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.core.errors import KlrlError
 from klrl_edu.core.validation import check_count
@@ -27,7 +28,7 @@ from klrl_edu.evaluation.compare import compare as compare_models
 from klrl_edu.evaluation.records import Record, write_atomically
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.exact.posterior import posterior as exact_posterior
-from klrl_edu.experiments import plots
+from klrl_edu.experiments import figures, plots
 from klrl_edu.experiments.demo import run_demo
 from klrl_edu.experiments.runner import (
     LOSSES,
@@ -54,9 +55,9 @@ Quiet = Annotated[bool, tyro.conf.arg(help="Print nothing but errors.")]
 
 
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) -> None:
-    """Four sentences by hand, networks trained to their posterior, and US surnames: about a minute.
+    """Four sentences, networks trained to their posterior, US surnames, and 262,144 digit sequences: one to two minutes.
 
-    Writes result.json (four_sentences, networks, surnames: every printed number), four-sentences.png/.pdf and surnames.png/.pdf.
+    Writes result.json (four_sentences, networks, surnames, count_threes: every printed number) and three pictures as .png and .pdf.
 
     Args:
         out: where to write.
@@ -219,6 +220,32 @@ def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None =
     say(f"\nresult.json is in {directory}")
 
 
+def figure(name: Annotated[str, tyro.conf.Positional] = "list", /, *, out: Path | None = None, quiet: Quiet = False) -> None:
+    """Computes and draws a figure of the registry, or one's own; without a name, lists the registry.
+
+    Writes result.json (number, title, source, script, config, seconds, data: every number of the picture), data.json (the data alone) and
+    the picture as .png and vector .pdf, named as the script.
+
+    Args:
+        name: a number such as 01, or the path of a .py file that defines Config (a dataclass), compute(config) -> dict and draw(data) -> Figure.
+        out: where to write; runs/figure-NAME by default.
+    """
+    say = _speaker(quiet)
+    if name == "list":
+        say(text_table(["figure", "title", "source"], [[entry.number, entry.title, entry.source] for entry in figures.find_figures()]))
+        return
+    entry = figures.find_figure(name)
+    out = Path("runs") / f"figure-{entry.number or entry.script.stem}" if out is None else out
+    figures.check_out(entry, out)
+    say(f"{entry.title}\n{entry.source}")
+    made = figures.make_figure(entry.script)
+    directory = figures.save_made_figure(entry, made, out)
+    numbers: list[list[Cell]] = [[key, value] for key, value in made.data.items() if isinstance(value, float | int)]
+    if numbers:
+        say("\n" + text_table(["number", "value"], numbers))
+    say(f"\n{entry.script.stem}.png, .pdf, data.json and result.json are in {directory} ({made.seconds:.1f} s)")
+
+
 def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
     """Versions, threads and devices, for a report.
 
@@ -240,7 +267,7 @@ def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
         say(f"{name:14} {value}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "posterior": posterior, "train": train, "compare": compare, "env": env}
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "posterior": posterior, "train": train, "compare": compare, "figure": figure, "env": env}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
-"""The three parts of `klrl demo`: a posterior by hand, networks trained to it, and real text."""
+"""The four parts of `klrl demo`: a posterior by hand, networks trained to it, real text, and a space nobody can eyeball."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,15 @@ from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.posterior import Posterior, posterior
 from klrl_edu.experiments import plots
 from klrl_edu.learning import losses
-from klrl_edu.learning.training import comparison_metrics, cosine, train_steps
+from klrl_edu.learning.training import comparison_metrics, copy_of_prior, cosine, train_steps
 from klrl_edu.models.contract import LanguageModel, sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.transformer import TransformerModel
-from klrl_edu.problems.examples import SURNAME_PATTERN, four_sentences, four_sentences_policy, surnames
+from klrl_edu.problems.examples import SURNAME_PATTERN, count_threes, four_sentences, four_sentences_policy, surnames
 
 ARTICLE_KL = 0.22  # what an article prints for KL(π‖q) of the four sentences
-EVALUATE_EVERY = 10
+EVALUATE_EVERY, EVALUATE_LARGE_EVERY = 10, 50
 _SURNAMES_SHOWN = 12
 
 Say = Callable[[str], None]
@@ -41,6 +42,7 @@ class Recipe:
 
 SMALL = Recipe(steps=500, batch_size=64, lr=3e-3)
 SURNAMES = Recipe(steps=300, batch_size=256, lr=2e-2)
+COUNT_THREES = Recipe(steps=300, batch_size=256, lr=1e-3)
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Trained:
 
 
 def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
-    """All three parts; tables go to `say`, pictures to `out`. Returns every printed number."""
+    """All four parts; tables go to `say`, pictures to `out`. Returns every printed number."""
     target = posterior(four_sentences())
     first = show_four_sentences(target, say)
     runs = {
@@ -67,7 +69,8 @@ def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, An
     second = show_networks(target, runs, collapsed, say)
     draw_four_sentences(target, runs, collapsed, out / "four-sentences")
     third = show_surnames(out / "surnames", seed, say, progress)
-    return {"four_sentences": first, "networks": second, "surnames": third}
+    fourth = show_count_threes(out / "count-threes", seed, say, progress)
+    return {"four_sentences": first, "networks": second, "surnames": third, "count_threes": fourth}
 
 
 def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
@@ -176,11 +179,47 @@ def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:
         return plots.save_figure(figure, path)
 
 
+def show_count_threes(path: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
+    """Part 4: a Transformer prior over 262,144 sequences; a copy of it trained on samples only, held against the exact π*."""
+    problem = count_threes()
+    target = posterior(problem)
+    support = target.enumerated()
+    say(f"\n4. A Transformer prior over {len(support.tokens):,} sequences of digits, r = number of 3s − ½·adjacent repeats, λ = {problem.kl_coef:g};")
+    entropy, divergence = float(logspace.entropy(support.log_prior)), float(logspace.kl_divergence(support.log_prior, target.log_probs))
+    say(f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) = {divergence:.4f}, exact by walking the prefix trie\n")
+    policy = copy_of_prior(problem)
+    before = compare(policy, target)
+    run = _train(policy, target, COUNT_THREES, seed, progress, "Transformer on count-threes", EVALUATE_LARGE_EVERY)
+    after = compare(policy, target)
+    shown = ("reverse_kl", "forward_kl", "total_variation", "expected_reward", "objective", "objective_gap")
+    rows: list[list[Cell]] = [[name, before.metrics()[name], after.metrics()[name]] for name in shown]
+    say(text_table(["exact", "copy of the prior", f"after {COUNT_THREES.steps} RLOO steps of {COUNT_THREES.batch_size}"], rows))
+    say(f"   the best objective there is: λ log Z = {float(target.value):.6f}")
+    _draw_count_threes(target, run, path)
+    return {**target.to_dict(), "entropy": entropy, "before": before.metrics(), "after": after.metrics(), "steps": COUNT_THREES.steps}
+
+
+def _draw_count_threes(target: Posterior, run: Trained, path: Path) -> list[Path]:
+    with plots.publication_style():
+        figure, (divergence, objective) = plots.new_figure(2, 3.6, 3.0)
+        plots.plot_metrics(
+            run.history, {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}, divergence, ylabel="nats, over 262,144 sequences", log=True
+        )
+        divergence.set_title("A Transformer trained on samples only")
+        plots.plot_metrics(run.history, {"exact_objective": "J(π)", "expected_reward": "E[r]"}, objective, ylabel="reward units")
+        objective.axhline(float(target.value), color=plots.POSTERIOR_COLOUR, linestyle="--", label="λ log Z, the most J there is")
+        objective.legend()
+        objective.set_title("Its objective, exactly")
+        return plots.save_figure(figure, path)
+
+
 def _train_small(name: str, target: Posterior, network: LanguageModel, seed: int, progress: Progress) -> Trained:
     return _train(restrict_to_support(network, target.problem.prior), target, SMALL, seed, progress, f"{name} on four sentences")
 
 
-def _train(policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, progress: Progress, label: str) -> Trained:
+def _train(
+    policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, progress: Progress, label: str, every: int = EVALUATE_EVERY
+) -> Trained:
     """RLOO with an exact look at the distribution every few steps."""
     trained = Trained(policy, History())
     tokens = target.enumerated().tokens
@@ -195,6 +234,6 @@ def _train(policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, 
     options = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
     loop = train_steps(policy, target.problem, losses.rloo, **options, draw=seeded_draw(seed), schedule=cosine, max_grad_norm=1.0)  # type: ignore[arg-type]
     for record in progress(loop, recipe.steps, label):
-        if record["step"] % EVALUATE_EVERY == 0:
+        if record["step"] % every == 0:
             look(record)
     return trained

@@ -3,11 +3,14 @@
 Every function takes `ax=None` and returns the Axes; none shows a window. Import sets nothing global.
 """
 
+import builtins
+import io
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,45 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     for one in caught:
         if not _MISSING_GLYPH.match(str(one.message)):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return paths
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that a notebook shows where it stands at the end of a cell.
+
+    Attributes:
+        png: the picture.
+        paths: the files that plain Python wrote; empty in a notebook.
+    """
+
+    png: bytes
+    paths: tuple[Path, ...]
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+def picture(figure: Figure, path: str | Path) -> Picture:
+    """The figure of a script that is also a notebook: a notebook shows it, plain Python writes `path`.png and .pdf and says so."""
+    buffer = io.BytesIO()
+    paths: tuple[Path, ...] = ()
+    with publication_style():
+        figure.savefig(buffer, format="png")
+        if not hasattr(builtins, "get_ipython"):
+            paths = _try_to_save(figure, Path(path))
+    return Picture(buffer.getvalue(), paths)
+
+
+def _try_to_save(figure: Figure, path: Path) -> tuple[Path, ...]:
+    """A folder that cannot be written to costs the picture, not the script."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paths = tuple(save_figure(figure, path))
+    except OSError as error:
+        print(f"(picture not saved: {path}: {error.strerror or error})")
+        return ()
+    print(f"picture: {' and '.join(str(one) for one in paths)}")
     return paths
 
 

@@ -64,6 +64,23 @@ class ProblemSource:
         return load_table(self.name, self.kl_coef, separator=self.separator, normalize=self.normalize)
 
 
+def check_directory(out: Path, command: str) -> Path:
+    """A directory that a run may claim: not there yet, empty, or left by the same command; writes nothing.
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        InputError: it is a file, or holds something else.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a directory.")
+    if out.is_dir() and any(out.iterdir()) and _command_of(out) != command:
+        raise InputError(f"--out {out} holds files that `klrl {command}` did not write; choose a new or an empty directory.")
+    return out
+
+
 def claim_directory(out: Path, command: str) -> Path:
     """A directory for a run: new, empty, or left by the same command; anything else is refused, so that nothing is lost.
 
@@ -73,12 +90,8 @@ def claim_directory(out: Path, command: str) -> Path:
     Raises:
         InputError: it holds something else, or cannot be written.
     """
-    out = out.expanduser().resolve()
     try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--out {out} is a file; name a directory.")
-        if out.is_dir() and any(out.iterdir()) and _command_of(out) != command:
-            raise InputError(f"--out {out} holds files that `klrl {command}` did not write; choose a new or an empty directory.")
+        out = check_directory(out, command)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", json_bytes({"command": command}))
     except OSError as error:

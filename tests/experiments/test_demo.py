@@ -43,8 +43,18 @@ def test_a_network_learns_the_surnames(demo):
     assert found["network"]["violating_mass"] == 0
 
 
-def test_it_leaves_pictures_and_stays_within_a_minute_of_one_thread(demo):
+def test_a_transformer_trained_on_samples_only_nears_the_posterior_of_count_threes(demo):
+    found = demo[1]["count_threes"]
+    assert found["support_size"] == 262_144
+    assert 9 < found["entropy"] < 10
+    assert found["before"]["kl_to_prior"] == 0
+    assert found["after"]["reverse_kl"] < 0.05 < 1 < found["before"]["reverse_kl"]
+    assert found["after"]["objective"] <= found["value"]
+    assert found["after"]["objective_gap"] == pytest.approx(found["value"] - found["after"]["objective"], abs=1e-9)
+
+
+def test_it_leaves_pictures_and_stays_within_two_minutes_of_one_thread(demo):
     out, _, seconds = demo
     assert {path.suffix for path in out.iterdir()} == {".json", ".png", ".pdf"}
     assert all(path.stat().st_size > 5_000 for path in out.glob("*.p*"))
-    assert seconds < 120  # CPU time on a shared machine; about 40 s on a quiet one
+    assert seconds < 180  # CPU seconds on a machine that runs other tests beside; alone it keeps within 120

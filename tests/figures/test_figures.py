@@ -1,0 +1,212 @@
+"""Every figure of the registry: what is committed is what its script computes, and what it shows holds."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import klrl_edu as klrl
+from klrl_edu import reference
+from klrl_edu.experiments import figures
+from klrl_edu.problems.examples import FOUR_REWARDS, FOUR_SENTENCES
+
+ENTRIES = {entry.number: entry for entry in figures.find_figures()}
+
+
+@functools.cache
+def committed(number):
+    return json.loads(ENTRIES[number].data.read_text(encoding="utf-8"))
+
+
+def assert_close(found, wanted, where="data"):
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted), where
+        for key in wanted:
+            assert_close(found[key], wanted[key], f"{where}.{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            assert_close(one, other, f"{where}[{index}]")
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9), where
+    else:
+        assert found == wanted, where
+
+
+@pytest.mark.parametrize("number", ENTRIES)
+def test_the_committed_data_are_what_the_script_computes(number):
+    module = figures.load_module(ENTRIES[number].script)
+    assert_close(json.loads(figures.data_bytes(module.compute(module.Config()))), committed(number))
+
+
+@pytest.mark.parametrize("number", ENTRIES)
+def test_the_picture_is_drawn_from_the_committed_data_and_lies_beside_the_script(number):
+    script = ENTRIES[number].script
+    picture = figures.load_module(script).draw(committed(number))
+    assert all(ax.get_xlabel() and ax.get_ylabel() and ax.get_title(loc="left") for ax in picture.axes)
+    assert all(script.with_suffix(suffix).stat().st_size > 10_000 for suffix in (".png", ".pdf"))
+
+
+@pytest.mark.parametrize("number", ENTRIES)
+def test_the_config_is_frozen_and_the_docstring_names_source_and_every_datum(number):
+    module = figures.load_module(ENTRIES[number].script)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(module.Config(), dataclasses.fields(module.Config)[0].name, 1)
+    assert ENTRIES[number].source
+    first_column = [line.strip().split("  ")[0] for line in module.__doc__.partition("\nData")[2].splitlines()]
+    assert set(committed(number)) <= {name.strip() for names in first_column for name in names.split(",")}
+
+
+def test_the_table_of_the_folder_is_the_registry():
+    assert (figures.figures_folder() / "README.md").read_text(encoding="utf-8") == figures.registry_table()
+
+
+# 01
+
+
+def test_01_is_the_posterior_of_plain_dictionaries():
+    data = committed("01")
+    for kl_coef, row in zip(data["kl_coef"], data["posterior"], strict=True):
+        star, _ = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, kl_coef)
+        assert dict(zip(data["sentences"], row, strict=True)) == pytest.approx(star, abs=1e-12)
+
+
+def test_01_runs_from_the_argmax_to_the_prior():
+    data = committed("01")
+    assert data["at_zero"] == {
+        "probabilities": [0, 0, 0, 1],
+        "expected_reward": 2,
+        "kl_to_prior": pytest.approx(math.log(10), abs=1e-12),
+    }
+    assert data["at_infinity"]["probabilities"] == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=1e-12)
+    assert data["at_infinity"]["kl_to_prior"] == pytest.approx(0, abs=1e-12)
+    assert data["prior_variance"] == pytest.approx(0.44, abs=1e-12)
+    for name in ("expected_reward", "kl_to_prior"):
+        assert all(a > b for a, b in itertools.pairwise(data[name]))
+        assert data["at_infinity"][name] < data[name][-1]
+        assert data[name][0] < data["at_zero"][name] + 1e-7
+    last = data["kl_coef"][-1]
+    assert data["expected_reward"][-1] - 0.6 == pytest.approx(0.44 / last, rel=0.05)
+    assert data["kl_to_prior"][-1] == pytest.approx(0.44 / (2 * last**2), rel=0.1)
+
+
+# 02
+
+
+def frontier_value(kl_coef):
+    """λ log Z of the surnames under their score, in plain dictionaries."""
+    problem = figures.load_module(ENTRIES["02"].script).surnames_by_score(100)
+    support = klrl.problem_support(problem)
+    names = problem.space.decode(support.tokens)
+    q, r = dict(zip(names, support.log_prior.exp().tolist(), strict=True)), dict(zip(names, support.rewards.tolist(), strict=True))
+    return kl_coef * reference.posterior(q, r, kl_coef)[1]
+
+
+def test_02_nothing_lies_above_the_frontier():
+    data = committed("02")
+    shortfalls = [value for run in data["runs"] for value in run["shortfall"]]
+    assert min(shortfalls) >= -1e-12
+    assert (data["smallest_shortfall"], data["largest_shortfall"]) == (min(shortfalls), max(shortfalls))
+
+
+@pytest.mark.parametrize("kl_coef", [0.1, 0.25, 1.0, 4.0])
+def test_02_every_run_is_below_every_tangent(kl_coef):
+    value = frontier_value(kl_coef)
+    points = [point for run in committed("02")["runs"] for point in zip(run["kl_to_prior"], run["expected_reward"], strict=True)]
+    assert len(points) == 4 * 31
+    assert all(reward <= value + kl_coef * kl + 1e-12 for kl, reward in points)
+
+
+def test_02_the_slope_of_the_frontier_is_lambda():
+    frontier = committed("02")["frontier"]
+    lam, kl, reward = frontier["kl_coef"], frontier["kl_to_prior"], frontier["expected_reward"]
+    for i in range(1, len(lam) - 1):
+        slope = (reward[i + 1] - reward[i - 1]) / (kl[i + 1] - kl[i - 1])
+        assert lam[i + 1] < slope < lam[i - 1]  # concave: a chord's slope is that of a point inside
+        assert slope == pytest.approx(lam[i], rel=0.02)
+
+
+def test_02_runs_start_at_the_prior_and_approach_their_posterior_or_leave_the_frontier():
+    data = committed("02")
+    for run, tangent in zip(data["runs"], data["tangents"], strict=False):
+        assert run["kl_to_prior"][0] == pytest.approx(0, abs=1e-12)
+        assert run["kl_to_prior"][-1] == pytest.approx(tangent["kl_to_prior"], rel=0.1)
+        assert run["shortfall"][-1] < 0.3 * max(run["shortfall"])
+    assert data["runs"][-1]["kl_coef"] == 0
+    assert data["runs"][-1]["shortfall"][-1] == data["largest_shortfall"] > 0.5
+
+
+def test_02_the_height_of_the_frontier_is_its_reward_at_its_own_kl():
+    module = figures.load_module(ENTRIES["02"].script)
+    point = module._frontier_point(klrl.problem_support(module.surnames_by_score(100)))
+    height = module._frontier_height(point)
+    for kl_coef in (0.05, 0.3, 2.0, 50.0, math.inf):
+        assert height(point(kl_coef)["kl_to_prior"]) == pytest.approx(point(kl_coef)["expected_reward"], abs=1e-12)
+    assert height(100.0) == pytest.approx(2.7, abs=1e-12)
+
+
+# 15
+
+
+def test_15_entropy_goes_to_the_posterior_s_with_the_kl_term_and_to_zero_without():
+    data = committed("15")
+    assert [run["kl_coef"] for run in data["runs"]] == [0.5, 0.25, 0.0]
+    for run in data["runs"]:
+        assert run["entropy"][0] == pytest.approx(data["prior_entropy"], abs=1e-12)
+        assert run["entropy"][-1] == pytest.approx(run["posterior_entropy"], abs=0.05)
+    with_kl, _, without = data["runs"]
+    assert with_kl["entropy"][-1] > 3.8
+    assert without["posterior_entropy"] == 0
+    assert without["entropy"][-1] < 0.05
+    assert without["probabilities"][0] > 0.99
+    assert without["best"] == "gonzalez"
+
+
+def test_15_the_posteriors_are_those_of_plain_dictionaries():
+    problem = figures.load_module(ENTRIES["02"].script).surnames_by_score(100)  # the same problem
+    support = klrl.problem_support(problem)
+    names = problem.space.decode(support.tokens)
+    q, r = dict(zip(names, support.log_prior.exp().tolist(), strict=True)), dict(zip(names, support.rewards.tolist(), strict=True))
+    for run in committed("15")["runs"][:2]:
+        star, _ = reference.posterior(q, r, run["kl_coef"])
+        assert run["posterior"] == pytest.approx(sorted(star.values(), reverse=True), abs=1e-12)
+        assert run["posterior_entropy"] == pytest.approx(reference.entropy(star), abs=1e-12)
+        assert math.fsum(run["probabilities"]) == pytest.approx(1, abs=1e-12)
+        distance = math.fsum(abs(p - s) for p, s in zip(run["probabilities"], run["posterior"], strict=True)) / 2
+        assert distance < 0.04
+
+
+# 19
+
+
+def test_19_every_iterate_is_the_posterior_at_its_lambda():
+    data = committed("19")
+    assert data["largest_deviation"] < 1e-12
+    for run in data["runs"]:
+        for kl_coef, row in zip(run["kl_coef"], run["probabilities"], strict=True):
+            star, _ = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, kl_coef)
+            assert dict(zip(data["sentences"], row, strict=True)) == pytest.approx(star, abs=1e-12), (run["name"], kl_coef)
+
+
+def test_19_the_lambdas_are_those_of_the_formulas():
+    rules = {"natural gradient": lambda t: 1 / (1 - 0.9**t), "proximal": lambda t: 1 / (1 - 1.1**-t), "reward only": lambda t: 10 / t}
+    runs = {run["name"]: run for run in committed("19")["runs"]}
+    assert set(runs) == set(rules)
+    for name, rule in rules.items():
+        assert runs[name]["kl_coef"] == pytest.approx([rule(t) for t in runs[name]["step"]], rel=1e-12)
+    assert runs["reward only"]["probabilities"][199][3] == pytest.approx(0.999999991755, abs=1e-12)
+
+
+def test_19_one_whole_step_arrives_and_the_plain_gradient_takes_another_way():
+    data = committed("19")
+    known = [0.467416455322, 0.128964678284, 0.085976452189, 0.317642414206]
+    assert data["one_step"] == pytest.approx(known, abs=1e-12)
+    plain = torch.tensor(data["plain_gradient"]["probabilities"])
+    assert plain[-1].tolist() == pytest.approx(known, abs=1e-3)
+    sweep = torch.tensor(data["sweep"]["posterior"])
+    away = torch.cdist(plain[5:6].double(), sweep.double()).min()
+    assert away > 0.03
