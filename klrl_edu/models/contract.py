@@ -207,7 +207,7 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
 def _distinct_children(row: Tensor, token: Tensor, parents: int, vocab_size: int) -> tuple[Tensor | None, Tensor, Tensor]:
     """The distinct (prefix, token) pairs among sequences: their parents (None: all, in order) and tokens [M], and each sequence's row [N]."""
     if parents == len(row):  # every sequence already has a prefix of its own
-        return None, token, row
+        return None, torch.empty_like(token).index_copy(0, row, token), row
     pairs, row = torch.unique(row * vocab_size + token, return_inverse=True)
     return pairs // vocab_size, pairs % vocab_size, row
 

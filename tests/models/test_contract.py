@@ -15,6 +15,7 @@ from klrl_edu.models.contract import (
     LanguageModel,
     conditional_log_probs,
     enumerate_support,
+    force_eos,
     readable_count,
     sample,
     sequence_log_probs,
@@ -383,3 +384,22 @@ def test_a_restricted_policy_shares_its_policys_parameters_and_not_its_reference
 def test_a_policy_and_a_reference_of_different_spaces_are_refused():
     with pytest.raises(InputError, match="different spaces"):
         restrict_to_support(BigramToy(words(2, 2)), some_table(words(2, 3)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 300])
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+@pytest.mark.parametrize("space", [words(3, 5), SequenceSpace(("a", "b", "c"), 5, eos=False)], ids=["eos", "no eos"])
+def test_sharing_prefixes_changes_no_token(space, name, n):
+    build = {"lstm": RecurrentModel, "transformer": TransformerModel}[name]
+    model = build(space, seed=1)
+    for seed in range(20):
+        draw = seeded_draw(seed)
+        logits, state = model.start(n)
+        ended, columns = torch.zeros(n, dtype=torch.bool), []
+        for t in range(space.max_length):
+            token = draw(force_eos(logits, ended, t == space.max_length - 1, space), None)
+            columns.append(token)
+            ended = ended | (token == space.eos_id) if space.eos else ended
+            if t < space.max_length - 1:
+                logits, state = model.step(state, token)
+        assert torch.equal(sample(model, n, draw=seeded_draw(seed)), torch.stack(columns, 1))

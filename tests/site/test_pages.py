@@ -1,0 +1,122 @@
+"""The sources of the site: nothing is left out, and the code of "add your own" runs."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import klrl_edu
+
+TUTORIALS = Path(klrl_edu.__file__).parents[1] / "tutorials"
+STUB = (Path(klrl_edu.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(TUTORIALS).with_suffix("").as_posix() for path in TUTORIALS.rglob("*.md"))
+CELLS = re.compile(r"^```\{code-cell\} python\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def conf():
+    """tutorials/conf.py as a module."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_nb")
+    spec = importlib.util.spec_from_file_location("klrl_site_conf", TUTORIALS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def listed(markdown: str) -> set[str]:
+    """What the toctrees of a page list."""
+    blocks = re.findall(r"```\{toctree\}\n(.*?)```", markdown, re.S)
+    return {line for block in blocks for line in block.splitlines() if line and not line.startswith(":")}
+
+
+def test_every_page_is_in_the_table_of_contents():
+    found = listed((TUTORIALS / "index.md").read_text(encoding="utf-8")) | listed((TUTORIALS / "api.md").read_text(encoding="utf-8"))
+    assert found == {*PAGES, "t[0-9][0-9]_*"} - {"index"}
+
+
+def test_every_folder_with_a_public_name_has_a_reference_page():
+    rooms = {(module or name).partition(".")[0] for module, name in re.findall(r"^from klrl_edu\.?([\w.]*) import (\w+)", STUB, re.M)}
+    marks = {page: re.findall(r"<!-- fill: api (\w+) -->", (TUTORIALS / f"{page}.md").read_text(encoding="utf-8")) for page in PAGES}
+    assert marks == {page: [page.removeprefix("api/")] if page.startswith("api/") else [] for page in PAGES}
+    assert {page.removeprefix("api/") for page in PAGES if page.startswith("api/")} == rooms
+
+
+def test_every_public_name_is_on_its_reference_page_once(conf):
+    pages = [page.removeprefix("api/") for page in PAGES if page.startswith("api/")]
+    text = "\n".join(conf.api(page) for page in pages)
+    documented = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: klrl_edu\.(\w+)$|^\.\. automodule:: klrl_edu\.(?:\w+\.)*(\w+)$", text, re.M)
+    assert sorted(a or b for a, b in documented) == klrl_edu.__all__
+
+
+def test_an_alias_brings_the_text_below_it(conf):
+    assert "one contract for training and for the audit" in conf.alias_docstring("klrl_edu.learning.batches", "Loss")
+
+
+def test_a_plain_docstring_becomes_what_it_says(conf):
+    lines = ["π* of |y|, E_π[r], π_ and `x*`.", "", "    π* = q/Z", "", "Then text*."]
+    assert conf.plain_to_rst(lines) == [r"π\* of \|y\|, E_π[r], π\_ and `x*`.", "", "::", "", "    π* = q/Z", "", r"Then text\*."]
+
+
+def test_a_page_that_did_not_run_is_noticed(conf, tmp_path):
+    page = tmp_path / "t01_page.py"
+    page.write_text("1 + 1\n")
+    ran = {"runtime": 1.5, "succeeded": True}
+    assert conf.not_run(ran, page) == []
+    assert conf.not_run(None, page) == ["it was not executed"]
+    assert conf.not_run({**ran, "runtime": 0.0004}, page) == ["it ran in 0.000 s"]
+    assert conf.not_run({**ran, "runtime": None}, page) == ["it ran in 0.000 s"]
+    assert conf.not_run({**ran, "succeeded": False}, page) == ["it failed"]
+    page.write_text('# %% tags=["skip-execution"]\n1 + 1\n')
+    assert conf.not_run(ran, page) == ["a tag excludes a cell from execution"]
+
+
+def test_nothing_is_excluded_from_execution(conf):
+    assert conf.nb_execution_mode == "force"
+    assert conf.nb_execution_raise_on_error
+    assert not hasattr(conf, "nb_execution_excludepatterns")
+    assert not hasattr(conf, "exclude_patterns")
+    for path in TUTORIALS.glob("t[0-9][0-9]_*.py"):
+        assert not re.search(r"skip-execution|raises-exception", path.read_text(encoding="utf-8")), path.name
+
+
+def test_a_missing_benchmark_says_how_to_make_it(conf, tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "BENCHMARK", tmp_path / "results.md")
+    source = [(TUTORIALS / "bench.md").read_text(encoding="utf-8")]
+    conf.fill(None, "bench", source)
+    assert "`python3 dev.py bench`" in source[0]
+    conf.BENCHMARK.write_text("# Results\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
+    source = ["<!-- fill: benchmark -->"]
+    conf.fill(None, "bench", source)
+    assert source[0].strip() == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_mathjax_is_ours_with_its_licence(conf):
+    assert "://" not in conf.mathjax_path
+    script = TUTORIALS / "_static" / conf.mathjax_path
+    assert script.stat().st_size > 1_000_000
+    assert "Apache License" in (script.parent / "LICENSE").read_text(encoding="utf-8")
+    assert conf.mathjax3_config["options"]["enableMenu"] is False  # the menu can load a speech engine from a CDN
+    assert conf.nb_ipywidgets_js == {}
+
+
+def test_the_code_of_add_your_own_runs_and_says_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (TUTORIALS / "add_your_own.md").read_text(encoding="utf-8")
+    code = CELLS.findall(page)
+    assert len(code) == page.count("{code-cell}")
+    scope: dict = {}
+    for cell in code:
+        exec(cell, scope)
+    assert "log_variance follows objective, scaled by 0.5" in capsys.readouterr().out
+    assert scope["comparison"].reverse_kl < 1e-6
+    assert scope["data"]["expected_reward"] == sorted(scope["data"]["expected_reward"], reverse=True)
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_add_your_own_fits_its_boxes():
+    too_wide = [
+        line for cell in CELLS.findall((TUTORIALS / "add_your_own.md").read_text(encoding="utf-8")) for line in cell.splitlines() if len(line) > 105
+    ]
+    assert too_wide == []
