@@ -11,7 +11,7 @@ import torch
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, text_table
 from klrl_edu.core.draws import seeded_draw
-from klrl_edu.evaluation.compare import compare
+from klrl_edu.evaluation.compare import compare, support_log_mass
 from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.posterior import Posterior, posterior
 from klrl_edu.experiments import plots
@@ -222,13 +222,13 @@ def _train(
 ) -> Trained:
     """RLOO with an exact look at the distribution every few steps."""
     trained = Trained(policy, History())
-    tokens = target.enumerated().tokens
+    support = target.enumerated()
 
     def look(record: Record) -> None:
         trained.history.records.append({**record, **comparison_metrics(policy, target)})
         trained.steps.append(record["step"])
         with torch.no_grad():
-            trained.entropy.append(float(logspace.entropy(sequence_log_probs(policy, tokens))))
+            trained.entropy.append(float(logspace.entropy(support_log_mass(policy, support.tokens, support.trie)[0])))
 
     look({"step": 0})
     options = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
