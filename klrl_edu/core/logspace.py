@@ -16,7 +16,7 @@ from klrl_edu.core.errors import InfeasibleError
 
 _SERIES_RADIUS = 0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
 _WELL_ABOVE_ZERO = 1e-2  # a KL above this loses under 1e-13 of itself to the cancellation of q − p − p·d
-IN_CACHE = 1 << 15  # outcomes worked on at once, so that what lies between two passes stays in the processor's cache
+IN_CACHE = 1 << 16  # outcomes worked on at once, so that what lies between two passes stays in the processor's cache
 _SERIES_TERMS = 18  # 0.5^18/20! is far below 2^-53 of the leading ½
 
 

@@ -46,7 +46,8 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
         InfeasibleError: no outcome has both prior mass and a finite reward.
     """
     check_kl_coef(kl_coef)
-    if _TINY < kl_coef < math.inf and log_prior.numel() and _bounded(log_prior) and _bounded(rewards):
+    followed = log_prior.requires_grad or rewards.requires_grad
+    if not followed and _TINY < kl_coef < math.inf and log_prior.numel() and _bounded(log_prior) and _bounded(rewards):
         return _tilt_without_zeros(log_prior, rewards, kl_coef)
     supported = log_prior > -math.inf
     rewards = torch.where(supported, rewards, torch.full_like(rewards, -math.inf))
@@ -72,14 +73,13 @@ def _bounded(values: Tensor) -> bool:
 
 
 def _tilt_without_zeros(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
-    """(1) and (2) where nothing is zero or infinite: the same numbers in fewer passes over memory."""
-    top = rewards.amax().detach()
-    lifted = (rewards - top).div_(kl_coef).add_(log_prior)
-    highest = lifted.detach().amax()
-    parts = [torch.exp(part - highest).sum() for part in lifted.split(logspace.IN_CACHE)]
-    residual = torch.log(torch.stack(parts).sum()) + highest
-    log_posterior = lifted - residual if lifted.requires_grad else lifted.sub_(residual)
-    return Tilted(log_posterior, top + kl_coef * residual, residual + top / kl_coef)
+    """(1) and (2) where nothing is zero or infinite: the same numbers, worked out a cacheful at a time and in one allocation."""
+    top = rewards.amax()
+    lifted = torch.empty_like(log_prior)
+    pieces = zip(*(vector.split(logspace.IN_CACHE) for vector in (lifted, rewards, log_prior)), strict=True)
+    parts = [torch.logsumexp(torch.add((reward - top).div_(kl_coef), prior, out=piece), 0) for piece, reward, prior in pieces]
+    residual = torch.logsumexp(torch.stack(parts), 0)
+    return Tilted(lifted.sub_(residual), top + kl_coef * residual, residual + top / kl_coef)
 
 
 def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The bench: every speed ratio that the README quotes.
 
-python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md and results.json
+python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md, results.json and the README's table
 python3 dev.py bench --long     with the thousand-step training runs as well
 """
 
@@ -27,6 +27,7 @@ from klrl_edu.problems.examples import count_threes
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 HERE = Path(__file__).parent
+README, MARKS = HERE.parents[1] / "README.md", ("<!-- bench: written by python3 dev.py bench -->", "<!-- end of bench -->")
 BATCH, SHARE = 256, 16  # the full forward is timed on 1/16 of the batches and scaled
 
 
@@ -148,11 +149,18 @@ def table(rows: list[Ratio]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def with_table(readme: str, results: str) -> str:
+    """The README with a new table between its two marks."""
+    before, _, rest = readme.partition(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{results}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
 def main(arguments: list[str]) -> int:
     """Measures, prints and writes the table; exit 1 where a bar was missed."""
     torch.set_num_threads(1)
     rows = list(run(SHORT + ([thousand_steps] if "--long" in arguments else [])))
     (HERE / "results.md").write_text(table(rows), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
     (HERE / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return int(any(row.reached is False for row in rows))
 
