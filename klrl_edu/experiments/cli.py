@@ -46,6 +46,7 @@ from klrl_edu.experiments.runner import (
     write_json,
 )
 from klrl_edu.learning.training import SCHEDULES, comparison_metrics, train_steps
+from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.examples import EXAMPLES
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -88,7 +89,7 @@ def posterior(
     every sequence, and posterior.png/.pdf.
 
     Args:
-        file: the table, or four-sentences, surnames.
+        file: the table, or four-sentences, surnames, count-threes.
         kl_coef: λ, at least 0 (0: reward only; inf: the prior).
         separator: between words; "" reads sentences as characters.
         normalize: the table holds weights, not probabilities.
@@ -144,7 +145,7 @@ def train(
     (a record a step), metrics.csv, policy.pt, result.json (start, end: the comparison's metrics; steps_done; interrupted) and training.png/.pdf.
 
     Args:
-        problem: a table (CSV or JSON), or four-sentences, surnames.
+        problem: a table (CSV or JSON), or four-sentences, surnames, count-threes.
         model: table is a copy of the prior; the others are fresh networks.
         loss: exact (the gradient of J, no sampling), reinforce, or rloo.
         kl_coef: λ, at least 0 (0: reward only; inf: the prior).
@@ -181,16 +182,8 @@ def train(
     feasible = int((target.enumerated().rewards > -math.inf).sum())
     say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the {feasible:,} of {loaded.space.size:,}")
     say(f"sequences with prior mass and a finite reward; exact λ log Z = {float(target.value):.12g}")
-    every = max(1, steps // _EVALUATIONS)
     writer.record({"step": 0, **start})
-    stopped: KeyboardInterrupt | KlrlError | None = None
-    try:
-        for record in _progress(quiet)(_chain(first, loop), steps, "training"):
-            if record["step"] % every == 0 or record["step"] == steps:
-                record.update(comparison_metrics(policy, target))
-            writer.record(record)
-    except (KeyboardInterrupt, KlrlError) as error:
-        stopped = error
+    stopped = _record_steps(_progress(quiet)(_chain(first, loop), steps, "training"), steps, writer, policy, target)
     writer.close(policy)
     end = compare_models(policy, target)
     _finish_training(directory, writer, target, start, end.metrics(), interrupted=stopped is not None)
@@ -201,6 +194,21 @@ def train(
     if stopped is not None:
         stopped.args = (f"{stopped} Metrics and weights so far are in {directory}.", *stopped.args[1:])
         raise stopped
+
+
+def _record_steps(
+    loop: Iterable[Record], steps: int, writer: RunWriter, policy: LanguageModel, target: Posterior
+) -> KeyboardInterrupt | KlrlError | None:
+    """Every step to disk as it comes, an exact comparison now and then; returns what stopped it early, if anything did."""
+    every = max(1, steps // _EVALUATIONS)
+    try:
+        for record in loop:
+            if record["step"] % every == 0 or record["step"] == steps:
+                record.update(comparison_metrics(policy, target))
+            writer.record(record)
+    except (KeyboardInterrupt, KlrlError) as stopped:
+        return stopped
+    return None
 
 
 def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None = None, quiet: Quiet = False) -> None:
