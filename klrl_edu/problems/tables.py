@@ -62,12 +62,11 @@ def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normal
     except InputError as error:
         raise InputError(f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")) from None
     prior = SequenceTable(space, space.encode(sentences), torch.log(probs))
-    # a reward where the prior has no mass is ignored, whatever it is
-    rewards = {row.sentence: row.reward for row, prob in zip(rows, probs.tolist(), strict=True) if prob > 0}
     for row, prob in zip(rows, probs.tolist(), strict=True):
+        # where the prior has no mass the reward is never looked up, whatever it is
         if prob > 0 and (math.isnan(row.reward) or row.reward == math.inf):
             raise InputError(f"{path}, {row.place}: reward = {row.reward} of {row.sentence!r} is not allowed; give a number, or -inf to forbid it.")
-    return Problem(prior, table_reward(rewards, space), kl_coef)
+    return Problem(prior, table_reward({row.sentence: row.reward for row in rows}, space), kl_coef)
 
 
 def _read(path: Path) -> str:
