@@ -22,7 +22,8 @@ from klrl_edu.models.contract import MAX_SEQUENCES, enumerate_support
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import describe
 
-_TINY, _HUGE = 1e-150, 1e150  # between these λ and r need no care for overflow
+_SMALL = 1e-300  # above it 1/λ is finite
+_PLAIN = 64.0  # |r|/λ up to here rounds to 7e-15 nats, and needs no maximum taken out
 
 
 class Tilted(NamedTuple):
@@ -46,9 +47,10 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
         InfeasibleError: no outcome has both prior mass and a finite reward.
     """
     check_kl_coef(kl_coef)
-    followed = log_prior.requires_grad or rewards.requires_grad
-    if not followed and _TINY < kl_coef < math.inf and log_prior.numel() and _bounded(log_prior) and _bounded(rewards):
-        return _tilt_without_zeros(log_prior, rewards, kl_coef)
+    if _is_plain(log_prior, rewards, kl_coef):
+        plain = _tilt_plain(log_prior, rewards, kl_coef)
+        if bool(torch.isfinite(plain.log_evidence)):
+            return plain
     supported = log_prior > -math.inf
     rewards = torch.where(supported, rewards, torch.full_like(rewards, -math.inf))
     feasible = rewards > -math.inf
@@ -66,20 +68,21 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
     return Tilted(lifted - residual, value, log_evidence)
 
 
-def _bounded(values: Tensor) -> bool:
-    """No NaN, no infinity, and far enough from the ends of the floats that differences stay finite."""
-    low, high = torch.aminmax(values.detach())
-    return bool((low > -_HUGE) & (high < _HUGE))
+def _is_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> bool:
+    """No gradient, no limit, and |r|/λ small everywhere: log q + r/λ can be formed as it stands."""
+    if log_prior.requires_grad or rewards.requires_grad or not _SMALL < kl_coef < math.inf or not rewards.numel():
+        return False
+    low, high = torch.aminmax(rewards)
+    return bool((low >= -_PLAIN * kl_coef) & (high <= _PLAIN * kl_coef))
 
 
-def _tilt_without_zeros(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
-    """(1) and (2) where nothing is zero or infinite: the same numbers, worked out a cacheful at a time and in one allocation."""
-    top = rewards.amax()
-    lifted = torch.empty_like(log_prior)
-    pieces = zip(*(vector.split(logspace.IN_CACHE) for vector in (lifted, rewards, log_prior)), strict=True)
-    parts = [torch.logsumexp(torch.add((reward - top).div_(kl_coef), prior, out=piece), 0) for piece, reward, prior in pieces]
-    residual = torch.logsumexp(torch.stack(parts), 0)
-    return Tilted(lifted.sub_(residual), top + kl_coef * residual, residual + top / kl_coef)
+def _tilt_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
+    """(1) and (2) with m = 0, in one allocation; log Z is NaN where the prior has no mass or a NaN."""
+    lifted = torch.add(log_prior, rewards, alpha=1 / kl_coef)
+    top = lifted.amax()
+    log_posterior = torch.log_softmax(lifted, 0, out=lifted)
+    log_evidence = top - log_posterior.amax()
+    return Tilted(log_posterior, kl_coef * log_evidence, log_evidence)
 
 
 def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:

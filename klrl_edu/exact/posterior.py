@@ -15,7 +15,7 @@ from torch import Tensor
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.enumeration import Support, problem_support, tilt
-from klrl_edu.exact.soft_bellman import soft_bellman
+from klrl_edu.exact.soft_bellman import edge_log_prior, soft_bellman
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
@@ -133,6 +133,32 @@ def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Sequ
     support = problem_support(problem, max_sequences)
     feasible = support.rewards > -math.inf
     return SequenceTable(problem.space, support.tokens[feasible], support.log_prior[feasible])
+
+
+@dataclass(frozen=True)
+class _EnumeratedReward:
+    """Rewards [N,T] read from the row of the support that each sequence is; NaN off the support."""
+
+    support: Support
+
+    def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        edge = self.support.trie.find(tokens)[1]
+        row = torch.where(edge >= 0, self.support.trie.leaf[edge], -1).amax(-1)  # the only edge of a path with a leaf is its last
+        return torch.where(row[:, None] >= 0, self.support.token_rewards[row], math.nan)
+
+
+def looked_up(target: Posterior) -> Problem:
+    """The same problem with log q and r read from the enumerated support: the same numbers, without computing them again at each training step.
+
+    Raises:
+        InputError: the support was not enumerated.
+    """
+    support, problem = target.enumerated(), target.problem
+    trie = support.trie
+    logits = support.log_prior.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
+    logits[trie.parent, trie.token] = edge_log_prior(support)
+    prior = PrefixTable(problem.space, support.tokens, logits).requires_grad_(False)
+    return Problem(prior, _EnumeratedReward(support), problem.kl_coef)
 
 
 def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:

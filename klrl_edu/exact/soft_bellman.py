@@ -55,7 +55,7 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     """
     check_kl_coef(kl_coef)
     trie = support.trie
-    log_prior = _edge_log_prior(support)
+    log_prior = edge_log_prior(support)
     reward = _edge_rewards(support)
     best, mass = reward.new_full((trie.nodes,), -math.inf), reward.new_full((trie.nodes,), -math.inf)  # m and ℓ of V
     mean = reward.new_zeros(trie.nodes)  # E_q of what follows: V at λ = inf
@@ -82,7 +82,7 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     return SoftValues(trie, state_values, action_values, log_prior, log_policy, mass[0], best[0])
 
 
-def _edge_log_prior(support: Support) -> Tensor:
+def edge_log_prior(support: Support) -> Tensor:
     """log q(a|s) [E] from the sequences' log-probabilities: mass below the edge over mass below the node."""
     trie = support.trie
     on_path = trie.edge_of >= 0

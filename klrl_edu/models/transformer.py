@@ -219,4 +219,4 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def _one_child(layer: Tensor, parent: Tensor, child: Tensor, cached: int) -> Tensor:
     """A cache [m,heads,t + 1,D] of chosen children out of [n,heads,t + k,D]: the parent's t entries and the child's own."""
     own = layer[parent, :, cached + child]  # [m,heads,D]
-    return torch.cat([layer[:, :, :cached][parent], own.unsqueeze(2)], 2)
+    return torch.cat([layer[:, :, :cached].index_select(0, parent), own.unsqueeze(2)], 2)

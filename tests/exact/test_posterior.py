@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from klrl_edu.core.errors import InfeasibleError, InputError
-from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
-from klrl_edu.models.contract import enumerate_support
+from klrl_edu.exact.posterior import Posterior, feasible_prior, looked_up, posterior
+from klrl_edu.models.contract import conditional_log_probs, enumerate_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.examples import four_sentences, surnames
 from klrl_edu.problems.problem import Problem
@@ -74,3 +74,21 @@ def test_a_posterior_without_its_support_says_what_to_do():
         _ = bare.log_probs
     assert "λ log Z" in str(bare)
     assert bare.to_dict()["support_size"] is None
+
+
+def test_looking_up_gives_the_same_conditionals_and_rewards():
+    target = posterior(surnames(count=25))
+    tokens, table = target.enumerated().tokens, looked_up(target)
+    expected = conditional_log_probs(target.problem.prior, tokens)
+    torch.testing.assert_close(conditional_log_probs(table.prior, tokens), expected, rtol=0, atol=1e-13)
+    assert torch.equal(table.token_rewards(tokens), target.problem.token_rewards(tokens))
+    assert float(posterior(table).log_evidence) == pytest.approx(float(target.log_evidence), abs=1e-14)
+
+
+def test_what_was_not_enumerated_is_not_looked_up():
+    target = posterior(four_sentences())
+    space = target.problem.space
+    stray = space.all_tokens()[~(space.all_tokens()[:, None] == target.enumerated().tokens).all(-1).any(-1)]
+    assert bool((looked_up(target).prior.log_prob(stray) == -math.inf).all())
+    with pytest.raises(InputError, match="is nan"):
+        looked_up(target).token_rewards(stray)
