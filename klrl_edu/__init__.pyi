@@ -29,6 +29,7 @@ from klrl_edu.exact.enumeration import Support as Support
 from klrl_edu.exact.enumeration import problem_support as problem_support
 from klrl_edu.exact.posterior import Posterior as Posterior
 from klrl_edu.exact.posterior import feasible_prior as feasible_prior
+from klrl_edu.exact.posterior import looked_up as looked_up
 from klrl_edu.exact.posterior import posterior as posterior
 from klrl_edu.exact.soft_bellman import SoftValues as SoftValues
 from klrl_edu.exact.soft_bellman import soft_bellman as soft_bellman

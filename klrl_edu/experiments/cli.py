@@ -26,7 +26,7 @@ from klrl_edu.core.errors import KlrlError
 from klrl_edu.core.validation import check_count
 from klrl_edu.evaluation.compare import compare as compare_models
 from klrl_edu.evaluation.records import Record, write_atomically
-from klrl_edu.exact.posterior import Posterior
+from klrl_edu.exact.posterior import Posterior, looked_up
 from klrl_edu.exact.posterior import posterior as exact_posterior
 from klrl_edu.experiments import figures, plots
 from klrl_edu.experiments.demo import run_demo
@@ -168,7 +168,7 @@ def train(
     policy = build_policy(model, target, seed)
     start = comparison_metrics(policy, target)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "schedule": SCHEDULES[schedule], "max_grad_norm": 1.0}
-    loop = train_steps(policy, loaded, LOSSES[loss], draw=draw, **options)  # type: ignore[arg-type]
+    loop = train_steps(policy, looked_up(target), LOSSES[loss], draw=draw, **options)  # type: ignore[arg-type]
     first = next(loop, None)  # bad arguments surface here, before anything is written
     directory = claim_directory(fresh_directory(out, "train"), "train")
     config = {
@@ -181,7 +181,7 @@ def train(
     say = _speaker(quiet)
     feasible = int((target.enumerated().rewards > -math.inf).sum())
     say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the {feasible:,} of {loaded.space.size:,}")
-    say(f"sequences with prior mass and a finite reward; exact λ log Z = {float(target.value):.12g}")
+    say(f"sequences with prior mass and a finite reward, whose log q and r are looked up; exact λ log Z = {float(target.value):.12g}")
     writer.record({"step": 0, **start})
     stopped = _record_steps(_progress(quiet)(_chain(first, loop), steps, "training"), steps, writer, policy, target)
     writer.close(policy)

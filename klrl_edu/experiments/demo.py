@@ -13,7 +13,7 @@ from klrl_edu.core.display import Cell, text_table
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.evaluation.compare import compare, support_log_mass
 from klrl_edu.evaluation.records import History, Record
-from klrl_edu.exact.posterior import Posterior, posterior
+from klrl_edu.exact.posterior import Posterior, looked_up, posterior
 from klrl_edu.experiments import plots
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import comparison_metrics, copy_of_prior, cosine, train_steps
@@ -186,7 +186,8 @@ def show_count_threes(path: Path, seed: int, say: Say, progress: Progress) -> di
     support = target.enumerated()
     say(f"\n4. A Transformer prior over {len(support.tokens):,} sequences of digits, r = number of 3s − ½·adjacent repeats, λ = {problem.kl_coef:g};")
     entropy, divergence = float(logspace.entropy(support.log_prior)), float(logspace.kl_divergence(support.log_prior, target.log_probs))
-    say(f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) = {divergence:.4f}, exact by walking the prefix trie\n")
+    say(f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) = {divergence:.4f}, exact by walking the prefix trie;")
+    say("   training reads log q and r from the table that the walk left\n")
     policy = copy_of_prior(problem)
     before = compare(policy, target)
     run = _train(policy, target, COUNT_THREES, seed, progress, "Transformer on count-threes", EVALUATE_LARGE_EVERY)
@@ -220,7 +221,7 @@ def _train_small(name: str, target: Posterior, network: LanguageModel, seed: int
 def _train(
     policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, progress: Progress, label: str, every: int = EVALUATE_EVERY
 ) -> Trained:
-    """RLOO with an exact look at the distribution every few steps."""
+    """RLOO with an exact look at the distribution every few steps; log q and r come from the enumerated table."""
     trained = Trained(policy, History())
     support = target.enumerated()
 
@@ -232,7 +233,7 @@ def _train(
 
     look({"step": 0})
     options = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
-    loop = train_steps(policy, target.problem, losses.rloo, **options, draw=seeded_draw(seed), schedule=cosine, max_grad_norm=1.0)  # type: ignore[arg-type]
+    loop = train_steps(policy, looked_up(target), losses.rloo, **options, draw=seeded_draw(seed), schedule=cosine, max_grad_norm=1.0)  # type: ignore[arg-type]
     for record in progress(loop, recipe.steps, label):
         if record["step"] % every == 0:
             look(record)
