@@ -46,6 +46,7 @@ from klrl_edu.models.contract import enumerate_support as enumerate_support
 from klrl_edu.models.contract import sample as sample
 from klrl_edu.models.contract import sequence_log_probs as sequence_log_probs
 from klrl_edu.models.contract import token_log_probs as token_log_probs
+from klrl_edu.models.precision import autocast as autocast
 from klrl_edu.models.recurrent import RecurrentModel as RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support as restrict_to_support
 from klrl_edu.models.table import PrefixTable as PrefixTable

@@ -27,8 +27,8 @@ class Ratio:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the bar is met; None without a value."""
-        if self.value is None:
+        """Whether the bar is met; None without a value or a bar."""
+        if self.value is None or self.bar == "–":
             return None
         sign, number = self.bar.split()
         return self.value >= float(number) if sign == "≥" else self.value <= float(number)

@@ -19,7 +19,8 @@ def test_a_ratio_is_the_median_over_interleaved_rounds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bar", "value", "reached"), [("≥ 2", 2.0, True), ("≥ 2", 1.9, False), ("≤ 3e-4", 2e-4, True), ("≤ 3", 3.1, False), ("–", None, None)]
+    ("bar", "value", "reached"),
+    [("≥ 2", 2.0, True), ("≥ 2", 1.9, False), ("≤ 3e-4", 2e-4, True), ("≤ 3", 3.1, False), ("–", None, None), ("–", 1.0, None)],
 )
 def test_a_bar_is_read_both_ways(bar, value, reached):
     assert Ratio("a", "b", bar, value, "").reached is reached
