@@ -65,8 +65,8 @@ def check(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Speed ratios against other libraries, each where it is installed."""
-    set_up("hf")
+    """Speed ratios against other libraries."""
+    set_up("trl")
     return run("-m", "tests.benchmarks.bench", *arguments)
 
 

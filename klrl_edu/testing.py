@@ -23,7 +23,15 @@ from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, ended_and_last, force_eos, token_log_probs
+from klrl_edu.models.contract import (
+    LanguageModel,
+    batch_prompt,
+    conditional_log_probs,
+    ended_and_last,
+    force_eos,
+    sample_scored,
+    token_log_probs,
+)
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
@@ -78,6 +86,7 @@ def check_language_model(
     check_rows_independent(model, prompt, tokens=tokens, tolerance=tolerance)
     check_eos_absorbs(model, prompt, tokens=tokens, tolerance=tolerance)
     check_samples_belong(model, None if prompt is None else batch_prompt(prompt, len(tokens))[0], draw=draw)  # type: ignore[index]
+    check_decoding_gradient(model, None if prompt is None else batch_prompt(prompt, len(tokens))[0], tolerance=tolerance)  # type: ignore[index]
     check_state_dict(model, prompt, tokens=tokens, fresh=fresh, tolerance=tolerance)
     check_refuses_past_end(model, prompt, tokens=tokens)
 
@@ -166,6 +175,22 @@ def check_samples_belong(model: LanguageModel, prompt: Tensor | None = None, *, 
         raise AssertionError(f"EOS forced and absorbing: {error}") from None
     log_probs = model.log_prob(tokens, prompt)
     assert bool((log_probs > -math.inf).all()), f"a sample has zero mass: {model.space.decode(tokens[log_probs == -math.inf])[:1]}"
+
+
+def check_decoding_gradient(model: LanguageModel, prompt: Tensor | None = None, *, tolerance: float | None = None, n: int = 16) -> None:
+    """Law: log-probabilities and gradient are the same along `step`, where training takes them, and by `forward`. prompt [S] or None."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tokens, decoded = sample_scored(model, n, draw=seeded_draw(0), prompts=None if prompt is None else prompt[None])
+    read = token_log_probs(model, tokens, prompt)
+    _agree(decoded.detach(), read.detach(), "gradient of step ≡ forward: the log-probabilities themselves", model, tolerance)
+    if not parameters or not read.requires_grad:
+        return
+    assert decoded.requires_grad, "gradient of step ≡ forward: start and step carry no gradient, so training on samples would not move the model"
+    weight = torch.linspace(-1, 1, read.numel(), dtype=read.dtype, device=read.device).view_as(read)  # an advantage for each token
+    sides = (torch.autograd.grad((weight * side).sum(), parameters, allow_unused=True) for side in (decoded, read))
+    for parameter, *gradients in zip(parameters, *sides, strict=True):
+        mine, theirs = (torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients)
+        _agree(mine, theirs, "gradient of step ≡ forward", model, tolerance)
 
 
 def check_state_dict(

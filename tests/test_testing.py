@@ -143,6 +143,22 @@ class StepsOn(BigramToy):
         return self.weight[token], PrefixState(tokens, state.prompt)
 
 
+class DetachedStep(BigramToy):
+    """Decodes without a gradient after the first token, as a sampler written for speed would."""
+
+    @torch.no_grad()
+    def step(self, state, token):
+        return super().step(state, token)
+
+
+class DetachedDecoding(DetachedStep):
+    """Decodes without a gradient."""
+
+    @torch.no_grad()
+    def start(self, n, prompt=None):
+        return super().start(n, prompt)
+
+
 class UnrestrictedStep(RestrictedModel):
     """Restricts in forward and not in decoding, as a training script might."""
 
@@ -176,6 +192,8 @@ BROKEN = [
     (PaysAfterEos, testing.check_eos_absorbs, "EOS forced and absorbing: token_log_prob"),
     (SamplesOn, testing.check_samples_belong, "EOS forced and absorbing: sample"),
     (SavesHalf, testing.check_state_dict, "state_dict round trip"),
+    (DetachedStep, testing.check_decoding_gradient, "gradient of step ≡ forward: entry|gradient of step ≡ forward'"),
+    (DetachedDecoding, testing.check_decoding_gradient, "carry no gradient"),
     (StepsOn, testing.check_refuses_past_end, "stepping past T = 4 must raise InputError"),
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, UnsupportedPolicyError
-from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, sample, token_log_probs
+from klrl_edu.models.contract import LanguageModel, batch_prompt, conditional_log_probs, sample_scored, token_log_probs
 from klrl_edu.problems.problem import Problem
 
 
@@ -86,12 +86,13 @@ def needs_of(loss: Loss) -> frozenset[str]:
     return asked
 
 
-def sample_batch(
-    policy: LanguageModel, problems: Sequence[Problem], size: int, draw: Draw, *, distributions: bool = False
-) -> tuple[Batch, list[Tensor]]:
-    """`size` sequences a problem from the policy -> the batch, grouped by problem, and the tokens of each group."""
-    groups = [sample(policy, size, draw=draw, prompts=None if p.prompt is None else p.prompt[None]) for p in problems]
-    return score_batch(policy, problems, groups, distributions=distributions), groups
+def sample_batch(policy: LanguageModel, problems: Sequence[Problem], size: int, draw: Draw, *, distributions: bool = False) -> Batch:
+    """`size` sequences a problem from the policy -> the batch, grouped by problem; `log_probs` carry the gradient of the pass that drew them."""
+    parts = []
+    for index, problem in enumerate(problems):
+        tokens, log_probs = sample_scored(policy, size, draw=draw, prompts=None if problem.prompt is None else problem.prompt[None])
+        parts.append(_score(policy, problem, tokens, index, distributions, log_probs))
+    return _joined(parts)
 
 
 def score_batch(policy: LanguageModel, problems: Sequence[Problem], groups: Sequence[Tensor], *, distributions: bool = False) -> Batch:
@@ -100,17 +101,24 @@ def score_batch(policy: LanguageModel, problems: Sequence[Problem], groups: Sequ
     Raises:
         UnsupportedPolicyError: a sequence with no prior mass, or with reward −inf, where no gradient is defined.
     """
-    parts = [_score(policy, problem, tokens, index, distributions) for index, (problem, tokens) in enumerate(zip(problems, groups, strict=True))]
+    return _joined([_score(policy, *pair, index, distributions) for index, pair in enumerate(zip(problems, groups, strict=True))])
+
+
+def _joined(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     names = [name for name in Batch.__dataclass_fields__ if getattr(parts[0], name) is not None]
     return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def _score(policy: LanguageModel, problem: Problem, tokens: Tensor, index: int, distributions: bool) -> Batch:
+def _score(policy: LanguageModel, problem: Problem, tokens: Tensor, index: int, distributions: bool, log_probs: Tensor | None = None) -> Batch:
+    """The batch of given sequences; `log_probs` where the policy's are known already."""
     prompt = batch_prompt(problem.prompt, len(tokens))
     log_dists = conditional_log_probs(policy, tokens, prompt) if distributions else None
-    log_probs = token_log_probs(policy, tokens, prompt) if log_dists is None else log_dists.gather(-1, tokens[..., None]).squeeze(-1)
+    if log_dists is not None:
+        log_probs = log_dists.gather(-1, tokens[..., None]).squeeze(-1)
+    elif log_probs is None:
+        log_probs = token_log_probs(policy, tokens, prompt)
     with torch.no_grad():
         prior_log_dists = conditional_log_probs(problem.prior, tokens, prompt) if distributions else None
         prior_log_probs = token_log_probs(problem.prior, tokens, prompt)

@@ -197,7 +197,7 @@ def _batches(policy: LanguageModel, problems: list[Problem], loss: Loss, size: i
         return lambda: score_batch(policy, problems, groups, distributions=distributions)
     for p in problems:
         _refuse_unrestricted(policy, p, draw)
-    return lambda: sample_batch(policy, problems, size, draw, distributions=distributions)[0]
+    return lambda: sample_batch(policy, problems, size, draw, distributions=distributions)
 
 
 def _feasible_sequences(problem: Problem) -> Tensor:

@@ -181,6 +181,14 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
     Returns:
         tokens [n,T], or [M·n,T] grouped by prompt.
     """
+    return sample_scored(model, n, draw=draw, prompts=prompts)[0]
+
+
+def sample_scored(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `sample`, with log π(y_t|y_<t) [n,T] float64 in nats: what `token_log_probs` gives, gradient included, without a second pass.
+
+    A prefix that several samples share is read, and differentiated, once.
+    """
     check_count(n, "n")
     space = model.space
     if prompts is not None and prompts.ndim != 2:
@@ -190,18 +198,22 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
     row = torch.arange(distinct, device=logits.device).repeat_interleave(n)  # which distinct prefix each sequence has
     ended = torch.zeros(distinct, dtype=torch.bool, device=logits.device)
     columns: list[Tensor] = []
+    scores: list[Tensor] = []
     for t in range(space.max_length):
         last = t == space.max_length - 1
-        token = draw(force_eos(logits, ended, last, space), row)
+        log_probs = force_eos(logits, ended, last, space)
+        token = draw(log_probs.detach(), row)
         columns.append(token)
+        scores.append(log_probs.view(-1).index_select(0, row * space.vocab_size + token))
         if last or (space.eos and bool(token.eq(space.vocab_size - 1).all())):
             break
         parent, token, row = _distinct_children(row, token, len(logits), space.vocab_size)
         if space.eos:
             ended = token.eq(space.vocab_size - 1)
         logits, state = model.step(state if parent is None else model.select(state, parent), token)
-    tokens = torch.stack(columns, 1)
-    return torch.nn.functional.pad(tokens, (0, space.max_length - tokens.shape[1]), value=space.vocab_size - 1)
+    missing = (0, space.max_length - len(columns))
+    tokens, token_scores = torch.stack(columns, 1), torch.stack(scores, 1)
+    return torch.nn.functional.pad(tokens, missing, value=space.vocab_size - 1), torch.nn.functional.pad(token_scores, missing)
 
 
 def _distinct_children(row: Tensor, token: Tensor, parents: int, vocab_size: int) -> tuple[Tensor | None, Tensor, Tensor]:

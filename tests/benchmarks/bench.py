@@ -138,9 +138,26 @@ def _after_a_thousand(policy: LanguageModel, target: Posterior, seed: int) -> fl
     return compare(policy, target).reverse_kl
 
 
+def rloo_step_against_trl(batch_size: int, bar: str) -> Ratio:
+    """One RLOO step against TRL's RLOOTrainer."""
+    from tests.benchmarks.trl_rloo import step_ratio
+
+    return step_ratio(batch_size, bar)
+
+
+def time_to_a_kl_against_trl() -> Ratio:
+    """CPU seconds to KL(π‖π*) ≤ 0.05 against TRL's RLOOTrainer."""
+    from tests.benchmarks.trl_rloo import seconds_to_a_kl
+
+    return seconds_to_a_kl()
+
+
 SHORT: list[Callable[[], Ratio]] = [
     enumeration_against_hugging_face,
     rloo_step_against_hugging_face,
+    partial(rloo_step_against_trl, 64, "≥ 3.5"),
+    partial(rloo_step_against_trl, 256, "≥ 3"),
+    time_to_a_kl_against_trl,
     posterior_of_a_million,
     kl_of_a_million,
     sampling,
@@ -155,7 +172,8 @@ def run(benches: list[Callable[[], Ratio]]) -> Iterator[Ratio]:
         try:
             row = bench()
         except ModuleNotFoundError as error:
-            row = Ratio((bench.__doc__ or "").split("\n")[0].rstrip("."), "–", "–", None, f"not measured: {error.name} is not installed (extra `hf`)")
+            what = (getattr(bench, "func", bench).__doc__ or "").split("\n")[0].rstrip(".")
+            row = Ratio(what, "–", "–", None, f"not measured: {error.name} is not installed (extras `hf` and `trl`)")
         print(f"{row.measured}: {'–' if row.value is None else format(row.value, '.3g')} (bar {row.bar}; {row.note})", flush=True)
         yield row
 

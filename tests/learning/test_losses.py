@@ -195,10 +195,10 @@ def test_after_the_end_a_batch_holds_zeros():
 def test_problems_are_batched_in_groups():
     base = four_sentences()
     shared = [base, Problem(base.prior, lambda tokens, prompt: torch.zeros(len(tokens)), 3.0)]
-    batch, groups = sample_batch(four_sentences_policy(), shared, 5, seeded_draw(0))
+    batch = sample_batch(four_sentences_policy(), shared, 5, seeded_draw(0))
     assert batch.group.tolist() == [0] * 5 + [1] * 5
     assert batch.kl_coef.tolist() == [1.0] * 5 + [3.0] * 5
-    assert [len(tokens) for tokens in groups] == [5, 5]
+    assert batch.tokens.shape == (10, 2)
     assert float(batch.rewards[5:].abs().max()) == 0
     assert isinstance(batch, Batch)
     assert batch.log_dists is None
