@@ -48,7 +48,7 @@ def seeded_draw(seed: int | torch.Generator) -> Draw:
         if bool((~(cumulative[:, -1] > 0)).any()):
             raise InputError("draw: a row of log_probs has no mass (or NaN); normalise the rows first.")
         if rows is not None:
-            cumulative = cumulative[rows]
+            cumulative = cumulative.index_select(0, rows)
         uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
         # right=True: the first entry whose cumulative mass exceeds u·total, so an entry of zero mass is never taken
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)

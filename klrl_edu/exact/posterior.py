@@ -6,7 +6,7 @@ Korbak, Perez & Buckley (2022), eq. 3; Levine (2018).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,17 @@ from torch import Tensor
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.enumeration import Support, problem_support, tilt
+from klrl_edu.exact.forward_backward import backward, build_lattice
 from klrl_edu.exact.soft_bellman import edge_log_prior, soft_bellman
+from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
+from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.automata import as_automaton_reward
 from klrl_edu.problems.problem import Problem
 
-METHODS = ("auto", "enumeration", "soft_bellman")
+METHODS = ("auto", "enumeration", "soft_bellman", "forward_backward")
+Method = Literal["auto", "enumeration", "soft_bellman", "forward_backward"]
 _SHOWN = 10
 
 
@@ -100,20 +105,27 @@ class Posterior:
 
 
 @torch.no_grad()
-def posterior(problem: Problem, method: Literal["auto", "enumeration", "soft_bellman"] = "auto", max_sequences: int = MAX_SEQUENCES) -> Posterior:
+def posterior(problem: Problem, method: Method = "auto", max_sequences: int = MAX_SEQUENCES) -> Posterior:
     """The exact posterior.
 
     Args:
-        method: "enumeration" (a SequenceTable), "soft_bellman" (a PrefixTable), or "auto", which takes enumeration.
+        method: "enumeration" (the support as a SequenceTable), "soft_bellman" (its prefix trie as a PrefixTable), "forward_backward" (an n-gram
+            or hidden Markov prior with an automaton's reward, any number of sequences, as a StructuredPosterior), or "auto": forward_backward
+            where it applies and the space has more than `max_sequences`; else soft_bellman for a network prior with a reward that an automaton
+            or a per-token table describes; else enumeration.
         max_sequences: the largest support to enumerate.
 
     Raises:
         TooLargeError: the support is larger; the message has the count and the remedy.
         InfeasibleError: every supported sequence has reward −inf.
-        InputError: an unknown method, a NaN or +inf reward on the support.
+        InputError: an unknown method, one that does not apply, a NaN or +inf reward on the support.
     """
     if method not in METHODS:
         raise InputError(f"method = {method!r} is not known; choose from {', '.join(METHODS)}.")
+    if method == "auto":
+        method = _choose(problem, max_sequences)
+    if method == "forward_backward":
+        return _by_forward_backward(problem)
     support = problem_support(problem, max_sequences)
     tilted = tilt(support.log_prior, support.rewards, problem.kl_coef)
     if method == "soft_bellman":
@@ -122,14 +134,37 @@ def posterior(problem: Problem, method: Literal["auto", "enumeration", "soft_bel
     return Posterior(problem, model, tilted.value, tilted.log_evidence, "enumeration", support)
 
 
-def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> SequenceTable:
+def _choose(problem: Problem, max_sequences: int) -> Method:
+    finite = isinstance(problem.prior, FiniteStateModel)
+    if as_automaton_reward(problem.reward, problem.space) is None:
+        return "enumeration"
+    if finite and problem.space.size > max_sequences:
+        return "forward_backward"
+    return "enumeration" if finite or isinstance(problem.prior, SequenceTable | PrefixTable) else "soft_bellman"
+
+
+def _by_forward_backward(problem: Problem) -> Posterior:
+    lattice = build_lattice(problem)
+    model = StructuredPosterior(lattice, backward(lattice))
+    if problem.kl_coef == math.inf:
+        value = model.log_mass.new_tensor(-math.inf) if model.forbids() else model.reward_moments()[0]
+        return Posterior(problem, model, value, model.log_mass, "forward_backward")
+    value = model.best_return + problem.kl_coef * model.log_mass
+    return Posterior(problem, model, value, _log_evidence(model.best_return, model.log_mass, problem.kl_coef), "forward_backward")
+
+
+def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> LanguageModel:
     """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ > 0, and its limit at λ = inf.
+
+    A SequenceTable, or a StructuredPosterior where `posterior` takes forward–backward.
 
     Hard rewards leave the policy gradient undefined elsewhere: `restrict_to_support(policy, feasible_prior(problem))`.
 
     Raises:
         As `posterior`.
     """
+    if _choose(problem, max_sequences) == "forward_backward":
+        return _by_forward_backward(replace(problem, kl_coef=math.inf)).model
     support = problem_support(problem, max_sequences)
     feasible = support.rewards > -math.inf
     return SequenceTable(problem.space, support.tokens[feasible], support.log_prior[feasible])

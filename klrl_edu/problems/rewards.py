@@ -179,4 +179,4 @@ def _scaled(values: Tensor, weight: float) -> Tensor:
 
 def describe(reward: Reward) -> str:
     """A short text for error messages."""
-    return str(reward) if isinstance(reward, TextReward | SumReward) else getattr(reward, "__name__", type(reward).__name__)
+    return str(reward) if "__str__" in vars(type(reward)) else getattr(reward, "__name__", type(reward).__name__)

@@ -1,0 +1,297 @@
+"""The posterior by forward–backward: a prior with C contexts times an automaton with S states, in time linear in T.
+
+    β_L(c,s) = e^{f(s)/λ},    β_t(c,s) = q(EOS|c) e^{f(s)/λ} + Σ_k q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k))     (1)
+    Z = Σ_c q(c) β_0(c, s₀),    π*(k|c,s) = q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k)) / β_t(c,s)               (2)
+
+Rabiner (1989) for the recursion; Mohri (2009) for the product with an automaton. The reward is r(y) = Σ_t w(s_t, y_t) + f(s_end). K words,
+V = K + 1 columns with EOS, L = T − 1 words at most there (EOS is forced at T), V = K and L = T without. All logs in nats.
+
+Two ways to compute the messages, with the same answer: as numbers, one matrix product a step, where a bound shows that nothing can
+underflow; otherwise as logarithms beside the best return still in reach (as in `soft_bellman`), for any reward and any λ ≥ 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_same_space
+from klrl_edu.exact.enumeration import scaled_advantage
+from klrl_edu.models.finite_state import FiniteStateModel
+from klrl_edu.problems.automata import AutomatonReward, as_automaton_reward, check_same_vocabulary
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import describe
+
+MAX_MESSAGES = 200_000_000  # entries of all messages, or of one step's products C·K·S
+_MODERATE = 1e3  # T·max|r|/λ up to here rounds to 1e-13 nats when written into the messages
+_SAFE = 1e-290  # the smallest product that a message made of numbers may contain
+_RESCALE_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A finite-state prior times an automaton: what the recursion (1) runs on.
+
+    Attributes:
+        space: of the sequences; `words` is L, the most words of a text.
+        log_initial: log q(c) [C].
+        log_emission: log q(v|c) [C,V].
+        successor: [C,K], the context after each word; where `log_transition` is given, the context itself, which is drawn from afterwards.
+        log_transition: log q(c'|c) [C,C], or None where the word determines the next context.
+        next_state: δ [S,K]; `start` is s₀.
+        word_rewards, final_rewards: w [S,K] and f [S] in reward units; −inf forbids.
+        kl_coef: λ.
+        text: the reward's, for errors.
+    """
+
+    space: SequenceSpace
+    log_initial: Tensor
+    log_emission: Tensor
+    successor: Tensor
+    log_transition: Tensor | None
+    next_state: Tensor
+    start: int
+    word_rewards: Tensor
+    final_rewards: Tensor
+    kl_coef: float
+    text: str
+
+    @property
+    def words(self) -> int:
+        """L."""
+        return self.space.max_length - self.space.eos
+
+    @property
+    def contexts(self) -> int:
+        """C."""
+        return len(self.log_initial)
+
+    @property
+    def states(self) -> int:
+        """S."""
+        return len(self.final_rewards)
+
+
+class Messages(NamedTuple):
+    """log β_t(c,s) [L+1,C,S], and what lies ahead of a word: log E_{c'} β_t(c',s) [L+1,C,S].
+
+    Where `best` and `best_ahead` are given, every β is e^{best/λ} times these: `best` is the highest return in reach, in reward units.
+    """
+
+    log_mass: Tensor
+    log_ahead: Tensor
+    best: Tensor | None = None
+    best_ahead: Tensor | None = None
+
+
+def build_lattice(problem: Problem) -> Lattice:
+    """The lattice of a problem.
+
+    Raises:
+        InputError: the prior or the reward is of another kind, or the prior's laws do not sum to one.
+        TooLargeError: more than MAX_MESSAGES numbers.
+    """
+    prior, reward = problem.prior, as_automaton_reward(problem.reward, problem.space)
+    if not isinstance(prior, FiniteStateModel):
+        raise InputError(f"the prior is a {type(prior).__name__}; forward-backward needs an n-gram or hidden Markov model (a FiniteStateModel).")
+    if reward is None:
+        name = describe(problem.reward)
+        raise InputError(f"no automaton is known for the reward {name!r}; build one (problems/automata.py), or use method='enumeration'.")
+    check_same_vocabulary(prior.space, reward.space)
+    if prior.space.eos != reward.space.eos:
+        check_same_space(prior.space, reward.space, "prior and reward")  # how long texts may be is the prior's matter
+    return _lattice(prior, reward, problem.kl_coef)
+
+
+@torch.no_grad()
+def _lattice(prior: FiniteStateModel, reward: AutomatonReward, kl_coef: float) -> Lattice:
+    initial, emission = prior.initial_log_probs().double(), prior.emission_log_probs().double()
+    transition = prior.transition_log_probs()
+    successor = prior.successors()
+    _check_normalised("initial_log_probs", initial[None])
+    _check_normalised("emission_log_probs", emission)
+    if transition is not None:
+        transition = transition.double()
+        _check_normalised("transition_log_probs", transition)
+    if (successor is None) == (transition is None):
+        raise InputError(f"{type(prior).__name__} must give either successors or transition_log_probs.")
+    words = len(prior.space.vocabulary)
+    if successor is None:
+        successor = torch.arange(len(initial), device=initial.device)[:, None].expand(-1, words)
+    count = len(initial) * len(reward.final_rewards) * max(prior.space.max_length, words)
+    if count > MAX_MESSAGES:
+        raise TooLargeError(
+            f"{len(initial):,} contexts × {len(reward.final_rewards):,} automaton states × {max(prior.space.max_length, words):,} make {count:,} "
+            f"numbers, more than {MAX_MESSAGES:,}; lower the order of the prior, or simplify the automaton."
+        )
+    automaton = (reward.transitions.to(initial.device), reward.start, reward.word_rewards.to(initial.device), reward.final_rewards.to(initial.device))
+    return Lattice(prior.space, initial, emission, successor, transition, *automaton, kl_coef, reward.text)
+
+
+def _check_normalised(name: str, log_probs: Tensor) -> None:
+    total = torch.logsumexp(log_probs, -1).exp()
+    bad = ~((total - 1).abs() <= 1e-9)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise InputError(f"the prior's {name} sum to {float(total[row]):.12g} in row {row}, not 1, so it has no posterior; normalise the row.")
+
+
+def backward(lattice: Lattice) -> Messages:
+    """The messages of (1).
+
+    Raises:
+        InfeasibleError: no sequence with prior mass satisfies the reward's constraint.
+    """
+    messages = _backward_in_numbers(lattice)
+    return _backward_in_logs(lattice) if messages is None else messages
+
+
+# --- messages as numbers ------------------------------------------------------------------------------------------------------------------
+
+
+def _backward_in_numbers(lattice: Lattice) -> Messages | None:
+    """(1) with one product of matrices a step; None where an entry might underflow, or λ is a limit."""
+    weights = _plain_weights(lattice)
+    if weights is None:
+        return None
+    word_weight, final_weight, word_shift, final_shift = weights
+    emission = lattice.log_emission.exp()
+    pull = _pull_in_numbers(lattice, emission[:, : lattice.successor.shape[1]].contiguous(), word_weight)
+    ends = emission[:, -1:] * final_weight if lattice.space.eos else None  # EOS, and then e^{f/λ}
+    beta = final_weight.expand(lattice.contexts, -1).contiguous()
+    shift = final_shift
+    betas, shifts = [beta], [shift]
+    for step in range(1, lattice.words + 1):
+        shift, beta = shift + word_shift, pull(beta)
+        if ends is not None:
+            top = max(shift, final_shift)
+            beta = math.exp(shift - top) * beta + math.exp(final_shift - top) * ends
+            shift = top
+        if step % _RESCALE_EVERY == 0:
+            top = float(beta.amax())
+            if not top > 0:
+                return None
+            beta, shift = beta / top, shift + math.log(top)
+        betas.append(beta)
+        shifts.append(shift)
+    stacked = torch.stack(betas[::-1])
+    if _may_underflow(lattice, emission, stacked, word_weight, final_weight):
+        return None
+    log_shift = torch.tensor(shifts[::-1], dtype=torch.float64, device=stacked.device)[:, None, None]
+    log_mass = stacked.log().add_(log_shift)
+    if lattice.log_transition is None:
+        return Messages(log_mass, log_mass)
+    return Messages(log_mass, torch.matmul(lattice.log_transition.exp(), stacked).log() + log_shift)
+
+
+def _plain_weights(lattice: Lattice) -> tuple[Tensor, Tensor, float, float] | None:
+    """e^{w/λ}, e^{f/λ} with their largest exponents taken out; None where λ is a limit or an exponent is large."""
+    rewards = torch.cat([lattice.word_rewards.reshape(-1), lattice.final_rewards])
+    finite = rewards[rewards > -math.inf]
+    largest = float(finite.abs().amax()) if len(finite) else 0.0
+    if not 0 < lattice.kl_coef < math.inf or not (lattice.words + 1) * largest <= _MODERATE * lattice.kl_coef:
+        return None
+    word, final = lattice.word_rewards / lattice.kl_coef, lattice.final_rewards / lattice.kl_coef
+    word_top, final_top = float(word.amax()), float(final.amax())
+    if word_top == -math.inf or final_top == -math.inf:
+        return None
+    return (word - word_top).exp(), (final - final_top).exp(), word_top, final_top
+
+
+def _pull_in_numbers(lattice: Lattice, emission: Tensor, word_weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """β_{t+1} [C,S] -> Σ_k q(k|c) e^{w(s,k)/λ} E β_{t+1}(c', δ(s,k)) [C,S]; the three shapes that a prior can have."""
+    contexts, states, words = lattice.contexts, lattice.states, emission.shape[1]
+    if lattice.log_transition is not None:  # the context moves by itself: words only move the automaton
+        kernel = emission.new_zeros(contexts, states, states)
+        for k in range(words):
+            kernel[:, torch.arange(states, device=emission.device), lattice.next_state[:, k]] += emission[:, k : k + 1] * word_weight[:, k]
+        transition = lattice.log_transition.exp()
+        return lambda beta: torch.bmm(kernel, (transition @ beta).unsqueeze(-1)).squeeze(-1)
+    if bool((lattice.successor == lattice.successor[:1]).all()):  # the context is the last word: one product [C,K]·[K,S]
+        place = (lattice.successor[0][:, None] * states + lattice.next_state.T).reshape(-1)
+        weight = None if bool((word_weight == 1).all()) else word_weight.T.contiguous()
+
+        def pull(beta: Tensor) -> Tensor:
+            ahead = beta.view(-1).index_select(0, place).view(words, states)
+            return emission @ (ahead if weight is None else ahead * weight)
+
+        return pull
+    place = (lattice.successor[:, :, None] * states + lattice.next_state.T).reshape(-1)
+    kernel = emission[:, :, None] * word_weight.T
+    return lambda beta: (beta.view(-1).index_select(0, place).view(contexts, words, states) * kernel).sum(1)
+
+
+def _may_underflow(lattice: Lattice, emission: Tensor, betas: Tensor, word_weight: Tensor, final_weight: Tensor) -> bool:
+    """Whether a factor above zero became zero, or a product of them in (1) can have come near the smallest float, by the least of each."""
+    factors = [(emission, lattice.log_emission), (word_weight, lattice.word_rewards), (final_weight, lattice.final_rewards)]
+    if lattice.log_transition is not None:
+        factors.append((lattice.log_transition.exp(), lattice.log_transition))
+    least = _least(betas)
+    for numbers, logs in factors:
+        smallest = float(numbers.amin())
+        if smallest == 0 and bool(((numbers == 0) & (logs > -math.inf)).any()):
+            return True
+        least *= smallest or _least(numbers)
+    return not least > _SAFE
+
+
+def _least(values: Tensor) -> float:
+    """The smallest entry above zero; 0 where there is none."""
+    least = float(values.amin())
+    if least > 0:
+        return least
+    positive = float(torch.where(values > 0, values, math.inf).amin())
+    return positive if positive < math.inf else 0.0
+
+
+# --- messages as logarithms ---------------------------------------------------------------------------------------------------------------
+
+
+def _backward_in_logs(lattice: Lattice) -> Messages:
+    """(1) with each β as e^{m/λ}·e^ℓ, ℓ ≤ 0: finite for any reward and λ > 0, and its limit at λ = 0 and inf."""
+    best = lattice.final_rewards.expand(lattice.contexts, -1)
+    mass = torch.where(best > -math.inf, 0.0, -math.inf)
+    bests, masses, bests_ahead, masses_ahead = [best], [mass], [], []
+    for step in range(lattice.words + 1):
+        best_ahead, mass_ahead = _mix_in_logs(lattice, best, mass)
+        bests_ahead.append(best_ahead)
+        masses_ahead.append(mass_ahead)
+        if step == lattice.words:
+            break
+        reward, log_q = _edges_in_logs(lattice, best_ahead, mass_ahead)
+        best = reward.amax(-1)
+        mass = logspace.logsumexp(log_q + scaled_advantage(reward, best[..., None], lattice.kl_coef))
+        mass = torch.where(best > -math.inf, mass, -math.inf)
+        bests.append(best)
+        masses.append(mass)
+    stacks = (torch.stack(part[::-1]) for part in (masses, masses_ahead, bests, bests_ahead))
+    return Messages(*stacks)
+
+
+def _mix_in_logs(lattice: Lattice, best: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """E_{c'|c} of β(c',s) [C,S], as (m, ℓ)."""
+    if lattice.log_transition is None:
+        return best, mass
+    log_q = lattice.log_transition[:, :, None]  # [c, c', s]
+    reward = torch.where(log_q > -math.inf, best, -math.inf)
+    top = reward.amax(1)
+    return top, logspace.logsumexp(log_q + scaled_advantage(reward, top[:, None], lattice.kl_coef) + mass, 1)
+
+
+def _edges_in_logs(lattice: Lattice, best_ahead: Tensor, mass_ahead: Tensor) -> tuple[Tensor, Tensor]:
+    """For every (c,s) and column v: the best return behind it, and log q(v|c) + ℓ ahead, both [C,S,V] and −inf where either is."""
+    context, state = lattice.successor[:, None, :], lattice.next_state
+    reward = lattice.word_rewards + best_ahead[context, state]
+    log_q = lattice.log_emission[:, None, : state.shape[1]] + mass_ahead[context, state]
+    if lattice.space.eos:
+        final = lattice.final_rewards[None, :, None].expand(lattice.contexts, -1, 1)
+        reward = torch.cat([reward, final], -1)
+        log_q = torch.cat([log_q, lattice.log_emission[:, None, -1:].expand(-1, lattice.states, 1)], -1)
+    possible = (reward > -math.inf) & (log_q > -math.inf)
+    return torch.where(possible, reward, -math.inf), torch.where(possible, log_q, -math.inf)

@@ -1,0 +1,239 @@
+"""n-gram language models: the next token depends on the last n − 1.
+
+    Witten–Bell:  p(v|c) = (n(c,v) + t(c) p(v|c⁻)) / (n(c) + t(c)),    p(v|∅⁻) = 1/V                             (1)
+    Dirichlet:    p(v|c) = (n(c,v) + α) / (n(c) + αV)                                                            (2)
+
+n counts in the data, t(c) the number of different tokens after context c, c⁻ the context without its oldest word (Witten & Bell 1991;
+Chen & Goodman 1999, §2.6). Before a text stand n − 1 marks of its beginning. C contexts, K words, V columns, N sequences, T tokens.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count
+from klrl_edu.models.contract import check_room
+from klrl_edu.models.finite_state import FiniteStateModel
+
+MAX_ENTRIES = 10_000_000  # of the table C·V
+_BEGIN = -1  # stands before the text in a context
+Context = tuple[int, ...]
+Counts = dict[Context, dict[int, float]]
+
+
+class NGramState(NamedTuple):
+    """The context of each row [N]; the position of the last logits."""
+
+    context: Tensor
+    position: int
+
+
+class NGramModel(FiniteStateModel):
+    """A table with a row of logits for each context; prompts are not read.
+
+    Args:
+        space: where it lives.
+        order: n ≥ 1; n − 1 words of context.
+        logits: [C,V] in nats, zeros (uniform) by default; −inf is zero mass. They become the parameter `logits`. Rows run over the
+            contexts of 0, 1, … n − 1 words, each length in the order of the words' ids.
+
+    Raises:
+        TooLargeError: more than MAX_ENTRIES logits; `fit` keeps only contexts that occur.
+    """
+
+    successor: Tensor
+
+    def __init__(self, space: SequenceSpace, order: int, logits: Tensor | None = None):
+        super().__init__()
+        check_count(order, "order")
+        words = len(space.vocabulary)
+        contexts = sum(words**k for k in range(order))
+        if contexts * space.vocab_size > MAX_ENTRIES:
+            raise TooLargeError(
+                f"order {order} over {words} words has {contexts:,} contexts, {contexts * space.vocab_size:,} logits, more than {MAX_ENTRIES:,}; "
+                "lower the order, or use NGramModel.fit, which keeps the contexts that occur."
+            )
+        self._set(space, order, _dense_successor(words, order), logits)
+
+    def _set(self, space: SequenceSpace, order: int, successor: Tensor, logits: Tensor | None) -> None:
+        shape = (len(successor), space.vocab_size)
+        logits = torch.zeros(shape, dtype=torch.float64) if logits is None else logits
+        if logits.shape != shape:
+            raise InputError(f"logits has shape {list(logits.shape)}; expected [C, V] = {list(shape)}, a row a context.")
+        bad = torch.isnan(logits) | (logits == math.inf) | (logits == -math.inf).all(-1, keepdim=True)
+        if bool(bad.any()):
+            context, token = bad.nonzero()[0].tolist()
+            raise InputError(f"logits[{context}, {token}] = {float(logits[context, token])}: NaN, +inf, or a row without mass; give finite logits.")
+        self.space, self.order = space, order
+        self.register_buffer("successor", successor)
+        self.logits = nn.Parameter(logits.detach().clone())
+
+    @classmethod
+    def fit(
+        cls,
+        space: SequenceSpace,
+        texts: Sequence[str],
+        order: int,
+        *,
+        weights: Sequence[float] | None = None,
+        smoothing: Literal["witten-bell", "dirichlet"] = "witten-bell",
+        concentration: float = 1.0,
+    ) -> "NGramModel":
+        """Counts texts and smooths; holds the contexts that occur and their endings, whatever the order.
+
+        A context that never occurred is read as its longest ending that did. An EOS that the space forces at T is no evidence, and is
+        not counted.
+
+        Args:
+            weights: how often each text counts; 1 by default.
+            smoothing: "witten-bell" (1), where t(c) counts kinds and n(c) weights; or "dirichlet" (2), uniform after contexts that never occurred.
+            concentration: α of "dirichlet".
+
+        Raises:
+            InputError: texts outside the space, none at all, negative weights, an unknown smoothing, α ≤ 0.
+        """
+        check_count(order, "order")
+        if smoothing not in ("witten-bell", "dirichlet"):
+            raise InputError(f"smoothing = {smoothing!r} is not known; choose 'witten-bell' or 'dirichlet'.")
+        if not 0 < concentration < math.inf:
+            raise InputError(f"concentration = {concentration!r} must be a positive number.")
+        counts = _count(space, texts, order, check_weights(texts, weights))
+        contexts = sorted(counts, key=lambda context: (len(context), context))
+        rows = (
+            _witten_bell(counts, contexts, space.vocab_size)
+            if smoothing == "witten-bell"
+            else _dirichlet(counts, contexts, order, space, concentration)
+        )
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        start = (_BEGIN,) * (order - 1)
+        contexts.sort(key=lambda context: context != start)  # the start first, as in a dense table
+        logits = torch.tensor([rows[context] for context in contexts], dtype=torch.float64).log()
+        model._set(space, order, _sparse_successor(contexts, order, len(space.vocabulary)), logits)
+        return model
+
+    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        context = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        contexts = [context]
+        for column in tokens[:, :-1].long().T:
+            context = self._after(context, column)
+            contexts.append(context)
+        return self.logits[torch.stack(contexts, 1)]
+
+    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, NGramState]:
+        context = torch.zeros(n, dtype=torch.long, device=self.logits.device)
+        return self.logits[context], NGramState(context, 0)
+
+    def step(self, state: NGramState, token: Tensor) -> tuple[Tensor, NGramState]:
+        check_room(self.space, state.position + 1)
+        context = self._after(state.context, token)
+        return self.logits[context], NGramState(context, state.position + 1)
+
+    def _after(self, context: Tensor, token: Tensor) -> Tensor:
+        return self.successor[context, token.clamp(max=self.successor.shape[1] - 1)]  # after EOS any context will do
+
+    def initial_log_probs(self) -> Tensor:
+        return torch.full((len(self.logits),), -math.inf, dtype=torch.float64, device=self.logits.device).index_fill(
+            0, self.successor.new_zeros(1), 0.0
+        )
+
+    def emission_log_probs(self) -> Tensor:
+        return logspace.log_normalize(self.logits.double())
+
+    def successors(self) -> Tensor:
+        return self.successor
+
+
+def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """One finite weight ≥ 0 a text, 1 by default, not all zero.
+
+    Raises:
+        InputError: anything else, or no text.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise InputError("texts is empty or a single text; give a list of texts.")
+    listed = [1.0] * len(texts) if weights is None else [float(weight) for weight in weights]
+    if len(listed) != len(texts):
+        raise InputError(f"weights has {len(listed)} entries for {len(texts)} texts; give one a text.")
+    bad = next((i for i, weight in enumerate(listed) if not 0 <= weight < math.inf), None)
+    if bad is not None:
+        raise InputError(f"weights[{bad}] = {listed[bad]} must be a number ≥ 0.")
+    if not any(listed):
+        raise InputError("weights are all zero; give at least one text a positive weight.")
+    return listed
+
+
+def evidence(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to EOS, but for an EOS that is forced at T."""
+    tokens = space.encode(texts)
+    chosen = space.live(tokens)
+    if space.eos:
+        chosen[:, -1] = False
+    return tokens, chosen
+
+
+def _count(space: SequenceSpace, texts: Sequence[str], order: int, weights: list[float]) -> Counts:
+    """n(c,v) for every context of 0 … n − 1 words that occurs."""
+    counts: Counts = defaultdict(lambda: defaultdict(float))
+    counts[(_BEGIN,) * (order - 1)]
+    counts[()]
+    tokens, chosen = evidence(space, texts)
+    for row, length, weight in zip(tokens.tolist(), chosen.sum(-1).tolist(), weights, strict=True):
+        padded = (_BEGIN,) * (order - 1) + tuple(row[:length])
+        for i in range(length if weight else 0):
+            for k in range(order):
+                counts[padded[i + order - 1 - k : i + order - 1]][padded[i + order - 1]] += weight
+    return counts
+
+
+def _witten_bell(counts: Counts, contexts: list[Context], columns: int) -> dict[Context, list[float]]:
+    """(1) for contexts sorted by length."""
+    rows: dict[Context, list[float]] = {}
+    for context in contexts:
+        lower = rows[context[1:]] if context else [1 / columns] * columns
+        seen = counts[context]
+        kinds, total = len(seen), sum(seen.values())
+        rows[context] = [(seen.get(v, 0.0) + kinds * lower[v]) / (total + kinds) for v in range(columns)] if seen else lower
+    return rows
+
+
+def _dirichlet(counts: Counts, contexts: list[Context], order: int, space: SequenceSpace, alpha: float) -> dict[Context, list[float]]:
+    """(2) for whole contexts; the shorter ones stand for what never occurred."""
+    columns, rows = space.vocab_size, {}
+    for context in contexts:
+        seen = counts[context] if len(context) == order - 1 else {}
+        total = sum(seen.values()) + alpha * columns
+        rows[context] = [(seen.get(v, 0.0) + alpha) / total for v in range(columns)]
+    return rows
+
+
+def _dense_successor(words: int, order: int) -> Tensor:
+    """[C,K] for all contexts of 0 … n − 1 words: a word is appended, and the oldest dropped once there are n − 1."""
+    offset = [0]
+    for k in range(order):
+        offset.append(offset[-1] + words**k)
+    word, parts = torch.arange(words), []
+    for k in range(order):
+        longer = min(k + 1, order - 1)
+        parts.append(offset[longer] + (torch.arange(words**k)[:, None] * words + word) % words**longer)
+    return torch.cat(parts)
+
+
+def _sparse_successor(contexts: list[Context], order: int, words: int) -> Tensor:
+    """[C,K]: the longest ending of context and word that is a context."""
+    place = {context: i for i, context in enumerate(contexts)}
+
+    def after(context: Context, word: int) -> int:
+        ending = (*context, word)[-(order - 1) :] if order > 1 else ()
+        while ending not in place:
+            ending = ending[1:]
+        return place[ending]
+
+    return torch.tensor([[after(context, word) for word in range(words)] for context in contexts])
