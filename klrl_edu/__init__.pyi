@@ -25,8 +25,14 @@ from klrl_edu.evaluation.compare import compare as compare
 from klrl_edu.evaluation.records import History as History
 from klrl_edu.evaluation.records import load_checkpoint as load_checkpoint
 from klrl_edu.evaluation.records import save_checkpoint as save_checkpoint
+from klrl_edu.exact import acceptance as acceptance
+from klrl_edu.exact import budget as budget
+from klrl_edu.exact import preferences as preferences
+from klrl_edu.exact import regularizers as regularizers
+from klrl_edu.exact.best_of_n import best_of_n as best_of_n
 from klrl_edu.exact.enumeration import Support as Support
 from klrl_edu.exact.enumeration import problem_support as problem_support
+from klrl_edu.exact.moments import match_moments as match_moments
 from klrl_edu.exact.posterior import Posterior as Posterior
 from klrl_edu.exact.posterior import feasible_prior as feasible_prior
 from klrl_edu.exact.posterior import looked_up as looked_up
