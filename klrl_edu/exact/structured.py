@@ -55,7 +55,7 @@ class StructuredPosterior(LanguageModel):
     def __init__(self, lattice: Lattice, messages: Messages):
         super().__init__()
         self.space, self.lattice, self.messages = lattice.space, lattice, messages
-        self.next_place = lattice.successor[:, None, :] * lattice.states + lattice.next_state  # [C,S,K], where a word leads among C·S
+        self._next_place: Tensor | None = None
         mass = messages.log_mass[0, :, lattice.start]
         best = torch.zeros_like(mass) if messages.best is None else messages.best[0, :, lattice.start]
         allowed = (lattice.log_initial > -math.inf) & (mass > -math.inf)
@@ -71,9 +71,16 @@ class StructuredPosterior(LanguageModel):
         moved = {f.name: fn(value) for f in fields(self.lattice) if isinstance(value := getattr(self.lattice, f.name), Tensor)}
         self.lattice = replace(self.lattice, **moved)
         self.messages = self.messages._replace(**{name: fn(part) for name, part in self.messages._asdict().items() if part is not None})
-        self.next_place, self.best_return = fn(self.next_place), fn(self.best_return)
-        self.log_start, self.log_mass = fn(self.log_start), fn(self.log_mass)
+        self._next_place = None
+        self.best_return, self.log_start, self.log_mass = fn(self.best_return), fn(self.log_start), fn(self.log_mass)
         return self
+
+    @property
+    def next_place(self) -> Tensor:
+        """Where a word leads among the C·S pairs: [C,S,K]; made when it is first needed, which log Z alone does not."""
+        if self._next_place is None:
+            self._next_place = self.lattice.successor[:, None, :] * self.lattice.states + self.lattice.next_state
+        return self._next_place
 
     @property
     def hidden(self) -> bool:

@@ -28,6 +28,7 @@ from klrl_edu.models.contract import LanguageModel, enumerate_support, force_eos
 from klrl_edu.models.precision import autocast
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import count_threes
+from tests.benchmarks import structured
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 HERE = Path(__file__).parent
@@ -161,6 +162,10 @@ SHORT: list[Callable[[], Ratio]] = [
     posterior_of_a_million,
     kl_of_a_million,
     sampling,
+    structured.evidence_against_products,
+    structured.evidence_against_dense,
+    structured.samples_against_multinomial,
+    structured.peak_memory,
     partial(half_precision, torch.bfloat16),
     partial(half_precision, torch.float16),
 ]
