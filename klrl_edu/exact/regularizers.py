@@ -121,6 +121,21 @@ def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float)
     return DIVERGENCES[divergence](log_prior, rewards, kl_coef)
 
 
+def density_ratio(divergence: str, x: Tensor) -> Tensor:
+    """t = π/q [K] at x = (r − ν)/λ [K], the right column of (1): what the optimum multiplies q by, for a divergence by its name (α = ½).
+
+    Raises:
+        InputError: no such name.
+    """
+    shapes = {"forward_kl": _FORWARD, "chi_squared": _CHI_SQUARED, "kl_plus_chi_squared": _KL_CHI_SQUARED, "alpha": _alpha(0.5)}
+    shapes |= {"jensen_shannon": _JENSEN_SHANNON, "squared_hellinger": _HELLINGER}
+    if divergence == "reverse_kl":
+        return x.exp()
+    if divergence not in shapes:
+        raise InputError(f"divergence = {divergence!r} is not known; choose from {', '.join(DIVERGENCES)}.")
+    return shapes[divergence].log_ratio(x).exp()
+
+
 def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """(1) with ν by bracketing: Σ_k q_k t((r_k − ν)/λ) falls in ν from above 1 to below 1."""
     check_kl_coef(kl_coef)

@@ -149,6 +149,78 @@ def test_02_the_height_of_the_frontier_is_its_reward_at_its_own_kl():
     assert height(100.0) == pytest.approx(2.7, abs=1e-12)
 
 
+# 03
+
+
+def test_03_stays_below_the_formula_and_ends_on_the_best_levels_mass():
+    data = committed("03")
+    for prior in data["priors"]:
+        assert all(kl <= bound + 1e-12 for kl, bound in zip(prior["kl"], data["bound"], strict=True))
+        assert prior["kl"][-1] == pytest.approx(prior["limit"], abs=1e-9)
+        assert data["bound"][-1] > prior["limit"] + 2
+    for prior in data["priors"][1:]:  # uniform over L: within 0.04 nats of log L at n ≈ 5L
+        size = round(math.exp(prior["limit"]))
+        near = next(k for k, n in enumerate(data["n"]) if n >= 5 * size)
+        assert prior["kl"][near] == pytest.approx(math.log(size), abs=0.04)
+
+
+def test_03_best_of_n_never_lies_above_the_frontier():
+    data = committed("03")
+    log_q, rewards = (torch.tensor(data["problem"][name], dtype=torch.float64) for name in ("log_prior", "rewards"))
+    for kl, reward in list(zip(data["best_of_n"]["kl"], data["best_of_n"]["expected_reward"], strict=True))[1:-8]:  # inside the range of KL
+        most = klrl.budget.frontier(log_q, rewards, [klrl.budget.kl_coef_for_budget(log_q, rewards, kl)]).expected_reward
+        assert reward <= float(most) + 1e-12
+
+
+# 04
+
+
+def test_04_optima_are_distributions_on_their_curves_and_only_chi_squared_has_zeros():
+    data = committed("04")
+    assert {side["name"]: bool(side["zeros"]) for side in data["optima"]} == {side["name"]: side["name"] == "χ²" for side in data["optima"]}
+    for side in data["optima"]:
+        assert sum(side["probabilities"]) == pytest.approx(1, abs=1e-12)
+        ends = [side["probabilities"][k] / data["prior"][k] for k in (0, -1)]
+        assert [data["curves"][side["name"]][k] for k in (0, -1)] == pytest.approx(ends, rel=1e-6, abs=1e-9)
+
+
+def test_04_none_beats_the_posterior_at_its_own_objective():
+    data = committed("04")
+    q, r = (torch.tensor(data[name], dtype=torch.float64) for name in ("prior", "rewards"))
+
+    def objective(p):
+        p = torch.tensor(p, dtype=torch.float64)
+        return float(p @ r - data["kl_coef"] * torch.xlogy(p, p / q).sum())
+
+    values = {side["name"]: objective(side["probabilities"]) for side in data["optima"]}
+    assert max(values, key=values.get) == "reverse KL"
+
+
+# 16
+
+
+def test_16_the_optimum_hits_its_target_and_the_network_comes_near():
+    data = committed("16")
+    assert data["exact"]["attained"] == pytest.approx(data["target"], abs=1e-11)
+    for mu, beta, kl in zip(data["target"], data["exact"]["coefficient"], data["exact"]["kl"], strict=True):
+        assert beta == pytest.approx(math.log(mu / (1 - mu)) - math.log(0.4 / 0.6), abs=1e-9)
+        assert kl == pytest.approx(mu * math.log(mu / 0.4) + (1 - mu) * math.log((1 - mu) / 0.6), abs=1e-10)
+    assert all(abs(side["attained"] - side["target"]) < 0.05 for side in data["trained"])
+    assert max(abs(side["attained"] - side["target"]) for side in data["trained"]) > 1e-3
+
+
+# 17
+
+
+def test_17_follows_both_laws_and_keeps_the_priors_ratio_at_equal_rewards():
+    data = committed("17")
+    assert data["unequal"]["reverse_kl"] == pytest.approx(data["reverse_law"], rel=1e-9)
+    smallest = data["unequal"]["forward_kl"][0]  # the next term of λq/Δr is of order λ
+    assert smallest == pytest.approx(data["forward_law"][0], rel=0.05)
+    for name in ("reverse_kl", "forward_kl"):
+        assert data["equal"][name] == pytest.approx([0.4] * len(data["kl_coef"]), abs=1e-12)
+
+
 # 15
 
 
