@@ -14,14 +14,20 @@ from klrl_edu.core.draws import seeded_draw
 from klrl_edu.evaluation.compare import compare, support_log_mass
 from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.posterior import Posterior, looked_up, posterior
+from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.experiments import plots
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import comparison_metrics, copy_of_prior, cosine, train_steps
-from klrl_edu.models.contract import LanguageModel, sequence_log_probs
+from klrl_edu.models.contract import LanguageModel, enumerate_support, sequence_log_probs
+from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.transformer import TransformerModel
+from klrl_edu.problems.automata import accept_reward
+from klrl_edu.problems.corpora import surname_frequencies
 from klrl_edu.problems.examples import SURNAME_PATTERN, count_threes, four_sentences, four_sentences_policy, surnames
+from klrl_edu.problems.patterns import regular_expression
+from klrl_edu.problems.problem import Problem
 
 ARTICLE_KL = 0.22  # what an article prints for KL(π‖q) of the four sentences
 EVALUATE_EVERY, EVALUATE_LARGE_EVERY = 10, 50
@@ -157,8 +163,10 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
     start = run.history["reverse_kl"][0]
     say(f"network: KL(π‖π*) {start:.4f} -> {network_side.reverse_kl:.4f} nats, total variation {network_side.total_variation:.4f}")
     _draw_surnames(target, run, path)
+    spelled = show_spelling(problem, say)
     return {
         **target.to_dict(),
+        "trigram": spelled,
         "kl_posterior_to_prior": star_side.kl_to_prior,
         "expected_reward": dict(zip(("prior", "posterior", "network"), rewards, strict=True)),
         "top": [{"name": text, "prior": q, "reward": r, "posterior": p, "network": pi} for (text, q, r, p), pi in zip(rows, learned, strict=True)],
@@ -167,6 +175,27 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
         "network": network_side.metrics(),
         "steps": SURNAMES.steps,
     }
+
+
+def show_spelling(problem: Problem, say: Say) -> dict[str, Any]:
+    """The same reward under a trigram of the names' letters, which spells names that nobody has: exact over every spelling there is."""
+    table = surname_frequencies(len(enumerate_support(problem.prior)))
+    people = [1e3 * percent for percent in table.values()]  # of 100,000: smoothing weighs counts, not shares
+    prior = NGramModel.fit(problem.space, list(table), 3, weights=people)
+    reward = accept_reward(regular_expression(SURNAME_PATTERN, problem.space))
+    target = posterior(Problem(prior, reward, problem.kl_coef))
+    model = target.model
+    assert isinstance(model, StructuredPosterior)
+    before, (mean, _) = posterior(Problem(prior, reward, math.inf)).model, model.reward_moments()
+    assert isinstance(before, StructuredPosterior)
+    top = model.top_sequences(_SURNAMES_SHOWN)
+    names = list(zip(problem.space.decode(top.tokens), top.log_weights.exp().tolist(), strict=True))
+    say(f"\n   A trigram of their letters gives mass to all {problem.space.size:,} spellings; by {target.method} its posterior is exact too:")
+    prior_mean, kl = float(before.reward_moments()[0]), float(model.kl_to_prior())
+    say(f"   log Z = {float(target.log_evidence):.12f} nats, KL(π*‖q) = {kl:.6f}, E[r]: {prior_mean:.6f} under the trigram, {float(mean):.6f} under")
+    say(f"   its posterior, whose most probable names are {', '.join(f'{name} {p:.4f}' for name, p in names[:6])}")
+    numbers = {"kl_posterior_to_prior": kl, "expected_reward": float(mean)}
+    return {**target.to_dict(), **numbers, "top": [{"name": name, "posterior": p} for name, p in names]}
 
 
 def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:

@@ -268,8 +268,8 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
         if bool(torch.isnan(log_probs).any()):
             raise InputError(f"{type(model).__name__} gives NaN logits after {t} tokens, so its support is not known; look for NaN in its weights.")
         row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
-        prefix = torch.cat([block.prefix[row], token[:, None]], 1)
-        log_prob = log_probs[row, token]
+        prefix = torch.cat([block.prefix.index_select(0, row), token[:, None]], 1)
+        log_prob = log_probs.view(-1).index_select(0, row * space.vocab_size + token)
         done = token.eq(space.vocab_size - 1) if space.eos else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
         waiting += int((~done).sum()) - len(block.prefix)
         found += int(done.sum())

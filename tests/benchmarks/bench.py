@@ -2,6 +2,7 @@
 
 python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md, results.json and the README's table
 python3 dev.py bench --long     with the thousand-step training runs as well
+python3 dev.py bench --exact    only the README's table of what is exact, at what size and in what time
 """
 
 import datetime
@@ -183,10 +184,14 @@ def run(benches: list[Callable[[], Ratio]]) -> Iterator[Ratio]:
         yield row
 
 
+def where() -> str:
+    """Date and machine."""
+    return f"{datetime.date.today()}, {platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
 def table(rows: list[Ratio]) -> str:
     """Markdown, with date and machine."""
-    where = f"{datetime.date.today()}, {platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
-    head = f"Median of {ROUNDS} interleaved rounds, CPU time, one thread; {where}.\n\n"
+    head = f"Median of {ROUNDS} interleaved rounds, CPU time, one thread; {where()}.\n\n"
     lines = ["| measured | ratio | to reach | reached | detail |", "|---|---|---|---|---|"]
     for row in rows:
         reached = {True: "yes", False: "**no**", None: "–"}[row.reached]
@@ -195,14 +200,18 @@ def table(rows: list[Ratio]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, results: str) -> str:
-    """The README with a new table between its two marks."""
-    before, _, rest = readme.partition(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{results}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+def with_table(readme: str, results: str, marks: tuple[str, str] = MARKS) -> str:
+    """The README with a new table between two marks."""
+    before, _, rest = readme.partition(marks[0])
+    return f"{before}{marks[0]}\n\n{results}\n{marks[1]}{rest.partition(marks[1])[2]}"
 
 
 def main(arguments: list[str]) -> int:
     """Measures, prints and writes the table; exit 1 where a bar was missed."""
+    if "--exact" in arguments:
+        from tests.benchmarks import exact_sizes
+
+        return exact_sizes.main()
     torch.set_num_threads(1)
     rows = list(run(SHORT + ([thousand_steps] if "--long" in arguments else [])))
     (HERE / "results.md").write_text(table(rows), encoding="utf-8")

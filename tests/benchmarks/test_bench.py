@@ -8,7 +8,7 @@ import torch
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.models.contract import sample
 from klrl_edu.problems.examples import count_threes_prior
-from tests.benchmarks import bench
+from tests.benchmarks import bench, exact_sizes
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 
@@ -39,6 +39,10 @@ def test_a_missing_library_is_said_and_not_measured(capsys):
     (row,) = bench.run([needs_another])
     assert (row.value, row.reached) == (None, None)
     assert "another is not installed" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_is_exact():
+    assert exact_sizes.RESULTS.read_text(encoding="utf-8") in bench.README.read_text(encoding="utf-8")
 
 
 def test_the_readme_shows_the_last_results():
