@@ -10,7 +10,8 @@ import torch
 
 from klrl_edu import exercises, reference
 from klrl_edu.core.errors import InputError
-from klrl_edu.exercises import EXERCISES, Exercise, Mistake, check, judge
+from klrl_edu.exercises import EXERCISES, check, judging, t01
+from klrl_edu.exercises.judging import Exercise, Mistake, judge
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
 
 MISTAKES = [(exercise, mistake) for exercise in EXERCISES.values() for mistake in exercise.mistakes]
@@ -54,7 +55,11 @@ def test_references_hold_the_numbers_of_the_course():
     assert value["t02.tie"] == pytest.approx({"the cat": 0.8, "the dog": 0, "a cat": 0, "a dog": 0.2}, abs=1e-12)
     half = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 0.5)
     assert value["t03.gap"] == pytest.approx(0.5 * half[1] - reference.objective(FOUR_POLICY, FOUR_SENTENCES, FOUR_REWARDS, 0.5), abs=1e-12)
-    assert sum(value["t01.chain"]) == pytest.approx(reference.kl(exercises.CORRELATED, FOUR_SENTENCES), abs=1e-12)
+    star, _ = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 0.5)
+    assert value["t04.first"] == pytest.approx({"the": star["the cat"] + star["the dog"], "a": star["a cat"] + star["a dog"]}, abs=1e-12)
+    root = EXERCISES["t04.value"].reference({"the": 0.7, "a": 0.3}, value["t04.prefixes"], 0.5)
+    assert root == pytest.approx(0.5 * half[1], abs=1e-12)  # V(∅) = λ log Z
+    assert sum(value["t01.chain"]) == pytest.approx(reference.kl(t01.CORRELATED, FOUR_SENTENCES), abs=1e-12)
 
 
 def test_dots_are_not_answered_yet_and_leave_no_record(capsys, answers):
@@ -148,7 +153,7 @@ def test_a_mistake_that_is_right_would_be_noticed():
 
 
 def test_random_inputs_are_the_same_at_every_call_and_reach_both_hard_cases():
-    inputs = [list(exercises._inputs(EXERCISES["t01.kl"])) for _ in range(2)]
+    inputs = [list(judging._inputs(EXERCISES["t01.kl"])) for _ in range(2)]
     assert inputs[0] == inputs[1]
     values = [reference.kl(p, q) for p, q in inputs[0]]
     assert any(math.isfinite(value) and min(p.values()) == 0 for value, (p, _) in zip(values, inputs[0], strict=True))

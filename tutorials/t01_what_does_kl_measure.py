@@ -31,7 +31,8 @@ from torch.nn.functional import logsigmoid
 from klrl_edu import plots, reference
 from klrl_edu.core import logspace
 from klrl_edu.core.display import text_table
-from klrl_edu.exercises import CORRELATED, check
+from klrl_edu.exercises import check
+from klrl_edu.exercises.t01 import CORRELATED
 from klrl_edu.reference import chain_rule, entropy, expectation, kl, next_token
 
 # %% [markdown]

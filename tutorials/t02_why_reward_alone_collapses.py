@@ -23,7 +23,8 @@ import math
 
 from klrl_edu import RecurrentModel, compare, four_sentences, losses, plots, posterior, restrict_to_support, seeded_draw, train
 from klrl_edu.core.display import text_table
-from klrl_edu.exercises import TIED_REWARDS, check
+from klrl_edu.exercises import check
+from klrl_edu.exercises.t02 import TIED_REWARDS
 from klrl_edu.learning.training import cosine
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
 from klrl_edu.reference import entropy, expectation, kl
