@@ -23,7 +23,9 @@ from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_same_space
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.posterior import Posterior
+from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.models.contract import LanguageModel, advance, batch_prompt, block_size, force_eos, sequence_log_probs
+from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.table import SequenceTable
 
 
@@ -34,8 +36,8 @@ class Comparison:
     Attributes:
         reverse_kl: KL(π‖π*), inf where π has mass and π* none (see `violating_mass`).
         forward_kl: KL(π*‖π), inf where π* has mass and π none (see `uncovered_mass`).
-        total_variation: ½ Σ |π − π*|.
-        jensen_shannon: ½ KL(π‖m) + ½ KL(π*‖m), m = ½(π + π*).
+        total_variation: ½ Σ |π − π*|; None where the space was summed by contexts (see `compare`), which gives no sum of |·|.
+        jensen_shannon: ½ KL(π‖m) + ½ KL(π*‖m), m = ½(π + π*); None likewise.
         expected_reward: E_π[r] over the prior's support, in reward units; rewards elsewhere do not exist and count 0.
         kl_to_prior: KL(π‖q).
         objective: J(π) = expected_reward − λ·kl_to_prior; −inf off the prior's support, at λ = 0 too.
@@ -51,8 +53,8 @@ class Comparison:
 
     reverse_kl: float
     forward_kl: float
-    total_variation: float
-    jensen_shannon: float
+    total_variation: float | None
+    jensen_shannon: float | None
     expected_reward: float
     kl_to_prior: float
     objective: float
@@ -130,7 +132,8 @@ def compare(
     Args:
         approximation: a policy, or weighted sequences such as a sampler's particles.
         target: the posterior(s), on the same space.
-        n: None for exact numbers; otherwise sequences to draw from each side (models only), at least 2.
+        n: None for exact numbers: on the enumerated support, or, where the posterior is one by forward–backward of an n-gram prior and the policy
+            is an n-gram, context by context; otherwise sequences to draw from each side (models only), at least 2.
         draw: the randomness for `n`.
 
     Raises:
@@ -140,6 +143,8 @@ def compare(
         return Comparisons(tuple(compare(approximation, one, n=n, draw=draw) for one in target))
     check_same_space(approximation.space, target.problem.space, "approximation and target")
     if n is None:
+        if target.support is None and isinstance(approximation, NGramModel) and isinstance(target.model, StructuredPosterior):
+            return _by_context(approximation, target, target.model)
         return _exact(approximation, target)
     if draw is None or isinstance(approximation, WeightedSequences):
         raise InputError("compare by samples takes a model, n= and draw=, e.g. draw=seeded_draw(0); weighted sequences are compared exactly.")
@@ -172,6 +177,26 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
         effective_sample_size=_particle_ess(approximation) if particles else _proposal_ess(log_pi, log_star),
         uncovered_mass=float(log_star[uncovered].exp().sum()),
         violating_mass=float(log_pi[violating].exp().sum()),
+    )
+
+
+def _by_context(policy: NGramModel, target: Posterior, star: StructuredPosterior) -> Comparison:
+    """Every sum over sequences as a sweep over the triples (policy's context, prior's context, automaton's state) that are reached."""
+    kl_coef, sums = target.problem.kl_coef, star.against(policy)
+    objective = float(sums.expected_reward) - _product(kl_coef, float(sums.kl_to_prior))
+    return Comparison(
+        reverse_kl=float(sums.reverse_kl),
+        forward_kl=float(sums.forward_kl),
+        total_variation=None,
+        jensen_shannon=None,
+        expected_reward=float(sums.expected_reward),
+        kl_to_prior=float(sums.kl_to_prior),
+        objective=objective,
+        objective_gap=_gap(float(sums.reverse_kl), kl_coef, float(target.value), objective),
+        log_evidence_error=None,
+        effective_sample_size=math.exp(-float(sums.log_second_moment)),
+        uncovered_mass=float(sums.uncovered_mass),
+        violating_mass=float(sums.violating_mass),
     )
 
 

@@ -24,6 +24,8 @@ from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.enumeration import scaled_advantage
 from klrl_edu.exact.forward_backward import MAX_MESSAGES, Lattice, Messages
 from klrl_edu.models.contract import LanguageModel, check_room
+from klrl_edu.models.ngram import NGramModel
+from klrl_edu.problems.automata import reachable_pairs
 
 
 class LatticeState(NamedTuple):
@@ -39,6 +41,19 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
+
+
+class Against(NamedTuple):
+    """Exact sums over all sequences of an n-gram policy π against π*, scalars: KLs in nats, E_π[r] in reward units (over what is not forbidden),
+    log Σ π*²/π where π covers π*, and the masses of π where π* has none and of π* where π has none."""
+
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    kl_to_prior: Tensor
+    expected_reward: Tensor
+    log_second_moment: Tensor
+    uncovered_mass: Tensor
+    violating_mass: Tensor
 
 
 class StructuredPosterior(LanguageModel):
@@ -371,6 +386,62 @@ class StructuredPosterior(LanguageModel):
                 left = self._after(prob, log_table).sum()
         law[-1] = left
         return law
+
+    # --- an n-gram policy against it ---
+
+    @torch.no_grad()
+    def against(self, policy: NGramModel) -> Against:
+        """KL(π‖π*), KL(π*‖π), KL(π‖q), E_π[r] and the rest, exactly, by two sweeps over the reached triples (π's context, c, s).
+
+        Raises:
+            InputError: hidden contexts, which no finite set of triples sums out.
+        """
+        if self.hidden:
+            raise InputError("a posterior over a hidden Markov prior is compared by samples: compare(policy, target, n=, draw=).")
+        lattice, words = self.lattice, self.next_place.shape[-1]
+        start = int(self.log_start.argmax()) * lattice.states + lattice.start
+        after, mine, place = reachable_pairs(policy.successor, 0, self.next_place.view(-1, words), start)
+        log_pi, log_q = policy.emission_log_probs()[mine], self._prior_rows()[place]
+        state = place % lattice.states
+        rewards = [lattice.word_rewards[state]] + ([lattice.final_rewards[state, None]] if self.space.eos else [])
+        steps = [_log_normalised(self._table(t)[place]) for t in range(lattice.words)]
+        pi, star = ([log_pi] * lattice.words, steps)
+        reverse = self._along(pi, after, [logspace.kl_divergence(log_pi, log_p) for log_p in steps])
+        forward = self._along(star, after, [logspace.kl_divergence(log_p, log_pi) for log_p in steps])
+        prior = self._along(pi, after, [logspace.kl_divergence(log_pi, log_q)] * lattice.words)
+        reward = self._along(pi, after, [logspace.expectation(log_pi, torch.cat(rewards, -1))] * lattice.words, lattice.final_rewards[state])
+        covered = [torch.where(log_p > -math.inf, log_pi, -math.inf) for log_p in steps]
+        shared = [torch.where(log_pi > -math.inf, log_p, -math.inf) for log_p in steps]
+        leaving = [torch.where(log_p > -math.inf, 0.0, log_pi.exp()).sum(-1) for log_p in steps]
+        missing = [torch.where(log_pi > -math.inf, 0.0, log_p.exp()).sum(-1) for log_p in steps]
+        forbidden = lattice.final_rewards[state] == -math.inf
+        squares = [torch.where(log_p > -math.inf, 2 * log_p - log_pi, -math.inf) for log_p in steps]
+        return Against(
+            *(reverse, forward, prior, reward),
+            self._log_total(squares, after, torch.where(forbidden, -math.inf, 0.0)),
+            self._along(shared, after, missing),
+            self._along(covered, after, leaving, forbidden.double()),
+        )
+
+    def _along(self, log_steps: list[Tensor], after: Tensor, gains: list[Tensor], ends: Tensor | None = None) -> Tensor:
+        """E Σ_t gain_t(place), and the end's, along the chain of conditionals [P,V]; `ends` stands for a last token that is forced."""
+        prob = torch.zeros_like(gains[0]) if gains else self.log_start.new_zeros(len(after))
+        prob[0] = 1
+        total = self.log_start.new_zeros(())
+        for log_p, gain in zip(log_steps, gains, strict=True):
+            total = total + _dot(prob, gain)
+            moved = prob[:, None] * log_p[:, : after.shape[1]].exp()
+            prob = torch.zeros_like(prob).index_add(0, after.reshape(-1), moved.reshape(-1))
+        return total if ends is None else total + _dot(prob, ends)
+
+    def _log_total(self, log_steps: list[Tensor], after: Tensor, ends: Tensor) -> Tensor:
+        """log Σ over sequences of the product of their weights, backwards: an end by EOS, or by `ends` [P] once L words are read."""
+        ahead = ends
+        for log_w in reversed(log_steps):
+            words = log_w[:, : after.shape[1]]
+            words = torch.where(words > -math.inf, words + ahead[after], -math.inf)  # where π misses π* the sum beyond may be inf
+            ahead = logspace.logsumexp(torch.cat([words, log_w[:, -1:]], -1) if self.space.eos else words)
+        return ahead[0]
 
     # --- the most probable sequences ---
 

@@ -77,7 +77,7 @@ class Automaton:
 
     def _product(self, other: "Automaton", combine: Callable[[Tensor, Tensor], Tensor], text: str) -> "Automaton":
         check_same_vocabulary(self.space, other.space)
-        transitions, mine, theirs = _reachable_pairs(self.transitions, self.start, other.transitions, other.start)
+        transitions, mine, theirs = reachable_pairs(self.transitions, self.start, other.transitions, other.start)
         return Automaton(self.space, transitions, combine(self.accepting[mine], other.accepting[theirs]), 0, text).minimal()
 
     def minimal(self) -> "Automaton":
@@ -144,7 +144,7 @@ def _reached(transitions: Tensor, start: int) -> Tensor:
     return torch.tensor(seen)
 
 
-def _reachable_pairs(one: Tensor, start_one: int, other: Tensor, start_other: int) -> tuple[Tensor, Tensor, Tensor]:
+def reachable_pairs(one: Tensor, start_one: int, other: Tensor, start_other: int) -> tuple[Tensor, Tensor, Tensor]:
     """The product's transitions [P,K] over the reachable pairs, the start first, and the two states of each pair [P]."""
     width, code = len(other), torch.tensor([start_one * len(other) + start_other])
     known, frontier = code, code
@@ -303,7 +303,7 @@ class AutomatonReward:
 
     def __add__(self, other: "AutomatonReward") -> "AutomatonReward":
         check_same_vocabulary(self.space, other.space)
-        transitions, mine, theirs = _reachable_pairs(self.transitions, self.start, other.transitions, other.start)
+        transitions, mine, theirs = reachable_pairs(self.transitions, self.start, other.transitions, other.start)
         words, finals = self.word_rewards[mine] + other.word_rewards[theirs], self.final_rewards[mine] + other.final_rewards[theirs]
         return AutomatonReward(self.space, transitions, 0, words, finals, f"{self.text} + {other.text}")
 

@@ -16,6 +16,8 @@ from klrl_edu.exact import forward_backward
 from klrl_edu.exact.forward_backward import Lattice, backward, build_lattice
 from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
 from klrl_edu.exact.structured import StructuredPosterior
+from klrl_edu.learning import losses
+from klrl_edu.learning.training import train
 from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.models.hmm import HiddenMarkovModel
 from klrl_edu.models.ngram import NGramModel
@@ -212,6 +214,41 @@ def test_a_policy_is_compared_by_samples_where_nothing_can_be_enumerated():
     z = (7 + math.exp(0.5)) / 8
     exact = 30 * (math.log(z) - 0.5 / 8)
     assert abs(prior.reverse_kl - exact) <= 6 * prior.standard_error["reverse_kl"]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_an_ngram_policy_is_compared_exactly_context_by_context(order, hard, kl_coef):
+    for seed in range(12):
+        problem = random_problem("bigram", kl_coef, seed, hard=hard)
+        try:
+            oracle = posterior(problem, "enumeration")
+        except InfeasibleError:
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(NGramModel(problem.space, order).logits.shape, generator=generator, dtype=torch.float64)
+        policy = NGramModel(problem.space, order, logits)
+        for approximation in (policy, problem.prior):  # with mass everywhere, and with the prior's zeros
+            seen = compare(approximation, posterior(problem, "forward_backward")).metrics()
+            expected = compare(approximation, oracle).metrics()
+            for name in ("reverse_kl", "forward_kl", "kl_to_prior", "effective_sample_size", "uncovered_mass", "violating_mass"):
+                close(seen[name], expected[name], 1e-11)
+            if math.isfinite(expected["reverse_kl"]):
+                for name in ("expected_reward", "objective", "objective_gap"):
+                    close(seen[name], expected[name], 1e-11)
+            assert seen["total_variation"] is None
+
+
+def test_an_ngram_is_trained_and_compared_exactly_where_nothing_can_be_enumerated():
+    space = SequenceSpace(tuple("abcdefgh"), 30, eos=False)
+    problem = Problem(NGramModel(space, 2).requires_grad_(False), count_reward("a", space), 1.0)
+    target = posterior(problem)
+    history = train(None, problem, losses.rloo, steps=60, batch_size=64, lr=0.05, draw=seeded_draw(0), target=target)
+    # independent positions: KL(q‖π*) = 30 (log((7 + e)/8) − 1/8), in closed form
+    assert history["reverse_kl"][0] == pytest.approx(30 * (math.log((7 + math.e) / 8) - 1 / 8), rel=1e-12)
+    assert history["reverse_kl"][-1] < history["reverse_kl"][0] / 10
+    assert history["objective_gap"][-1] == pytest.approx(history["reverse_kl"][-1])
 
 
 def test_auto_says_the_prefix_trie_for_a_network_with_an_automatons_reward():
