@@ -59,6 +59,8 @@ def test_references_hold_the_numbers_of_the_course():
     assert value["t04.first"] == pytest.approx({"the": star["the cat"] + star["the dog"], "a": star["a cat"] + star["a dog"]}, abs=1e-12)
     root = EXERCISES["t04.value"].reference({"the": 0.7, "a": 0.3}, value["t04.prefixes"], 0.5)
     assert root == pytest.approx(0.5 * half[1], abs=1e-12)  # V(∅) = λ log Z
+    assert value["t08.predictive"] == pytest.approx(dict(zip(FOUR_SENTENCES, (5 / 14, 4 / 14, 3 / 14, 2 / 14), strict=True)), abs=1e-15)
+    assert EXERCISES["t08.even"].reference(0.3, 9) == pytest.approx((1 + 0.4**9) / 2, abs=1e-14)
     assert sum(value["t01.chain"]) == pytest.approx(reference.kl(t01.CORRELATED, FOUR_SENTENCES), abs=1e-12)
 
 
