@@ -4,7 +4,8 @@
 
 Exact: both distributions on the prior's support, and one outcome more for whatever mass the approximation has elsewhere. The mass
 elsewhere is summed edge by edge along the trie, so it is exactly 0 for a restricted policy and exact for a tiny one. By samples:
-unbiased means over n sequences of the approximation and n of the posterior. K supported sequences, nats, reward units.
+unbiased means over n sequences of the approximation and n of the posterior, the KLs taken exactly at each step along them.
+K supported sequences, nats, reward units.
 """
 
 import math
@@ -24,7 +25,15 @@ from klrl_edu.core.validation import check_count, check_same_space
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.exact.structured import StructuredPosterior
-from klrl_edu.models.contract import LanguageModel, advance, batch_prompt, block_size, force_eos, sequence_log_probs
+from klrl_edu.models.contract import (
+    LanguageModel,
+    advance,
+    batch_prompt,
+    block_size,
+    conditional_log_probs,
+    force_eos,
+    sequence_log_probs,
+)
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.table import SequenceTable
 
@@ -289,8 +298,8 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
     js_theirs, theirs_error = _mean(star_there - _middle(pi_there, star_there))
     weight, weight_error = _mean(torch.exp(star_there - pi_there))  # E_π*[π*/π]
     values = {
-        "reverse_kl": _mean(pi - star),
-        "forward_kl": _mean(star_there - pi_there),
+        "reverse_kl": _mean(_stepwise_kl(approximation, target.model, mine, problem.prompt)),
+        "forward_kl": _mean(_stepwise_kl(target.model, approximation, theirs, problem.prompt)),
         "total_variation": _mean((1 - torch.exp(star - pi)).clamp(min=0)),
         "jensen_shannon": ((js_mine + js_theirs) / 2, math.hypot(mine_error, theirs_error) / 2),
         "expected_reward": _mean(rewards),
@@ -311,6 +320,12 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
 def _both_log_probs(approximation: LanguageModel, target: Posterior, tokens: Tensor) -> tuple[Tensor, Tensor]:
     prompt = target.problem.prompt
     return sequence_log_probs(approximation, tokens, prompt), sequence_log_probs(target.model, tokens, prompt)
+
+
+def _stepwise_kl(drawn_from: LanguageModel, other: LanguageModel, tokens: Tensor, prompt: Tensor | None) -> Tensor:
+    """Σ_t KL(drawn_from(·|y_<t)‖other(·|y_<t)) [n] along its own samples [n,T]: unbiased for the KL by the chain rule, and 0 where they agree."""
+    mine, theirs = (conditional_log_probs(model, tokens, prompt) for model in (drawn_from, other))
+    return torch.where(drawn_from.space.live(tokens), logspace.kl_divergence(mine, theirs), 0.0).sum(-1)
 
 
 def _middle(log_p: Tensor, log_q: Tensor) -> Tensor:

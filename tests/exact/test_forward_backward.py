@@ -209,11 +209,17 @@ def test_a_policy_is_compared_by_samples_where_nothing_can_be_enumerated():
     same = compare(target.model, target, n=20, draw=seeded_draw(0))
     assert abs(same.reverse_kl) < 1e-12
     assert abs(same.forward_kl) < 1e-12
-    # the prior: independent positions, so KL(q‖π*) = 30·(log(Σ e^{1/2}…)) in closed form; 6 standard errors, false alarm below 1e-8
-    prior = compare(problem.prior, target, n=400, draw=seeded_draw(1))
-    z = (7 + math.exp(0.5)) / 8
-    exact = 30 * (math.log(z) - 0.5 / 8)
-    assert abs(prior.reverse_kl - exact) <= 6 * prior.standard_error["reverse_kl"]
+    # the prior: independent positions, where each step's KL is the same along every sequence, and the mean over any sample is exact
+    prior = compare(problem.prior, target, n=20, draw=seeded_draw(1))
+    exact = 30 * (math.log((7 + math.exp(0.5)) / 8) - 0.5 / 8)
+    assert prior.reverse_kl == pytest.approx(exact, rel=1e-12)
+    assert prior.standard_error["reverse_kl"] < 1e-12
+    # a policy whose steps differ: within 6 standard errors of the exact sum (false alarm below 1e-8)
+    generator = torch.Generator().manual_seed(3)
+    policy = NGramModel(space, 2, torch.randn(9, 8, generator=generator, dtype=torch.float64))
+    sampled, whole = compare(policy, target, n=400, draw=seeded_draw(2)), compare(policy, target)
+    for name in ("reverse_kl", "forward_kl", "kl_to_prior", "expected_reward"):
+        assert 0 < abs(getattr(sampled, name) - getattr(whole, name)) <= 6 * sampled.standard_error[name]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
