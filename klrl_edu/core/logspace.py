@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core.errors import InfeasibleError
+from klrl_edu.core.validation import any_known
 
 _SERIES_RADIUS = 0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
 _WELL_ABOVE_ZERO = 1e-2  # a KL above this loses under 1e-13 of itself to the cancellation of terms of both signs
@@ -38,10 +39,10 @@ def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
     """log-weights minus their logsumexp: log-probabilities [..., K] in nats.
 
     Raises:
-        InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise.
+        InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise (NaN inside `torch.func.vmap`, which cannot look).
     """
     top = log_weights.detach().amax(dim, keepdim=True)
-    if bool((top == -math.inf).any()):
+    if any_known(top == -math.inf):
         raise InfeasibleError("every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one finite log-weight.")
     shifted = log_weights - top  # first by the largest, so that weights around e^800 keep the digits of their ratios
     return shifted - logsumexp(shifted, dim).unsqueeze(dim)
@@ -115,13 +116,13 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
 
 def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:
     """−Σ p·d, which is (1) for normalised p and q, where it keeps the digits: float64, no zero mass, every KL above a hundredth."""
-    if log_p.dtype != torch.float64 or not bool((log_p.detach().amin() > -math.inf) & (log_q.detach().amin() > -math.inf)):
+    if log_p.dtype != torch.float64 or any_known(~((log_p.detach().amin() > -math.inf) & (log_q.detach().amin() > -math.inf))) is not False:
         return None
     parts = []
     for part_p, part_q in zip(log_p.split(IN_CACHE, dim), log_q.split(IN_CACHE, dim), strict=True):
         parts.append((torch.exp(part_p) * (part_p - part_q)).sum(dim))
     total = torch.stack(parts).sum(0)
-    return total if bool((total.detach() > _WELL_ABOVE_ZERO).all()) else None
+    return total if any_known(~(total.detach() > _WELL_ABOVE_ZERO)) is False else None
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -68,6 +68,16 @@ def check_same_space(left: Any, right: Any, what: str) -> None:
         raise InputError(f"{what} live on different spaces: {left} and {right}; build both on the same SequenceSpace.")
 
 
+def any_known(condition: Tensor) -> bool | None:
+    """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`, where one tensor stands for many and no branch can be taken."""
+    try:
+        return bool(condition.any())
+    except RuntimeError as error:
+        if "vmap" in str(error):
+            return None
+        raise
+
+
 def _refuse(bad: Tensor, values: Tensor, name: str, why: str) -> None:
     if bool(bad.any()):
         index = int(bad.nonzero()[0, 0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from klrl_edu import reference
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import seeded_draw
-from klrl_edu.core.errors import InputError, UnsupportedPolicyError
+from klrl_edu.core.errors import UnsupportedPolicyError
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.learning import losses
@@ -137,21 +137,6 @@ def test_the_exact_loss_averages_over_problems():
 
 
 # --- baselines -------------------------------------------------------------------------------------------------------
-
-
-@given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=6), extra=st.lists(st.floats(-10, 10), min_size=2, max_size=4))
-def test_the_leave_one_out_mean_is_the_mean_of_the_others_in_the_group(values, extra):
-    everything = [(value, 0) for value in values] + [(value, 1) for value in extra]
-    everything = everything[::2] + everything[1::2]  # groups interleaved
-    seen = losses.leave_one_out_mean(vector(*(v for v, _ in everything)), torch.tensor([g for _, g in everything]))
-    for i, (_, group) in enumerate(everything):
-        others = [v for j, (v, g) in enumerate(everything) if g == group and j != i]
-        assert float(seen[i]) == pytest.approx(math.fsum(others) / len(others), abs=1e-13)
-
-
-def test_a_group_of_one_has_no_others_and_is_named():
-    with pytest.raises(InputError, match=r"group 1 holds one sequence.*batch_size >= 2"):
-        losses.leave_one_out_mean(vector(1.0, 2.0, 3.0), torch.tensor([0, 1, 0]))
 
 
 def test_the_penalised_reward_carries_no_gradient():

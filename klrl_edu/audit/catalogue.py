@@ -1,0 +1,156 @@
+"""Every estimator and loss of the package, checked against what it claims on two small worlds.
+
+    error = ‖E[g] − claim‖ / ‖claim‖ ≤ 1e-12                                                                             (1)
+
+`klrl audit` without a target prints the check, and the README's table is made of it. A claim of 0 is measured beside √Var g. Advantages are
+checked inside the losses that use them. `evidence.reverse_importance_sampling` is not here: its samples have two laws, which no audit draws.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from klrl_edu.audit import gradient_claims, value_claims
+from klrl_edu.audit.audit import audit_gradient, audit_value
+from klrl_edu.audit.entries import Entry
+from klrl_edu.audit.report import AuditReport
+from klrl_edu.core.display import Cell, text_table
+from klrl_edu.exact.posterior import posterior
+from klrl_edu.models.contract import LanguageModel
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.examples import four_sentences, four_sentences_policy
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import table_reward
+
+TOLERANCE = 1e-12
+
+SECTIONS: dict[str, tuple[Entry, ...]] = {
+    "KL(π‖q) from samples": value_claims.KL_VALUES,
+    "Other divergences from the same samples": value_claims.DIVERGENCES,
+    "Means over tokens": value_claims.AGGREGATES,
+    "Evidence": value_claims.EVIDENCE,
+    "Gradients of KL": gradient_claims.KL_GRADIENTS,
+    "Gradients of KL from samples of μ": gradient_claims.OFF_POLICY,
+    "Policy gradients": gradient_claims.POLICY_GRADIENTS,
+    "f-DPG": gradient_claims.F_DPG,
+}
+CATALOGUE: tuple[Entry, ...] = tuple(entry for section in SECTIONS.values() for entry in section)
+
+
+class World(NamedTuple):
+    """Where the catalogue is checked: a problem, the policy, and the policy μ that draws the samples of what is off-policy."""
+
+    name: str
+    policy: LanguageModel
+    problem: Problem
+    behaviour: LanguageModel
+
+
+class Row(NamedTuple):
+    """An entry in a world: relative error of its claim, exact total variance of one estimate, and seconds."""
+
+    entry: Entry
+    world: str
+    error: float
+    variance: float
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim is met to 1e-12."""
+        return self.error <= TOLERANCE
+
+    def to_dict(self) -> dict[str, str | float | bool]:
+        """Plain numbers and texts, for result.json."""
+        said = {"name": self.entry.name, "kind": self.entry.kind, "formula": self.entry.formula, "mean": _said(self.entry), "world": self.world}
+        return {**said, "error": self.error, "variance": self.variance, "holds": self.holds, "seconds": self.seconds}
+
+
+def four_sentences_world() -> World:
+    """The four sentences: two tokens each; π and q agree on the first, so that forward KL per token and per sequence have one gradient."""
+    problem = four_sentences()
+    behaviour = SequenceTable.from_texts({"the cat": 0.25, "the dog": 0.3, "a cat": 0.35, "a dog": 0.1}, space=problem.space)
+    return World("four sentences", four_sentences_policy(), problem, behaviour)
+
+
+def answers_world() -> World:
+    """Texts of none to two words that end in EOS, so that lengths differ, with ties in the reward; no two targets agree."""
+    prior = SequenceTable.from_texts({"": 0.1, "a": 0.3, "b": 0.2, "a a": 0.15, "a b": 0.15, "b a": 0.1})
+    policy = SequenceTable.from_texts({"": 0.2, "a": 0.1, "b": 0.25, "a a": 0.25, "a b": 0.1, "b a": 0.1}, space=prior.space)
+    behaviour = SequenceTable.from_texts({"": 0.15, "a": 0.2, "b": 0.2, "a a": 0.1, "a b": 0.2, "b a": 0.15}, space=prior.space)
+    reward = table_reward({"": 0.0, "a": 1.0, "b": 0.0, "a a": 2.0, "a b": 0.5, "b a": 1.0}, prior.space)
+    return World("answers", policy, Problem(prior, reward, 0.7), behaviour)
+
+
+def check_entry(entry: Entry, world: World) -> Row:
+    """Audits one entry and compares its exact mean with its claim."""
+    started = time.perf_counter()
+    constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
+    function = partial(entry.audited or entry.function, **constants)
+    audit = audit_value if entry.kind == "value" else audit_gradient
+    drawn_by = {"policy": None, "behaviour": world.behaviour, "posterior": posterior(world.problem).model}[entry.drawn_by]
+    report = audit(function, world.policy, world.problem, batch_size=entry.batch_size, behaviour=drawn_by)
+    error = _error(report, _claimed(entry, report, world))
+    return Row(entry, world.name, error, report.variance, time.perf_counter() - started)
+
+
+def check_catalogue(entries: Sequence[Entry] = CATALOGUE, worlds: Sequence[World] | None = None) -> list[Row]:
+    """Every entry in every world (by default the four sentences and the answers): a row each, in order."""
+    places = (four_sentences_world(), answers_world()) if worlds is None else worlds
+    return [check_entry(entry, world) for entry in entries for world in places]
+
+
+def catalogue_text(rows: Sequence[Row]) -> str:
+    """The check as a table in plain text, an entry a line, and what it comes to."""
+    worlds = list(dict.fromkeys(row.world for row in rows))
+    by_entry: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_entry.setdefault(row.entry.name, {})[row.world] = row
+    lines: list[list[Cell]] = []
+    for name, found in by_entry.items():
+        entry = next(iter(found.values())).entry
+        kept = "holds" if all(row.holds for row in found.values()) else "FAILS"
+        lines.append([name, _said(entry), *(f"{found[world].error:.1e}" if world in found else "–" for world in worlds), kept])
+    failures = sum(not row.holds for row in rows)
+    verdict = (
+        f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(worlds)}." if not failures else f"{failures} of {len(rows)} checks fail."
+    )
+    return f"{text_table(['estimator', 'its mean', *(f'error, {world}' for world in worlds), 'claim'], lines)}\n{verdict}"
+
+
+def markdown_table() -> str:
+    """The README's tables of estimators, a section each: name, formula, what it is unbiased for or follows, exact variance on the four sentences."""
+    world = four_sentences_world()
+    parts = []
+    for title, entries in SECTIONS.items():
+        lines = [f"| {title} | one estimate | its mean | variance |", "|---|---|---|---|"]
+        for entry in entries:
+            drawn = f" of {entry.batch_size}" if entry.batch_size > 1 else ""
+            cells = [f"`{entry.name}`", entry.formula, _said(entry), f"{check_entry(entry, world).variance:.6f}{drawn}"]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _said(entry: Entry) -> str:
+    return f"unbiased for {entry.words}" if entry.unbiased else entry.words
+
+
+def _claimed(entry: Entry, report: AuditReport, world: World) -> Tensor:
+    """The claimed mean in the coordinates of the report."""
+    if callable(entry.claim):
+        return entry.claim(world.policy, world.problem, world.behaviour)
+    total = torch.zeros_like(report.mean)
+    for name, coefficient in entry.claim.items():
+        total = total + coefficient * report.targets[name]
+    return total
+
+
+def _error(report: AuditReport, claimed: Tensor) -> float:
+    """(1)."""
+    return float((report.mean - claimed).norm()) / (float(claimed.norm()) or math.sqrt(report.variance) or 1.0)

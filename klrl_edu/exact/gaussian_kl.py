@@ -1,0 +1,73 @@
+"""Mean and variance of k1, k2 and k3 in closed form, for two Gaussians of equal variance.
+
+    π = N(0, 1), q = N(μ, 1):   d = KL(π‖q) = μ²/2,   u = log π/q ~ N(d, 2d),   w = e^{−u},   E w² = e^{2d}           (1)
+    k1 = u                Var = 2d
+    k2 = u²/2             mean = d + d²/2,   Var = 2d² + 2d³
+    k3 = w − 1 + u        Var = e^{2d} − 1 − 2d
+    u + c(w − 1)          Var = 2d − 4cd + c²(e^{2d} − 1),   least at c* = 2d/(e^{2d} − 1)                            (2)
+
+k3 is the better estimator only while e^{2d} − 1 < 4d, up to d = 0.628 nats: a sequence that has moved further is better served by k1.
+The KL d is a number or a tensor [...], in nats. Schulman (2020), whose table has d = 0.005 and d = 0.5.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from klrl_edu.core import logspace
+
+
+class Moments(NamedTuple):
+    """The mean and variance [...] of an estimator of the KL `kl` [...], all in nats."""
+
+    kl: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def relative_bias(self) -> Tensor:
+        """(mean − d)/d."""
+        return (self.mean - self.kl) / self.kl
+
+    @property
+    def relative_std(self) -> Tensor:
+        """std/d, of one sample."""
+        return self.variance.sqrt() / self.kl
+
+
+def k1(kl: float | Tensor) -> Moments:
+    """Of u, at d = `kl` [...]: std/d = √(2/d), without bound as d → 0."""
+    d = torch.as_tensor(kl, dtype=torch.float64)
+    return Moments(d, d, 2 * d)
+
+
+def k2(kl: float | Tensor) -> Moments:
+    """Of u²/2, at d = `kl` [...]: relative bias d/2, std/d = √(2 + 2d)."""
+    d = torch.as_tensor(kl, dtype=torch.float64)
+    return Moments(d, d + d.square() / 2, 2 * d.square() * (1 + d))
+
+
+def k3(kl: float | Tensor) -> Moments:
+    """Of w − 1 + u, at d = `kl` [...]: std/d → √2 as d → 0, growing as e^d/d."""
+    d = torch.as_tensor(kl, dtype=torch.float64)
+    return Moments(d, d, logspace.expm1_minus_identity(2 * d))
+
+
+def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> Moments:
+    """Of u + c(w − 1), at d = `kl` [...] and c [...]: (2)."""
+    d = torch.as_tensor(kl, dtype=torch.float64)
+    return Moments(d, d, 2 * d - 4 * coefficient * d + coefficient**2 * torch.expm1(2 * d))
+
+
+def best_coefficient(kl: float | Tensor) -> Tensor:
+    """c* of (2), at d = `kl` [...] > 0: near 1 (k3) for small d, falling to 0 (k1)."""
+    d = torch.as_tensor(kl, dtype=torch.float64)
+    return 2 * d / torch.expm1(2 * d)
+
+
+def crossing() -> float:
+    """The KL in nats at which k3 and k1 have equal variance, e^{2d} − 1 = 4d: 0.628…; above it k3 is the worse."""
+    return float(brentq(lambda d: math.expm1(2 * d) - 4 * d, 0.5, 1.0, xtol=1e-15))

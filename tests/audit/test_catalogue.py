@@ -1,0 +1,150 @@
+"""The catalogue holds, would notice if it did not, and says what the docstrings say."""
+
+import dataclasses
+import inspect
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from klrl_edu.audit import catalogue
+from klrl_edu.audit.audit import audit_gradient
+from klrl_edu.audit.catalogue import CATALOGUE, answers_world, catalogue_text, check_catalogue, check_entry, four_sentences_world
+from klrl_edu.estimators import advantages, aggregation, divergences, evidence, kl_gradients, kl_values, top_k
+from klrl_edu.learning import losses
+
+MODULES = (kl_values, top_k, divergences, kl_gradients, aggregation, advantages, evidence, losses)
+TOOLS = {  # no estimators: what they are made of, and one whose samples have two laws
+    "kl_values.best_coefficient",
+    "kl_values.fitted_coefficient",
+    "kl_values.per_token_kl",
+    "evidence.reverse_importance_sampling",
+    "losses.penalised_reward",
+}
+
+
+def public(module):
+    home = module.__name__.rsplit(".", 1)[-1]
+    return {f"{home}.{name}": f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"}
+
+
+FUNCTIONS = {name: function for module in MODULES for name, function in public(module).items()}
+
+
+def named(name):
+    (entry,) = (entry for entry in CATALOGUE if entry.name == name)
+    return entry
+
+
+@pytest.mark.parametrize("world", [four_sentences_world, answers_world])
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+def test_each_claim_holds_to_twelve_digits(entry, world):
+    row = check_entry(entry, world())
+    assert row.error <= 1e-12
+    assert row.holds
+
+
+def test_every_estimator_and_loss_is_in_the_catalogue():
+    listed = {id(entry.function) for entry in CATALOGUE}
+    missing = {name for name, function in FUNCTIONS.items() if id(function) not in listed}
+    assert missing == TOOLS | set(public(advantages))
+
+
+def test_docstrings_say_unbiased_exactly_where_the_catalogue_does():
+    says = {name for name, function in FUNCTIONS.items() if claims_unbiased(function)}
+    declared = {name for name, function in FUNCTIONS.items() if any(entry.unbiased and entry.function is function for entry in CATALOGUE)}
+    assert says == declared
+
+
+def claims_unbiased(function):
+    return bool(re.search(r"\bunbiased\b", inspect.getdoc(function), re.IGNORECASE))
+
+
+def test_a_docstring_that_only_says_biased_claims_nothing():
+    def modest():
+        """Biased, and not better for it."""
+
+    def proud():
+        """Unbiased for everything."""
+
+    assert (claims_unbiased(modest), claims_unbiased(proud)) == (False, True)
+
+
+def test_a_target_that_is_claimed_unbiased_stands_alone_with_one():
+    for entry in CATALOGUE:
+        if entry.unbiased and not callable(entry.claim):
+            assert list(entry.claim.values()) == [1.0]
+    assert len({entry.name for entry in CATALOGUE}) == len(CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("name", "claim"),
+    [
+        ("kl_gradients.loss_k3", {"reverse_kl": 1.0}),
+        ("kl_gradients.loss_k1", {"reverse_kl": 1.0}),
+        ("kl_values.k2", {"reverse_kl": 1.0}),
+        ("losses.group_mean", {"objective": 1.0}),
+        ("losses.grpo", {"objective": 1.0}),
+        ("kl_gradients.loss_k2_token", {"reverse_kl": 1.0}),
+        ("kl_gradients.live_ratio_k3_token (off-policy)", {"reverse_kl": 1.0}),
+    ],
+)
+def test_a_wrong_claim_is_noticed_in_both_worlds(name, claim):
+    wrong = dataclasses.replace(named(name), claim=claim)
+    rows = check_catalogue([wrong])
+    assert [row.holds for row in rows] == [False, False]
+    assert min(row.error for row in rows) > 1e-3
+    text = catalogue_text(rows)
+    assert "FAILS" in text
+    assert text.endswith("2 of 2 checks fail.")
+
+
+def test_a_broken_twin_of_an_estimator_is_noticed():
+    def half_forgotten(log_probs, prior_log_probs):
+        return (kl_values.k3((log_probs - prior_log_probs).sum(-1)).detach() * log_probs.sum(-1)).mean()
+
+    twin = dataclasses.replace(named("kl_gradients.reward_and_loss_k3"), audited=half_forgotten)
+    assert not any(row.holds for row in check_catalogue([twin]))
+
+
+def test_variances_are_those_of_t06():
+    for name, variance in (("kl_values.k1", 0.191954080129), ("kl_values.k3", 0.008973476020)):
+        assert check_entry(named(name), four_sentences_world()).variance == pytest.approx(variance, abs=5.1e-13)
+
+
+def test_the_best_constant_and_the_best_coefficient_have_the_least_variance():
+    world = answers_world()
+    variance = {entry.name: check_entry(entry, world).variance for entry in CATALOGUE if entry.batch_size == 1 and entry.drawn_by == "policy"}
+    assert variance["losses.reinforce (best constant)"] < variance["losses.reinforce"]
+    assert variance["kl_values.control_variate"] < min(variance["kl_values.k1"], variance["kl_values.k3"])
+    assert variance["kl_gradients.rao_blackwell_to_go"] < variance["kl_gradients.reward_rao_blackwell_to_go"] < variance["kl_gradients.reward_k1"]
+
+
+@pytest.mark.parametrize("entry", [entry for entry in CATALOGUE if entry.kind == "gradient"], ids=lambda entry: entry.name)
+def test_every_loss_is_audited_in_one_vmapped_pass(entry):
+    world = answers_world()
+    constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
+    report = audit_gradient(partial(entry.audited or entry.function, **constants), world.policy, world.problem, batch_size=max(2, entry.batch_size))
+    assert report.differentiation == "vmap"
+
+
+def test_the_text_counts_what_holds():
+    text = catalogue_text(check_catalogue(CATALOGUE[:2]))
+    assert "unbiased for KL(π‖q)" in text
+    assert text.endswith("2 claims hold to 1e-12 on four sentences and answers.")
+
+
+def test_the_readme_table_has_a_row_an_entry_and_keeps_its_bars():
+    table = catalogue.markdown_table()
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(CATALOGUE)
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+    assert "| `kl_values.k1` | u | unbiased for KL(π‖q) | 0.191954 |" in rows
+    assert "| `kl_gradients.loss_absolute_k1` | \\|u\\| | 2∇TV(π, q) |" in table
+
+
+def test_the_worlds_are_told_apart_by_their_lengths():
+    for world, even in ((four_sentences_world(), True), (answers_world(), False)):
+        tokens = world.problem.prior.tokens
+        assert (len(torch.unique(world.problem.space.live(tokens).sum(-1))) == 1) == even

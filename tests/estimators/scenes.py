@@ -1,0 +1,108 @@
+"""Two small worlds, and expectations over everything that can be drawn in them: a second audit, in a few plain lines.
+
+Batches are enumerated in every order, and each gradient is taken through the model itself; the audit does neither.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+
+from klrl_edu.audit.catalogue import answers_world, four_sentences_world
+from klrl_edu.core import logspace
+from klrl_edu.exact.enumeration import problem_support
+from klrl_edu.learning import losses
+from klrl_edu.learning.batches import Batch, score_batch
+from klrl_edu.models.contract import LanguageModel
+from klrl_edu.problems.problem import Problem
+
+
+class Scene(NamedTuple):
+    """A problem, a policy on its support, and another policy that may draw the samples."""
+
+    problem: Problem
+    policy: LanguageModel
+    behaviour: LanguageModel
+
+    @property
+    def whole(self):
+        """Every sequence once, with distributions, and μ's log-probabilities as behaviour."""
+        tokens = problem_support(self.problem).tokens
+        batch = score_batch(self.policy, [self.problem], [tokens], distributions=True)
+        drawn_by = score_batch(self.behaviour, [self.problem], [tokens]).log_probs.detach()
+        return dataclasses.replace(batch, behaviour_log_probs=drawn_by)
+
+
+def sentences():
+    """The four sentences: two tokens each; π and q agree on the first."""
+    _, policy, problem, behaviour = four_sentences_world()
+    return Scene(problem, policy, behaviour)
+
+
+def answers():
+    """Texts of several lengths that end in EOS, with ties in the reward."""
+    _, policy, problem, behaviour = answers_world()
+    return Scene(problem, policy, behaviour)
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def flat_gradient(value, model):
+    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def picked(whole, rows):
+    """The batch of the given rows; group and λ as they are."""
+    names = [name for name in Batch.__dataclass_fields__ if getattr(whole, name) is not None]
+    return Batch(**{name: getattr(whole, name)[rows] for name in names})
+
+
+def called(function, batch):
+    """An estimator called by the names of its parameters, a loss with the batch."""
+    names = inspect.signature(function).parameters
+    if "batch" in names:
+        return function(batch)
+    return function(**{name: getattr(batch, name) for name in names if name in Batch.__dataclass_fields__})
+
+
+def expectations(function, scene, size=1, off_policy=False):
+    """(E[g], E‖g − E g‖²) of the gradient of a surrogate or loss over all ordered batches of `size` sequences."""
+    whole = scene.whole
+    log_weight = whole.behaviour_log_probs.sum(-1) if off_policy else whole.log_probs.detach().sum(-1)
+    if not off_policy:
+        whole = dataclasses.replace(whole, behaviour_log_probs=whole.log_probs.detach())
+    mean, square = 0.0, 0.0
+    for rows in itertools.product(range(len(whole.tokens)), repeat=size):
+        probability = math.exp(float(log_weight[list(rows)].sum()))
+        gradient = flat_gradient(called(function, picked(whole, list(rows))), scene.policy)
+        mean, square = mean + probability * gradient, square + probability * float(gradient.square().sum())
+    return mean, square - float(mean.square().sum())
+
+
+def truths(scene):
+    """Name -> the gradient that may be followed, by autograd through the enumerated divergences."""
+    whole = scene.whole
+    log_pi, log_q = whole.log_probs.sum(-1), whole.prior_log_probs.sum(-1)
+    frozen = {"π": log_pi.detach().exp(), "μ": whole.behaviour_log_probs.sum(-1).exp()}
+    reverse = logspace.kl_divergence(whole.log_dists, whole.prior_log_dists).sum(-1)
+    forward = logspace.kl_divergence(whole.prior_log_dists, whole.log_dists).sum(-1)
+    values = {
+        "objective": losses.exact(whole),
+        "expected_reward": -(log_pi.exp() * whole.rewards.sum(-1)).sum(),
+        "reverse_kl": logspace.kl_divergence(log_pi, log_q),
+        "forward_kl": logspace.kl_divergence(log_q, log_pi),
+        "reverse_kl_per_token": (frozen["π"] * reverse).sum(),
+        "forward_kl_per_token": (frozen["π"] * forward).sum(),
+        "reverse_kl_per_token on μ's prefixes": (frozen["μ"] * reverse).sum(),
+        "forward_kl_per_token on μ's prefixes": (frozen["μ"] * forward).sum(),
+        "total_variation": (log_pi.exp() - log_q.exp()).abs().sum() / 2,
+        "half_square": (log_pi.exp() * (log_pi - log_q).square() / 2).sum(),
+        "half_square of μ": (frozen["μ"] * (log_pi - log_q).square() / 2).sum(),
+    }
+    return {name: flat_gradient(value, scene.policy) for name, value in values.items()}
