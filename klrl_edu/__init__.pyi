@@ -1,9 +1,12 @@
 """The public names, listed once: the package reads this file and imports each on first use."""
 
 from klrl_edu import reference as reference
+from klrl_edu.audit import catalogue as catalogue
 from klrl_edu.audit.audit import audit_gradient as audit_gradient
 from klrl_edu.audit.audit import audit_value as audit_value
 from klrl_edu.audit.report import AuditReport as AuditReport
+from klrl_edu.audit.staleness import StalenessReport as StalenessReport
+from klrl_edu.audit.staleness import audit_staleness as audit_staleness
 from klrl_edu.core import logspace as logspace
 from klrl_edu.core.draws import Draw as Draw
 from klrl_edu.core.draws import Execution as Execution
@@ -18,7 +21,13 @@ from klrl_edu.core.errors import TooLargeError as TooLargeError
 from klrl_edu.core.errors import UnsupportedPolicyError as UnsupportedPolicyError
 from klrl_edu.core.spaces import SequenceSpace as SequenceSpace
 from klrl_edu.core.weighted import WeightedSequences as WeightedSequences
+from klrl_edu.estimators import advantages as advantages
+from klrl_edu.estimators import aggregation as aggregation
+from klrl_edu.estimators import divergences as divergences
+from klrl_edu.estimators import evidence as evidence
+from klrl_edu.estimators import kl_gradients as kl_gradients
 from klrl_edu.estimators import kl_values as kl_values
+from klrl_edu.estimators import top_k as top_k
 from klrl_edu.evaluation.compare import Comparison as Comparison
 from klrl_edu.evaluation.compare import Comparisons as Comparisons
 from klrl_edu.evaluation.compare import compare as compare
@@ -27,6 +36,7 @@ from klrl_edu.evaluation.records import load_checkpoint as load_checkpoint
 from klrl_edu.evaluation.records import save_checkpoint as save_checkpoint
 from klrl_edu.exact import acceptance as acceptance
 from klrl_edu.exact import budget as budget
+from klrl_edu.exact import gaussian_kl as gaussian_kl
 from klrl_edu.exact import preferences as preferences
 from klrl_edu.exact import regularizers as regularizers
 from klrl_edu.exact.best_of_n import best_of_n as best_of_n

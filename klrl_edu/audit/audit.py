@@ -1,162 +1,221 @@
 """The exact mean, bias and variance of any estimator, by enumerating everything that can be drawn.
 
-    E[g] = Σ_batches Π_i π(y_i) · ∇loss(y_1 … y_B),    Var g = E‖g − E g‖²                                         (1)
+    E[g] = Σ_batches P(batch) · ∇loss(batch),    Var g = E‖g − E g‖²                                              (1)
 
-The loss is differentiated by its token log-probabilities [B,T] (and its full distributions [B,T,V], if it asks for them), and that
-is contracted with their Jacobian ∂ log π(y_t|y_<t)/∂θ, computed once. S supported sequences, B batch size, T tokens, P parameters.
+Batches are multisets with their multiplicities (`executions`); the loss is differentiated by its token log-probabilities, all batches at
+once where it allows (`differentiation`), and that is contracted with the policy's Jacobian in closed form (`coordinates`). B batch size.
 """
 
-import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from klrl_edu.audit.report import AuditReport, total_variance
-from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.core.tries import PrefixTrie
-from klrl_edu.core.validation import check_count, check_same_space
-from klrl_edu.evaluation.compare import support_log_mass
-from klrl_edu.learning import losses
-from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of, score_batch
-from klrl_edu.models.contract import LanguageModel, enumerate_support, readable_count, sequence_log_probs
-from klrl_edu.models.table import SequenceTable
+from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name_of, takes_a_batch
+from klrl_edu.audit.checks import no_global_randomness, probe
+from klrl_edu.audit.coordinates import Coordinates, coordinates_of
+from klrl_edu.audit.differentiation import LossOnSupport
+from klrl_edu.audit.executions import check_executions, multisets
+from klrl_edu.audit.moments import Contributions, contributions_of, dense_coefficients, gradient_moments
+from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, check_monte_carlo, sampled_moments
+from klrl_edu.audit.report import AuditReport
+from klrl_edu.audit.scenes import Scene, build_scene
+from klrl_edu.audit.targets import gradient_targets, value_targets
+from klrl_edu.audit.values import enumerated_value, missing_mass_notes, sampled_value, value_on_support
+from klrl_edu.core.draws import Draw
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.validation import check_count
+from klrl_edu.learning.batches import Loss, needs_of
+from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.problems.problem import Problem
 
 MAX_EXECUTIONS = 100_000
+_CHUNK = 1 << 22  # numbers in one block of sampled gradients: 32 MiB
 
 
-def audit_gradient(loss: Loss, policy: LanguageModel, problem: Problem, *, batch_size: int = 1, max_executions: int = MAX_EXECUTIONS) -> AuditReport:
-    """What a loss descends on average, exactly, on-policy.
+def audit_gradient(
+    loss: Loss | Callable[..., Any],
+    policy: LanguageModel,
+    problem: Problem,
+    *,
+    batch_size: int = 1,
+    behaviour: LanguageModel | None = None,
+    adapt: Adapter | None = None,
+    max_executions: int = MAX_EXECUTIONS,
+    monte_carlo: int | None = None,
+    draw: Draw | None = None,
+    bound: float | None = None,
+) -> AuditReport:
+    """What a loss descends on average, exactly, and with what variance.
 
     Args:
-        loss: Batch -> scalar, as `train` takes it; deterministic.
+        loss: Batch -> scalar, as `train` takes it; a parameter `draw` gets a Draw, whose every outcome is enumerated. Or a function of
+            tensors by name: a Batch's, verl's and TRL's names are understood.
         policy: π, on the prior's support; its trainable parameters are the coordinates.
         problem: prior, reward and λ.
         batch_size: B; a loss that needs the support is run once on it.
-        max_executions: the most batches S^B to enumerate.
+        behaviour: the policy that draws the batches, on π's support; π itself by default.
+        adapt: what parameters of other names are: parameter -> name or value, or Batch -> keyword arguments.
+        max_executions: the most batches (multisets of sequences, times the outcomes of the loss's own draws) to enumerate.
+        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |entry| that a gradient can have.
 
     Returns:
-        Mean and variance of ∇loss beside the targets "objective" (∇(−J)), "reverse_kl" (∇KL(π‖q)) and "forward_kl" (∇KL(q‖π), where finite).
+        Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)), expected_reward (∇(−E r)), and the divergences of π and
+        q per sequence and, with frozen prefixes, per token.
 
     Raises:
-        TooLargeError: more batches than `max_executions`; the message has the count.
-        UnsupportedPolicyError: the policy leaves the prior's support.
+        TooLargeError: more executions than `max_executions`; the message has the count.
+        UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the policy's.
+        InputError: what the loss must not do: return anything but a finite scalar with a gradient, change its inputs, draw from a global
+            generator, depend on the order of the batch.
     """
     started = time.perf_counter()
-    check_same_space(policy.space, problem.space, "policy and problem")
     check_count(batch_size, "batch_size")
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("the policy has no trainable parameters, so there is no gradient; call policy.requires_grad_(True).")
-    support = enumerate_support(policy, max_executions, problem.prompt)
-    wants_support = "support" in needs_of(loss)
-    executions = 1 if wants_support else len(support) ** batch_size
-    if executions > max_executions:
-        raise TooLargeError(
-            f"{len(support)} sequences in batches of {batch_size} are {readable_count(executions)} outcomes, more than max_executions = "
-            f"{max_executions:,}; take a smaller batch_size or space, or raise max_executions."
-        )
-    whole = score_batch(policy, [problem], [support.tokens], distributions="distributions" in needs_of(loss))
-    sampled = {"log_probs": whole.log_probs} if whole.log_dists is None else {"log_probs": whole.log_probs, "log_dists": whole.log_dists}
-    jacobians = {name: _jacobian(log_probs, parameters) for name, log_probs in sampled.items()}
-    if wants_support:
-        values, log_weight = _batch_gradient(loss, whole, torch.arange(len(support)), jacobians)[None], torch.zeros(1, dtype=torch.float64)
-    else:
-        batches = torch.tensor(list(itertools.product(range(len(support)), repeat=batch_size)))
-        values = torch.stack([_batch_gradient(loss, whole, batch, jacobians) for batch in batches])
-        log_weight = support.log_weights[batches].sum(-1)
-    mean = torch.exp(log_weight) @ values
+    check_monte_carlo(monte_carlo, draw, bound)
+    _check_policy(policy, problem)
+    function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
+    limit = max_executions if monte_carlo is None else MAX_SEQUENCES
+    scene = build_scene(policy, problem, behaviour, limit, distributions="distributions" in needs_of(function), supported=True)
+    on_support = LossOnSupport(function, name_of(loss), scene.whole, scene.tree, draws_random_numbers(function))
+    coordinates = coordinates_of(policy, scene.tree, problem.prompt)
+    with no_global_randomness(f"the loss {on_support.name}"):
+        if monte_carlo is None:
+            found = _enumerated(on_support, scene, coordinates, batch_size, max_executions)
+        else:
+            assert draw is not None  # checked above
+            assert bound is not None
+            found = _sampled(on_support, scene, coordinates, batch_size, monte_carlo, draw, bound)
+    targets = gradient_targets(scene.whole, scene.tree, problem.kl_coef, scene.missed)
+    vectors = coordinates.combine(torch.stack(list(targets.values())))
     return AuditReport(
-        name=_name(loss),
-        mean=mean,
-        variance=total_variance(log_weight, values, mean),
-        targets=_targets(policy, problem, whole, parameters),
-        coordinates="sequence logits" if isinstance(policy, SequenceTable) else f"{mean.numel()} parameters of {type(policy).__name__}",
+        name=on_support.name,
+        targets=dict(zip(targets, vectors, strict=True)),
+        coordinates=coordinates.name,
         batch_size=batch_size,
-        executions=executions,
+        cost=coordinates.cost,
+        notes=tuple(scene.notes()),
+        precision=_precision(policy),
         seconds=time.perf_counter() - started,
+        **found,
     )
 
 
-def audit_value(estimator: Callable[[Tensor], Tensor], policy: LanguageModel, problem: Problem, *, batch_size: int = 1) -> AuditReport:
-    """The exact mean and variance of an estimator of KL(π‖q) from samples of π.
+def audit_value(
+    estimator: Callable[..., Any],
+    policy: LanguageModel,
+    problem: Problem,
+    *,
+    batch_size: int = 1,
+    behaviour: LanguageModel | None = None,
+    adapt: Adapter | None = None,
+    max_executions: int = MAX_EXECUTIONS,
+    monte_carlo: int | None = None,
+    draw: Draw | None = None,
+    bound: float | None = None,
+) -> AuditReport:
+    """The exact mean and variance of an estimator of KL(π‖q) from samples.
 
     Args:
-        estimator: sequence log-ratios u = log π/q [N] in nats -> estimates [N], e.g. `kl_values.k3`.
+        estimator: sequence log-ratios u = log π/q [N] in nats -> estimates [N], e.g. `kl_values.k3`; or a function of a `batch`, or of tensors by
+            name as for `audit_gradient`, that returns a value a sequence [N], a token [N,T] (summed over live tokens) or a batch (scalar).
+        policy: π. Where it has mass and the prior none, KL(π‖q) is infinite, and the report says so.
+        problem: its prior is q.
         batch_size: estimates are averaged over this many independent samples.
+        behaviour: the policy that draws the samples, on π's support; π itself by default.
+        adapt: what parameters of other names are.
+        max_executions: the most batches to enumerate, which only estimators of whole batches and P(estimate < 0) need.
+        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |estimate| there can be.
 
     Returns:
-        Targets "reverse_kl" = KL(π‖q) and "forward_kl" = KL(q‖π), in nats.
+        Targets reverse_kl and forward_kl, per sequence and per token, in nats; P(estimate < 0), None with a note where it has too many outcomes.
+
+    Raises:
+        TooLargeError: more executions than `max_executions`; the message has the count.
+        InputError: the estimator returns NaN or another shape, or does what a loss must not do.
     """
     started = time.perf_counter()
-    check_same_space(policy.space, problem.space, "policy and problem")
     check_count(batch_size, "batch_size")
-    support = enumerate_support(policy, prompt=problem.prompt)
-    with torch.no_grad():
-        log_pi = support.log_weights
-        log_q = sequence_log_probs(problem.prior, support.tokens, problem.prompt)
-        values = estimator(log_pi - log_q)
-        if values.shape != log_pi.shape:
-            raise InputError(f"the estimator returned shape {list(values.shape)}; expected {list(log_pi.shape)}, one estimate a log-ratio.")
-        mean = logspace.expectation(log_pi, values).reshape(1)
-        variance = total_variance(log_pi, values[:, None], mean) / batch_size
-    targets = {
-        "reverse_kl": logspace.kl_divergence(log_pi, log_q).reshape(1),
-        "forward_kl": _forward_kl(log_pi, log_q, support.tokens, problem).reshape(1),
+    check_monte_carlo(monte_carlo, draw, bound)
+    scene = build_scene(policy, problem, behaviour, MAX_SEQUENCES, distributions=True, supported=False)
+    subject = value_on_support(estimator, scene, adapt)
+    with no_global_randomness(f"the estimator {subject.name}"):
+        if monte_carlo is not None:
+            assert draw is not None  # checked above
+            assert bound is not None
+            found = sampled_value(subject, scene, batch_size, monte_carlo, draw, bound)
+        else:
+            found = enumerated_value(subject, scene, batch_size, max_executions)
+    targets = value_targets(scene.whole, scene.tree, scene.missed)
+    notes = scene.notes()
+    if behaviour is None:
+        notes += missing_mass_notes(subject.name, scene.missed, float(found["mean"] - targets["reverse_kl"]))
+    found["notes"] = (*notes, *found["notes"])
+    return AuditReport(name=subject.name, targets=targets, coordinates="nats", batch_size=batch_size, seconds=time.perf_counter() - started, **found)
+
+
+def _enumerated(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, batch_size: int, max_executions: int) -> dict[str, Any]:
+    """Moments over every execution, and how they were found."""
+    if "support" in needs_of(loss.function):
+        rows = torch.arange(len(scene.sampler), device=scene.sampler.device)[None]
+        log_weight = torch.zeros(1, dtype=torch.float64, device=rows.device)
+        picked = rows
+        gradients = loss.one(rows[0])[None]
+    else:
+        check_executions(int((scene.sampler > -math.inf).sum()), batch_size, max_executions)
+        rows, log_weight = multisets(scene.sampler, batch_size)
+        picked, gradients = probe(loss, rows)
+    reason = loss.why_not_vmap(picked, gradients)
+
+    def contributions() -> Iterator[Contributions]:
+        return contributions_of(loss, loss.executions(rows, log_weight, vmap=reason is None, max_executions=max_executions))
+
+    moments = gradient_moments(contributions, coordinates, scene.tree.edges, rows.device)
+    return {
+        "mean": coordinates.combine(moments.coefficients[None])[0],
+        "variance": moments.variance,
+        "executions": moments.executions,
+        "differentiation": _how(reason),
     }
-    return AuditReport(_name(estimator), mean, variance, targets, "nats", batch_size, len(support), time.perf_counter() - started)
 
 
-def _forward_kl(log_pi: Tensor, log_q: Tensor, tokens: Tensor, problem: Problem) -> Tensor:
-    """KL(q‖π) on π's support, `tokens` [S,T]; mass of q elsewhere, however little, has π = 0 and makes it infinite."""
-    with torch.no_grad():
-        missed = support_log_mass(problem.prior, tokens, PrefixTrie(problem.space, tokens), problem.prompt)[1]
-    if missed > -torch.inf:
-        return torch.full_like(missed, torch.inf)
-    return logspace.kl_divergence(log_q, log_pi)
+def _sampled(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, batch_size: int, count: int, draw: Draw, bound: float) -> dict[str, Any]:
+    """Moments over `count` batches drawn, with an interval."""
+    if "support" in needs_of(loss.function):
+        raise InputError(f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave monte_carlo out.")
+    every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
+    rows = draw(scene.sampler[None], every).view(count, batch_size)
+    picked, gradients = probe(loss, rows)
+    reason = loss.why_not_vmap(picked, gradients)
 
+    def estimates() -> Iterator[Tensor]:
+        for dense, _ in dense_coefficients(contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None)), scene.tree.edges):
+            yield from map(coordinates.combine, dense.split(max(1, _CHUNK // coordinates.size)))
 
-def _jacobian(log_probs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """∂ log_probs[s,t]/∂θ -> [S,T,P], or of full distributions [S,T,V] -> [S,T,V,P], where −inf stays −inf and has derivative 0."""
-    flat = log_probs.reshape(-1)
-    rows = [_flat_gradient(entry if alive else entry.detach(), parameters) for entry, alive in zip(flat, flat.detach() > -torch.inf, strict=True)]
-    return torch.stack(rows).reshape(*log_probs.shape, -1)
-
-
-def _flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    if not value.requires_grad:
-        return torch.cat([torch.zeros(p.numel(), dtype=torch.float64) for p in parameters])
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.reshape(-1).double() for gradient in gradients])
-
-
-def _batch_gradient(loss: Loss, whole: Batch, rows: Tensor, jacobians: dict[str, Tensor]) -> Tensor:
-    """∇_θ of the loss on the batch of sequences `rows` [B] -> [P], by the chain rule through each field that has a Jacobian."""
-    picked = {name: None if (value := getattr(whole, name)) is None else value.detach()[rows] for name in Batch.__dataclass_fields__}
-    leaves = [picked[name].requires_grad_() for name in jacobians]  # type: ignore[union-attr]
-    value = loss(Batch(**picked))  # type: ignore[arg-type]
-    check_loss(value)
-    gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
-    parts = [gradient.reshape(-1) @ jacobian[rows].flatten(0, -2) for gradient, jacobian in zip(gradients, jacobians.values(), strict=True)]
-    return torch.stack(parts).sum(0)
-
-
-def _targets(policy: LanguageModel, problem: Problem, whole: Batch, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The gradients a loss may be meant to have, by autograd through the enumerated distributions."""
-    log_pi = whole.log_probs.sum(-1)
-    log_q = whole.prior_log_probs.sum(-1)
-    values = {
-        "objective": losses.exact(whole),
-        "reverse_kl": logspace.kl_divergence(log_pi, log_q),
-        "forward_kl": _forward_kl(log_pi, log_q, whole.tokens, problem),
+    moments = sampled_moments(estimates(), bound)
+    return {
+        "mean": moments.mean,
+        "variance": moments.variance,
+        "executions": moments.draws,
+        "differentiation": _how(reason),
+        "interval": moments.interval,
+        "failure_probability": FAILURE_PROBABILITY,
     }
-    return {name: _flat_gradient(value, parameters) for name, value in values.items() if bool(torch.isfinite(value))}
 
 
-def _name(function: object) -> str:
-    while hasattr(function, "func"):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
+def _how(reason: str | None) -> str:
+    return "vmap" if reason is None else f"one backward pass an execution: {reason}"
+
+
+def _check_policy(policy: LanguageModel, problem: Problem) -> None:
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise InputError("the policy has no trainable parameters, so there is no gradient; call policy.requires_grad_(True).")
+    if problem.kl_coef == math.inf:
+        raise InputError("kl_coef = inf: J is −inf for every policy but the prior; give a finite kl_coef.")
+
+
+def _precision(policy: LanguageModel) -> float:
+    """Relative error below which two gradients count as equal: float32 parameters round what backward passes add up."""
+    return 1e-9 if all(p.dtype == torch.float64 for p in policy.parameters() if p.requires_grad) else 1e-5

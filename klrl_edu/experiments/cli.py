@@ -29,6 +29,8 @@ from klrl_edu.evaluation.records import Record, write_atomically
 from klrl_edu.exact.posterior import Posterior, looked_up
 from klrl_edu.exact.posterior import posterior as exact_posterior
 from klrl_edu.experiments import figures, plots
+from klrl_edu.experiments.audit_command import audit
+from klrl_edu.experiments.console import Quiet, speaker
 from klrl_edu.experiments.demo import run_demo
 from klrl_edu.experiments.runner import (
     LOSSES,
@@ -52,8 +54,6 @@ from klrl_edu.problems.examples import EXAMPLES
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _EVALUATIONS = 20  # exact comparisons in the course of a training run
 
-Quiet = Annotated[bool, tyro.conf.arg(help="Print nothing but errors.")]
-
 
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) -> None:
     """Four sentences, networks trained to their posterior, US surnames, and 262,144 digit sequences: one to two minutes.
@@ -66,7 +66,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) 
     """
     seeded_draw(seed)  # refuses a bad seed before anything is written
     directory = claim_directory(out, "demo")
-    say = _speaker(quiet)
+    say = speaker(quiet)
     result = run_demo(directory, seed, say, _progress(quiet))
     write_json(directory / "result.json", {"command": "demo", "seed": seed, **result})
     say(f"\nPictures and result.json are in {directory}")
@@ -100,7 +100,7 @@ def posterior(
     check_count(count, "count")
     target = exact_posterior(source.load())
     directory = claim_directory(out, "posterior")
-    say = _speaker(quiet)
+    say = speaker(quiet)
     rows = target.rows()
     prior_side, self_side = compare_models(target.problem.prior, target), compare_models(target.model, target)
     say(target.text(count))
@@ -178,7 +178,7 @@ def train(
         **{"device": str(where), "torch_threads": torch.get_num_threads(), "torch": torch.__version__},
     }
     writer = RunWriter(directory, config, None if problem in EXAMPLES else Path(problem))
-    say = _speaker(quiet)
+    say = speaker(quiet)
     feasible = int((target.enumerated().rewards > -math.inf).sum())
     say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the {feasible:,} of {loaded.space.size:,}")
     say(f"sequences with prior mass and a finite reward, whose log q and r are looked up; exact λ log Z = {float(target.value):.12g}")
@@ -223,7 +223,7 @@ def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None =
     _, comparison = compare_run(run)
     directory = claim_directory(run / "compare" if out is None else out, "compare")
     write_json(directory / "result.json", {"command": "compare", "run": str(run.resolve()), **comparison.metrics()})
-    say = _speaker(quiet)
+    say = speaker(quiet)
     say(str(comparison))
     say(f"\nresult.json is in {directory}")
 
@@ -238,7 +238,7 @@ def figure(name: Annotated[str, tyro.conf.Positional] = "list", /, *, out: Path 
         name: a number such as 01, or the path of a .py file that defines Config (a dataclass), compute(config) -> dict and draw(data) -> Figure.
         out: where to write; runs/figure-NAME by default.
     """
-    say = _speaker(quiet)
+    say = speaker(quiet)
     if name == "list":
         say(text_table(["figure", "title", "source"], [[entry.number, entry.title, entry.source] for entry in figures.find_figures()]))
         return
@@ -270,12 +270,12 @@ def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
     }
     if out is not None:
         write_json(claim_directory(out, "env") / "result.json", {"command": "env", **facts})
-    say = _speaker(quiet)
+    say = speaker(quiet)
     for name, value in facts.items():
         say(f"{name:14} {value}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "posterior": posterior, "train": train, "compare": compare, "figure": figure, "env": env}
+COMMANDS: dict[str, Callable[..., None]] = {run.__name__: run for run in (demo, posterior, train, compare, audit, figure, env)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -348,10 +348,6 @@ def _speak_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def _speaker(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else print
 
 
 def _progress(quiet: bool) -> Callable[[Iterable[Record], int, str], Iterable[Record]]:

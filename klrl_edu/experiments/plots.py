@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from klrl_edu.audit.report import AuditReport
 from klrl_edu.evaluation.records import History
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.models.contract import LanguageModel, sequence_log_probs
@@ -183,6 +184,40 @@ def plot_lines(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax
+
+
+def plot_audit(report: AuditReport, ax: Axes | None = None) -> Axes:
+    """A bar a target: for a gradient the cosine to its mean, for a value the targets beside the mean; with the relative bias in words.
+
+    Args:
+        report: of `audit_gradient` or `audit_value`.
+    """
+    ax = _axes(ax)
+    names, value = list(report.targets), len(report.mean) == 1
+    lengths = [float(target) for target in report.targets.values()] if value else list(report.cosine.values())
+    shown = [length if math.isfinite(length) else 0.0 for length in lengths]
+    ax.barh(range(len(names)), shown, 0.6, color=[_match(report, name)[1] for name in names])
+    ax.set_yticks(range(len(names)), [name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ") for name in names])
+    ax.invert_yaxis()
+    ax.axvline(0, color=BLACK, linewidth=0.8)
+    if value:
+        ax.axvline(float(report.mean), color=VERMILION, linestyle="--")
+    for place, name in enumerate(names):
+        ax.annotate(_match(report, name)[0], (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    if not value:
+        ax.set_xlim(-1.05, 1.05)
+    ax.set_xlabel(f"nats (dashed: the mean, {float(report.mean):.4g})" if value else "cosine between E[gradient] and target")
+    return ax
+
+
+def _match(report: AuditReport, name: str) -> tuple[str, str]:
+    """How well a report's mean meets a target, in words and as a colour."""
+    bias, scale = report.relative_bias[name], report.scale[name]
+    if bias < report.precision:
+        return "unbiased", POSTERIOR_COLOUR
+    if len(report.mean) > 1 and abs(bias - abs(scale - 1)) < report.precision * bias:  # as far off as the scale alone accounts for
+        return f"{scale:.4g} × exactly", SKY
+    return "infinite" if math.isinf(bias) else f"off by {100 * bias:.3g} %", PRIOR_COLOUR
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -69,7 +69,7 @@ def relative(report, name):
 
 
 @pytest.mark.parametrize(
-    ("loss", "batch_size", "executions"), [(losses.exact, 1, 1), (losses.reinforce, 1, 4), (losses.rloo, 2, 16), (losses.rloo, 3, 64)]
+    ("loss", "batch_size", "executions"), [(losses.exact, 1, 1), (losses.reinforce, 1, 4), (losses.rloo, 2, 10), (losses.rloo, 3, 20)]
 )
 def test_unbiased_losses_have_the_gradient_of_t05(loss, batch_size, executions):
     report = audit(loss, batch_size=batch_size)
@@ -124,7 +124,8 @@ def test_k3_as_a_loss_follows_the_forward_divergence():
     report = audit(k3_loss)
     assert report.mean.tolist() == close(FORWARD)
     assert report.targets["forward_kl"].tolist() == close(FORWARD)
-    assert report.verdict == "k3_loss is unbiased for forward_kl."
+    # the first words of π and q are alike here, so that freezing prefixes changes nothing
+    assert report.verdict == "k3_loss is unbiased for forward_kl and forward_kl_per_token."
 
 
 def test_k3_in_the_reward_follows_the_difference_of_both_divergences():
@@ -133,7 +134,7 @@ def test_k3_in_the_reward_follows_the_difference_of_both_divergences():
 
     report = audit(k3_in_reward)
     assert report.mean.tolist() == close((report.targets["reverse_kl"] - report.targets["forward_kl"]).tolist())
-    assert "biased for all targets" in report.verdict
+    assert report.verdict == "k3_in_reward descends reverse_kl − forward_kl."
 
 
 def test_the_kl_penalty_left_out_is_noticed():
@@ -145,7 +146,7 @@ def test_the_kl_penalty_left_out_is_noticed():
     report = audit(reward_only)
     assert report.mean.tolist() == close([-0.05, 0.18, 0.09, -0.22])
     assert report.relative_bias["objective"] > 0.5
-    assert "biased" in report.verdict
+    assert report.verdict == "reward_only is unbiased for expected_reward."
 
 
 def test_at_the_posterior_rloo_has_mean_and_variance_zero():
@@ -275,13 +276,13 @@ def test_the_forward_divergence_is_infinite_however_little_mass_is_missed(log_ma
 
 
 def test_too_many_batches_are_refused_with_their_count():
-    with pytest.raises(TooLargeError, match=r"4 sequences in batches of 9 are 262,144 outcomes.*max_executions = 100,000"):
-        audit(losses.rloo, batch_size=9)
-    with pytest.raises(TooLargeError, match=r"about 10\^60"):
+    with pytest.raises(TooLargeError, match=r"batches of 100 out of 4 sequences are 176,851 multisets.*max_executions = 100,000.*monte_carlo=n"):
         audit(losses.rloo, batch_size=100)
-    assert audit(losses.rloo, batch_size=2, max_executions=16).executions == 16
-    with pytest.raises(TooLargeError):
-        audit(losses.rloo, batch_size=2, max_executions=15)
+    with pytest.raises(TooLargeError, match=r"about 10\^17"):
+        audit(losses.rloo, batch_size=1_000_000)
+    assert audit(losses.rloo, batch_size=2, max_executions=10).executions == 10
+    with pytest.raises(TooLargeError, match="are 10 multisets"):
+        audit(losses.rloo, batch_size=2, max_executions=9)
 
 
 def test_an_unrestricted_policy_is_refused():

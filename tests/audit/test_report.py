@@ -32,11 +32,55 @@ def test_bias_cosine_and_scale_by_hand():
         ([0.0, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
         ([1e-12, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
         ([1.0, 2.0], {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [2.0, 1.0]}, "mine is unbiased for a and b."),
-        ([1.0, 0.0], {"a": [-1.0, 0.0], "b": [1.0, 0.1]}, "mine is biased for all targets; nearest is b, relative bias 0.0995."),
+        ([1.0, 0.0], {"a": [-1.0, 0.0], "b": [1.0, 0.1]}, "mine follows a, scaled by -1: it climbs what it should descend."),
+        ([1.0, 0.0], {"a": [-1.0, 0.5], "b": [1.0, 0.1]}, "mine is biased for all targets; nearest is b, relative bias 0.0995."),
     ],
 )
 def test_the_verdict_in_words(mean, targets, verdict):
     assert report(mean, **targets).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"),
+    [
+        ([1.0, -1.0, 0.0], "mine descends a − b."),
+        ([1.0, 0.3, 0.0], "mine descends a + 0.3·b."),
+        ([-2.0, 0.0, 5.0], "mine descends −2·a + 5·c."),
+        ([2.0, 1.0, 0.0], "mine descends 2·a + b."),
+        ([1.0, 2.0, 3.0], "mine is biased for all targets; nearest is c, relative bias 3."),
+    ],
+)
+def test_exact_combinations_of_two_targets_are_found(mean, verdict):
+    assert report(mean, a=[1.0, 0.0, 0.0], b=[0.0, 1.0, 0.0], c=[0.0, 0.0, 1.0]).verdict == verdict
+
+
+def test_the_plainest_of_several_combinations_is_named():
+    """c = a + b, so that a + 2b is also c + b."""
+    seen = report([1.0, 2.0, 0.0], a=[1.0, 0.0, 0.0], b=[0.0, 1.0, 0.0], c=[1.0, 1.0, 0.0], d=[0.0, 0.0, 1.0])
+    assert seen.verdict == "mine descends b + c."
+
+
+def test_two_targets_that_span_everything_are_no_finding():
+    assert "biased for all" in report([1.0, 2.0], a=[1.0, 0.0], b=[0.0, 1.0]).verdict
+
+
+def test_a_direction_almost_right_is_not_called_parallel():
+    """A cosine of 1 − 5e-11 hides an angle of 1e-5."""
+    assert "biased for all" in report([1.0, 1e-5], a=[2.0, 0.0], b=[0.0, 1.0]).verdict
+
+
+def test_infinite_targets_are_strict_json():
+    seen = report([1.0], a=[math.inf], b=[2.0])
+    assert seen.verdict == "mine is biased for all targets; nearest is b, relative bias 0.5."
+    data = json.loads(json.dumps(seen.to_dict(), allow_nan=False))
+    assert data["targets"]["a"] == ["inf"]
+    assert data["bias"] == {"a": "-inf", "b": -1.0}
+    assert "infinite" not in seen._repr_html_()
+
+
+def test_names_are_escaped_in_notebooks():
+    vector = torch.zeros(1, dtype=torch.float64)
+    assert "&lt;lambda&gt;" in AuditReport("<lambda>", vector, 0.0, {"a": vector}, "nats", 1, 1, 0.0)._repr_html_()
 
 
 def test_one_number_is_never_called_parallel():
@@ -54,7 +98,7 @@ def test_a_report_prints_and_serialises():
     text = str(seen)
     assert text.startswith("rloo is unbiased for objective.")
     assert "sequence logits" in text
-    assert "16 outcomes enumerated" in text
+    assert "10 outcomes enumerated" in text
     assert "<table>" in seen._repr_html_()
     data = json.loads(json.dumps(seen.to_dict(), allow_nan=False))
     assert data["targets"]["objective"] == seen.targets["objective"].tolist()

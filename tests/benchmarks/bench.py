@@ -29,7 +29,7 @@ from klrl_edu.models.contract import LanguageModel, enumerate_support, force_eos
 from klrl_edu.models.precision import autocast
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import count_threes
-from tests.benchmarks import structured
+from tests.benchmarks import audits, structured
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 HERE = Path(__file__).parent
@@ -167,6 +167,7 @@ SHORT: list[Callable[[], Ratio]] = [
     structured.evidence_against_dense,
     structured.samples_against_multinomial,
     structured.peak_memory,
+    *audits.AUDITS,
     partial(half_precision, torch.bfloat16),
     partial(half_precision, torch.float16),
 ]

@@ -1,0 +1,96 @@
+"""What a loss or an estimator must not do, looked for before it is averaged: each fault is named, with the batch that shows it.
+
+Change its inputs, draw from a global generator, give two results for one batch, depend on the order of the batch. (Not a scalar, not
+finite, no gradient: `differentiation` and `values`.) B sequences a batch, X batches, n numbers a result.
+"""
+
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from numpy.random import get_state
+from torch import Tensor
+
+from klrl_edu.audit.subjects import Subject
+from klrl_edu.core.errors import InputError
+
+_PROBES = 6  # batches that are looked at closely
+_AGREE = 1e-9
+_MOST_OUTCOMES = 10_000  # of a function's own draws on one probed batch
+
+
+@contextmanager
+def no_global_randomness(what: str) -> Iterator[None]:
+    """Refuses work that moves a global generator of torch, numpy or Python.
+
+    Raises:
+        InputError: it did; names the generator.
+    """
+    before = _generator_states()
+    yield
+    for generator, state in _generator_states().items():
+        if state != before[generator]:
+            raise InputError(
+                f"{what} draws from the global generator of {generator}, so its outcomes cannot be enumerated; take a parameter `draw` and draw "
+                "through it: draw(log_probs) -> index."
+            )
+
+
+def _generator_states() -> dict[str, object]:
+    return {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": pickle.dumps(get_state()), "Python": random.getstate()}
+
+
+def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Looks closely at a few of the batches rows [X,B], those with most different sequences first.
+
+    Returns:
+        Some batches [x,B] and the results on them [x,n]; none where the function draws.
+
+    Raises:
+        InputError: a fault, by its name.
+    """
+    picked, what = _most_varied(rows), f"the {subject.kind} {subject.name}"
+    results = picked[:0]
+    if not subject.draws:
+        with no_global_randomness(what):
+            changed = subject.changed_input(picked[0])
+        if changed is not None:
+            raise InputError(f"{what} changes its input batch.{changed} in place; work on a copy: batch.{changed}.clone().")
+        results = torch.stack([subject.one(batch) for batch in picked])
+        if not torch.equal(subject.one(picked[0]), results[0]):
+            raise InputError(
+                f"{what} gives two results for one batch {subject.describe(picked[0])}: it keeps a state, or draws from a "
+                "generator of its own; take a parameter `draw` and draw through it."
+            )
+    if rows.shape[1] > 1:
+        for batch in picked:
+            _check_order(subject, batch)
+    return (results, results) if subject.draws else (picked, results)
+
+
+def _most_varied(rows: Tensor) -> Tensor:
+    """A few of the batches [X,B] that hold the most different sequences, spread over all of them."""
+    different = (rows.sort(-1).values.diff(dim=-1) != 0).sum(-1)
+    best = (different == different.max()).nonzero().squeeze(-1)
+    return rows[best[torch.linspace(0, len(best) - 1, min(_PROBES, len(best)), device=rows.device).long()]]
+
+
+def _check_order(subject: Subject, rows: Tensor) -> None:
+    """Reversed and rotated, a batch must give what it gave before."""
+    expected = _average(subject, rows)
+    for what, other in (("reversed", rows.flip(0)), ("rotated", rows.roll(1, 0))):
+        if not torch.allclose(_average(subject, other), expected, rtol=_AGREE, atol=_AGREE * (1 + float(expected.abs().max()))):
+            raise InputError(
+                f"the {subject.kind} {subject.name} depends on the order of its batch: {subject.describe(rows)} {what} gives another result. Batches "
+                "are enumerated without order; make it symmetric (a mean over all sequences, or over all pairs)."
+            )
+
+
+def _average(subject: Subject, rows: Tensor) -> Tensor:
+    """What must not depend on the order of a batch [B], averaged over the function's own draws."""
+    if not subject.draws:
+        return subject.unordered(rows, subject.one(rows))
+    results, log_probs = subject.outcomes(rows, _MOST_OUTCOMES, _MOST_OUTCOMES)
+    return subject.unordered(rows, torch.exp(log_probs) @ results)

@@ -1,0 +1,278 @@
+"""The parameters in which a gradient is printed, and the geometry of the gradients φ_e = ∇ log π(v|prefix) of single edges.
+
+    prefix logits     φ_(n,v) = 1_(n,v) − π(·|n),     <φ_(n,v), φ_(n,w)> = 1{v=w} − π_v − π_w + Σ π²              (1)
+    sequence logits   φ_(n,v) = π_|nv − π_|n,         π_|b = π(·|b) on the sequences below b, 0 elsewhere          (2)
+                      <π_|a, π_|b> = e^{log m_b − log m_a} R_b where b lies below a (0 where neither does),  R_b = Σ π_|b²
+    any other model   φ_e by one backward pass an edge, and their Gram matrix
+
+(1) and (2) need no matrix of Jacobians [E,P]. E edges, M nodes, S sequences, P parameters.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from klrl_edu.audit.tree import SupportTree
+from klrl_edu.core.errors import TooLargeError
+from klrl_edu.models.contract import LanguageModel, token_log_probs
+from klrl_edu.models.restricted import RestrictedModel
+from klrl_edu.models.table import PrefixTable, SequenceTable
+
+_BLOCK = 1 << 25  # numbers in one block of Jacobian rows: 256 MiB
+_MAX_GRAM = 1 << 26  # numbers in the Gram matrix of a model without a closed form: 512 MiB
+_FORWARD_ROWS = 256
+
+
+class Coordinates(Protocol):
+    """A basis of the parameters, as the φ_e see it.
+
+    Attributes:
+        name: what the entries of a gradient are derivatives by.
+        size: P.
+        squares_are_cheap: whether `squared_norms` costs about as much as a few numbers a parameter.
+        depths_are_orthogonal: whether <φ_e, φ_e'> = 0 wherever e and e' predict different positions.
+    """
+
+    name: str
+    size: int
+    squares_are_cheap: bool
+    depths_are_orthogonal: bool
+
+    @property
+    def cost(self) -> str | None:
+        """What backward passes through a model cost, in words; None where there are none."""
+
+    def kernel(self, left: Tensor, right: Tensor) -> Tensor:
+        """<φ_e, φ_e'> for edges of the same shape."""
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Σ_e c_e φ_e: [K,E] -> [K,P]."""
+
+    def squared_norms(self, coefficients: Tensor) -> Tensor:
+        """‖Σ_e c_e φ_e‖²: [K,E] -> [K], without the cancellation of the sum of kernels."""
+
+
+def coordinates_of(policy: LanguageModel, tree: SupportTree, prompt: Tensor | None) -> Coordinates:
+    """The closed form where the policy is a table (a subclass may compute something else), else backward passes."""
+    if type(policy) is SequenceTable:
+        return SequenceLogits(policy, tree)
+    inner = policy
+    while type(inner) is RestrictedModel:  # masked logits have no mass, so (1) holds as it stands with the restricted conditional
+        inner = inner.policy
+    return PrefixLogits(inner, tree) if type(inner) is PrefixTable else NetworkParameters(policy, tree, prompt)
+
+
+class PrefixLogits:
+    """Equation (1): the logits [rows, V] of a PrefixTable, restricted or not, flattened."""
+
+    squares_are_cheap = depths_are_orthogonal = True
+    cost = None
+
+    def __init__(self, table: PrefixTable, tree: SupportTree):
+        trie = tree.trie
+        self.size, self.name = table.logits.numel(), "prefix logits"
+        node = torch.full((trie.nodes,), -1, device=tree.tokens.device)
+        on_path = trie.node_of >= 0
+        node[trie.node_of[on_path]] = table.trie.find(tree.tokens)[0][on_path]  # a prefix without a row is uniform: nothing moves it
+        dead = (table.logits.detach() == -torch.inf).all(-1)
+        node[(node >= 0) & dead[node.clamp(min=0)]] = -1
+        self.node = trie.parent
+        self.movable = (node >= 0)[trie.parent]
+        self.parameter = node[trie.parent].clamp(min=0) * table.space.vocab_size + trie.token
+        self.probs = tree.edge_log_probs.exp()
+        self.square = self._node_sums(self.probs.square())[trie.parent]
+
+    def kernel(self, left: Tensor, right: Tensor) -> Tensor:
+        """(1)."""
+        value = (left == right).to(self.probs.dtype) - self.probs[left] - self.probs[right] + self.square[left]
+        return torch.where((self.node[left] == self.node[right]) & self.movable[left], value, 0.0)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Σ c (1_v − π): the coefficient of each edge minus π_v times its node's sum."""
+        moved = self._on_edges(coefficients)
+        out = torch.zeros(len(coefficients), self.size, dtype=moved.dtype, device=moved.device)
+        return out.index_add(1, self.parameter, moved)
+
+    def squared_norms(self, coefficients: Tensor) -> Tensor:
+        """Each edge is a parameter of its own, so the squares are those of `combine`."""
+        return self._on_edges(coefficients).square().sum(-1)
+
+    def _on_edges(self, coefficients: Tensor) -> Tensor:
+        moved = coefficients - self.probs * self._node_sums(coefficients)[..., self.node]
+        return torch.where(self.movable, moved, 0.0)
+
+    def _node_sums(self, values: Tensor) -> Tensor:
+        nodes = int(self.node[-1]) + 1
+        return torch.zeros(*values.shape[:-1], nodes, dtype=values.dtype, device=values.device).index_add(-1, self.node, values)
+
+
+class SequenceLogits:
+    """Equation (2): the logits [K] of a SequenceTable, in its own order; sequences without mass have gradient 0."""
+
+    squares_are_cheap, depths_are_orthogonal = True, False
+    cost = None
+
+    def __init__(self, table: SequenceTable, tree: SupportTree):
+        trie = tree.trie
+        self.size, self.name = len(table.logits), "sequence logits"
+        self.tree = tree
+        _, edges = table.trie.find(tree.tokens)
+        last = edges.gather(1, table.space.live(tree.tokens).sum(-1, keepdim=True) - 1).squeeze(-1)
+        self.row = table.trie.leaf[last]  # [S], where each supported sequence stands in the table
+        on_path = trie.edge_of >= 0
+        depth = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(tree.tokens)[on_path]
+        edge_blocks = self._blocks(trie.edge_of[on_path], tree.edge_log_mass, depth + 1)
+        node_blocks = self._blocks(trie.node_of[on_path], tree.node_log_mass, depth)
+        # a block of sequences a row: first the edges, then the nodes
+        self.first, self.last, self.depth, self.log_mass, self.concentration = (
+            torch.cat(pair) for pair in zip(edge_blocks, node_blocks, strict=True)
+        )
+
+    def _blocks(self, index: Tensor, log_mass: Tensor, depth: Tensor) -> tuple[Tensor, ...]:
+        """First and last sequence below each block, its depth, log m and R of (2), from the (sequence, block) pairs along all paths."""
+        tree, count = self.tree, len(log_mass)
+        sequence = torch.arange(len(tree.tokens), device=index.device)[:, None].expand_as(tree.tokens)[tree.trie.edge_of >= 0]
+        first = torch.full((count,), len(tree.tokens), device=index.device).scatter_reduce(0, index, sequence, "amin")
+        last = torch.full((count,), -1, device=index.device).scatter_reduce(0, index, sequence, "amax")
+        depths = torch.zeros(count, dtype=torch.long, device=index.device).index_put((index,), depth)
+        squares = torch.exp(2 * (tree.log_probs[sequence] - log_mass[index]))
+        return first, last, depths, log_mass, torch.zeros_like(log_mass).index_add(0, index, squares)
+
+    def kernel(self, left: Tensor, right: Tensor) -> Tensor:
+        """The four inner products of (2)."""
+        edges, parent = self.tree.edges, self.tree.trie.parent
+        node_left, node_right = edges + parent[left], edges + parent[right]
+        return self._inner(left, right) - self._inner(left, node_right) - self._inner(node_left, right) + self._inner(node_left, node_right)
+
+    def _inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """<π_|a, π_|b> of blocks: 0 unless one lies within the other."""
+        deeper = self.depth[b] >= self.depth[a]
+        upper, lower = torch.where(deeper, a, b), torch.where(deeper, b, a)
+        nested = (self.first[upper] <= self.first[lower]) & (self.last[lower] <= self.last[upper])
+        share = torch.exp(torch.where(nested, self.log_mass[lower] - self.log_mass[upper], -torch.inf))
+        return share * self.concentration[lower]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """∂/∂θ_y = Σ_t π(y|edge_t) c_t − π(y|node_t) Σ_{edges of node_t} c, along the path of y."""
+        trie, tree = self.tree.trie, self.tree
+        sums = torch.zeros(len(coefficients), trie.nodes, dtype=coefficients.dtype, device=coefficients.device)
+        sums = sums.index_add(1, trie.parent, coefficients)
+        moved = torch.zeros(len(coefficients), len(tree.tokens), dtype=coefficients.dtype, device=coefficients.device)
+        for edge, node in zip(trie.edge_of.unbind(1), trie.node_of.unbind(1), strict=True):
+            live = edge >= 0
+            within = torch.where(live, torch.exp(tree.log_probs - tree.edge_log_mass[edge.clamp(min=0)]), 0.0)
+            before = torch.where(live, torch.exp(tree.log_probs - tree.node_log_mass[node.clamp(min=0)]), 0.0)
+            moved += within * coefficients[:, edge.clamp(min=0)] - before * sums[:, node.clamp(min=0)]
+        out = torch.zeros(len(coefficients), self.size, dtype=coefficients.dtype, device=coefficients.device)
+        return out.index_copy(1, self.row, moved)
+
+    def squared_norms(self, coefficients: Tensor) -> Tensor:
+        """The squares of `combine`."""
+        return self.combine(coefficients).square().sum(-1)
+
+
+class NetworkParameters:
+    """All trainable parameters of a model, by backward passes of single sequences; memory stays bounded whatever P is."""
+
+    squares_are_cheap = depths_are_orthogonal = False  # [E,E] products an execution
+
+    def __init__(self, policy: LanguageModel, tree: SupportTree, prompt: Tensor | None):
+        self.policy, self.tree, self.prompt, self.device = policy, tree, prompt, tree.tokens.device
+        self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.name = f"{self.size} parameters of {type(policy).__name__}"
+        self.passes, self.seconds = 0, 0.0
+
+    @property
+    def cost(self) -> str:
+        """Backward passes, sizes and seconds."""
+        sizes = f"{self.tree.edges:,} edges × {self.size:,} parameters"
+        return f"{self.passes:,} backward passes through {type(self.policy).__name__} ({sizes}) in {self.seconds:.2g} s"
+
+    def kernel(self, left: Tensor, right: Tensor) -> Tensor:
+        """Looked up in the Gram matrix."""
+        return self.gram[left, right]
+
+    def squared_norms(self, coefficients: Tensor) -> Tensor:
+        """cᵀ K c."""
+        return ((coefficients @ self.gram) * coefficients).sum(-1)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """K [E,E]; where the Jacobian [E,P] is too large to hold, its rows stream by in blocks, and are computed once a pair of blocks.
+
+        Raises:
+            TooLargeError: K itself is too large.
+        """
+        edges = self.tree.edges
+        if edges**2 > _MAX_GRAM:
+            raise TooLargeError(
+                f"the support has {edges:,} edges; their Gram matrix for a {type(self.policy).__name__} would hold {edges**2:,} numbers, more than "
+                f"{_MAX_GRAM:,}. Audit a table (PrefixTable.from_model(policy)), or take a smaller space."
+            )
+        if self.whole_jacobian is not None:
+            return self.whole_jacobian @ self.whole_jacobian.T
+        started = time.perf_counter()
+        blocks = torch.arange(edges, device=self.device).split(max(1, _BLOCK // self.size))
+        gram = torch.zeros(edges, edges, dtype=torch.float64, device=self.device)
+        for index, block in enumerate(blocks):
+            rows = self.jacobian(block)
+            gram[block[:, None], block] = rows @ rows.T
+            for other in blocks[index + 1 :]:
+                product = rows @ self.jacobian(other).T
+                gram[block[:, None], other], gram[other[:, None], block] = product, product.T
+        self.seconds += time.perf_counter() - started
+        return gram
+
+    @cached_property
+    def whole_jacobian(self) -> Tensor | None:
+        """All φ_e [E,P], where they can be held."""
+        if self.tree.edges * self.size > _BLOCK:
+            return None
+        started = time.perf_counter()
+        rows = self.jacobian(torch.arange(self.tree.edges, device=self.device))
+        self.seconds += time.perf_counter() - started
+        return rows
+
+    def jacobian(self, edges: Tensor) -> Tensor:
+        """φ_e for edges [b] -> [b,P], float64: one forward pass a sequence, one backward pass an edge."""
+        places = self.tree.first_use[edges]
+        length = self.tree.tokens.shape[1]
+        out = torch.empty(len(edges), self.size, dtype=torch.float64, device=self.device)
+        for sequence in torch.unique(places // length).tolist():
+            log_probs = token_log_probs(self.policy, self.tree.tokens[sequence : sequence + 1], self.prompt)[0]
+            for row in (places // length == sequence).nonzero().squeeze(-1).tolist():
+                out[row] = self._backward(log_probs[places[row] % length])
+        return out
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Σ c ℓ over the edges, differentiated: one forward pass a block of sequences, one backward pass a row; a product where φ is held."""
+        if self.whole_jacobian is not None:
+            return coefficients @ self.whole_jacobian
+        started = time.perf_counter()
+        total = torch.zeros(len(coefficients), self.size, dtype=torch.float64, device=self.device)
+        for tokens, weights in self._weighted_blocks(coefficients):
+            log_probs = token_log_probs(self.policy, tokens, self.prompt)
+            for row, weight in enumerate(weights):
+                total[row] += self._backward((weight * log_probs).sum())
+        self.seconds += time.perf_counter() - started
+        return total
+
+    def _weighted_blocks(self, coefficients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sequences [b,T] and the weights [K,b,T] of their tokens: each edge's coefficient stands where the edge does first."""
+        tokens = self.tree.tokens
+        weights = torch.zeros(len(coefficients), tokens.numel(), dtype=coefficients.dtype, device=tokens.device)
+        weights[:, self.tree.first_use] = coefficients
+        return zip(tokens.split(_FORWARD_ROWS), weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1), strict=True)
+
+    def _backward(self, value: Tensor) -> Tensor:
+        """∇value [P] in float64; 0 where the value is certain and nothing moves it."""
+        if not value.requires_grad:
+            return torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        self.passes += 1
+        gradients = torch.autograd.grad(value, self.parameters, retain_graph=True, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1).double() for gradient in gradients])

@@ -1,0 +1,109 @@
+"""How a loss degrades as the policy that drew the samples falls behind: one exact audit a behaviour policy.
+
+E_μ[∇loss] for μ = π, then older ones;    staleness = KL(π‖μ) in nats a sequence                              (1)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from klrl_edu.audit.adapting import Adapter
+from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient
+from klrl_edu.audit.report import AuditReport
+from klrl_edu.audit.verdict import nearest_target
+from klrl_edu.core import logspace
+from klrl_edu.core.display import Cell, html_table, text_table
+from klrl_edu.core.errors import InputError
+from klrl_edu.evaluation.records import jsonable
+from klrl_edu.learning.batches import Loss
+from klrl_edu.models.contract import LanguageModel, enumerate_support, sequence_log_probs
+from klrl_edu.problems.problem import Problem
+
+
+@dataclass(frozen=True)
+class StalenessRow:
+    """One behaviour policy.
+
+    Attributes:
+        label: its name.
+        divergence: KL(π‖μ) in nats; inf where μ has no mass and π has.
+        report: the audit under it.
+    """
+
+    label: str
+    divergence: float
+    report: AuditReport
+
+
+@dataclass(frozen=True)
+class StalenessReport:
+    """An audit a behaviour policy, in the order given.
+
+    Attributes:
+        rows: one each.
+    """
+
+    rows: tuple[StalenessRow, ...]
+
+    @property
+    def target(self) -> str:
+        """What the loss is held against: the target nearest to it under the first behaviour policy."""
+        first = self.rows[0].report
+        return nearest_target(first.mean, first.targets)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as strict JSON: target, and a row each with label, divergence and the report."""
+        rows = [{"label": row.label, "divergence": row.divergence, **row.report.to_dict()} for row in self.rows]
+        return {"target": self.target, "rows": jsonable(rows)}
+
+    def __str__(self) -> str:
+        verdicts = "\n".join(f"{row.label}: {row.report.verdict}" for row in self.rows)
+        return f"{text_table(*self._table())}\n{verdicts}"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[Cell]]]:
+        header = ["drawn by", "KL(π‖μ)", f"bias for {self.target}", "relative bias", "cosine", "variance"]
+        return header, [self._line(row) for row in self.rows]
+
+    def _line(self, row: StalenessRow) -> list[Cell]:
+        report, target = row.report, self.target
+        return [row.label, row.divergence, report.bias[target], report.relative_bias[target], report.cosine[target], report.variance]
+
+
+def audit_staleness(
+    loss: Loss | Callable[..., Any],
+    policy: LanguageModel,
+    problem: Problem,
+    behaviours: Mapping[str, LanguageModel] | Sequence[LanguageModel],
+    *,
+    batch_size: int = 1,
+    adapt: Adapter | None = None,
+    max_executions: int = MAX_EXECUTIONS,
+) -> StalenessReport:
+    """The exact bias and variance of a loss under each of several policies that may have drawn its batches.
+
+    Args:
+        loss, policy, problem, batch_size, adapt, max_executions: as for `audit_gradient`.
+        behaviours: label -> μ, freshest first, each on π's support; without labels they are numbered from 0.
+
+    Raises:
+        InputError: no behaviour policy, and what `audit_gradient` raises.
+    """
+    named = behaviours if isinstance(behaviours, Mapping) else {str(index): model for index, model in enumerate(behaviours)}
+    if not named:
+        raise InputError("behaviours is empty; give at least one policy, such as the policy itself.")
+    options: dict[str, Any] = {"batch_size": batch_size, "adapt": adapt, "max_executions": max_executions}
+    reports = {label: audit_gradient(loss, policy, problem, behaviour=model, **options) for label, model in named.items()}
+    return StalenessReport(tuple(StalenessRow(label, _divergence(policy, named[label], problem), report) for label, report in reports.items()))
+
+
+@torch.no_grad()
+def _divergence(policy: LanguageModel, behaviour: LanguageModel, problem: Problem) -> float:
+    """KL(π‖μ) on π's support, which holds all of μ's mass."""
+    support = enumerate_support(policy, prompt=problem.prompt)
+    log_mu = sequence_log_probs(behaviour, support.tokens, problem.prompt)
+    return float(logspace.kl_divergence(support.log_weights, log_mu))

@@ -1,0 +1,210 @@
+"""Estimators of a divergence as random values: one a sequence, or one a batch.
+
+    k on sequences:  E = Σ_y π(y) k(y),  Var/B for the mean of B of them;      k on batches:  E = Σ_multisets P · k      (1)
+
+Whether the value of a sequence depends on that sequence alone is tried out, on half of the support. S supported sequences, X batches of B.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name_of, takes_a_batch, takes_a_log_ratio
+from klrl_edu.audit.checks import probe
+from klrl_edu.audit.executions import check_executions, count_multisets, multisets
+from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, sampled_moments
+from klrl_edu.audit.report import total_variance
+from klrl_edu.audit.scenes import Scene
+from klrl_edu.audit.subjects import SHARED, Subject
+from klrl_edu.core import logspace
+from klrl_edu.core.draws import Draw
+from klrl_edu.core.errors import InputError
+from klrl_edu.learning.batches import Batch
+from klrl_edu.models.contract import readable_count
+
+_AGREE = 1e-9
+_ROUNDING = 1e-14  # of the largest estimate: what lies this little below 0 is 0
+
+
+class ValueOnSupport(Subject):
+    """An estimator: a scalar, a value a sequence [N], or a token [N,T], summed over live tokens; [N] is averaged over the batch. n = 1."""
+
+    kind: ClassVar[str] = "estimator"
+
+    def values(self, fields: dict[str, Tensor], draw: Draw | None = None) -> Tensor:
+        """A scalar of the batch, or a value a sequence [N].
+
+        Raises:
+            InputError: another shape.
+        """
+        value, live = self.call(fields, draw), fields["live"]
+        if isinstance(value, Tensor) and value.shape == live.shape:
+            value = torch.where(live, value, 0.0).sum(-1)
+        if not isinstance(value, Tensor) or value.shape not in ((), live.shape[:1]):
+            raise InputError(f"the estimator {self.name} returned {_shape(value)}; expected a scalar, [N] = {list(live.shape[:1])}, or [N, T].")
+        return value.detach().double()
+
+    def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
+        """The estimate on one batch, rows [B] -> [1]; refuses NaN."""
+        values = self.values(self.fields(rows), draw)
+        if values.ndim:
+            self._checked(values[:, None], rows[:, None])  # names the sequence
+        return self._checked(values.mean().reshape(1, 1), rows[None])[0]
+
+    def many(self, rows: Tensor) -> Tensor:
+        """The estimates on batches rows [X,B] -> [X,1]."""
+        fields = self.fields(rows)
+        shared = {name: fields.pop(name) for name in SHARED}
+        estimates = torch.func.vmap(lambda moving: self.values({**moving, **shared}).mean())(fields)
+        return self._checked(estimates[:, None], rows)
+
+    def unordered(self, rows: Tensor, result: Tensor) -> Tensor:
+        """The estimate itself."""
+        return result
+
+    def changed_input(self, rows: Tensor) -> str | None:
+        """The field of a batch [B] that the estimator changes in place, if any."""
+        fields = self.fields(rows)
+        kept = {name: value.clone() for name, value in fields.items()}
+        self.call(fields)
+        return next((name for name, value in fields.items() if value._version or not torch.equal(value, kept[name])), None)
+
+    def by_sequence(self, rows: Tensor) -> Tensor | None:
+        """The values of all sequences `rows` [S] of the support; None where they depend on the rest of their batch, or on draws."""
+        if self.draws:
+            return None
+        values = self.values(self.fields(rows))
+        half = torch.arange(len(rows) - 1, -1, -2, device=rows.device)
+        if values.ndim == 0:
+            return None
+        again = self.values(self.fields(rows[half]))
+        if not torch.allclose(again, values[half], rtol=_AGREE, atol=_AGREE, equal_nan=True):
+            return None
+        self._checked(values[:, None], rows[:, None])
+        return values
+
+    def _checked(self, estimates: Tensor, rows: Tensor) -> Tensor:
+        """Estimates [X,1] on batches [X,B]; infinite ones are values, NaN is none."""
+        bad = torch.isnan(estimates.squeeze(-1))
+        if bool(bad.any()):
+            batch = rows[int(bad.nonzero()[0])]
+            raise InputError(f"the estimator {self.name} is NaN on the batch {self.describe(batch)}; look for 0/0 or inf − inf.")
+        return estimates
+
+
+def value_on_support(estimator: Callable[..., Any], scene: Scene, adapt: Adapter | None) -> ValueOnSupport:
+    """An estimator of log-ratios u [N] -> [N], of a Batch, or of tensors by name."""
+    function, draws = estimator, draws_random_numbers(estimator)
+    if adapt is None and takes_a_log_ratio(estimator):
+        function = _of_log_ratio(estimator)
+    elif adapt is not None or not takes_a_batch(estimator):
+        function = adapted(estimator, adapt)
+    return ValueOnSupport(function, name_of(estimator), scene.whole, scene.tree, draws)
+
+
+def _of_log_ratio(estimator: Callable[..., Any]) -> Callable[..., Tensor]:
+    def on_batch(batch: Batch, **draw: Draw) -> Tensor:
+        log_ratio = (batch.log_probs - batch.prior_log_probs).sum(-1)
+        values = estimator(log_ratio, **draw)
+        if not isinstance(values, Tensor) or values.shape != log_ratio.shape:
+            raise InputError(f"the estimator returned {_shape(values)}; expected {list(log_ratio.shape)}, one estimate a log-ratio.")
+        return values
+
+    return on_batch
+
+
+def _shape(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def enumerated_value(subject: ValueOnSupport, scene: Scene, batch_size: int, max_executions: int) -> dict[str, Any]:
+    """Moments over every sequence, or over every batch where the estimator needs that."""
+    drawn = (scene.sampler > -math.inf).nonzero().squeeze(-1)
+    if not subject.draws:
+        probe(subject, drawn[None])
+    values = subject.by_sequence(drawn)
+    if values is not None:
+        return _of_sequences(values, scene.sampler[drawn], batch_size, max_executions)
+    check_executions(len(drawn), batch_size, max_executions)
+    rows, log_weight = multisets(scene.sampler, batch_size)
+    picked, expected = probe(subject, rows)
+    vmap = subject.why_not_vmap(picked, expected) is None
+    parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
+    estimates, weights = torch.cat([part.results[:, 0] for part in parts]), torch.cat([part.log_weight for part in parts])
+    mean = _mean(weights, estimates)
+    return {
+        "mean": mean,
+        "variance": _variance(weights, estimates, mean),
+        "executions": len(estimates),
+        "probability_negative": _probability_negative(weights, estimates),
+        "notes": (),
+    }
+
+
+def _of_sequences(values: Tensor, log_probs: Tensor, batch_size: int, max_executions: int) -> dict[str, Any]:
+    """Moments of the mean of B independent values [S]; only P(estimate < 0) needs the batches themselves."""
+    mean = _mean(log_probs, values)
+    batches = count_multisets(len(values), batch_size)
+    negative: float | None = None
+    notes: tuple[str, ...] = ()
+    if batches <= max_executions:
+        rows, log_weight = multisets(log_probs, batch_size)
+        negative = _probability_negative(log_weight, values[rows].mean(-1))
+    else:
+        notes = (f"P(estimate < 0) was not computed: it takes {readable_count(batches)} batches, more than max_executions = {max_executions:,}.",)
+    return {
+        "mean": mean,
+        "variance": _variance(log_probs, values, mean) / batch_size,
+        "executions": len(values) if negative is None else batches,
+        "probability_negative": negative,
+        "notes": notes,
+    }
+
+
+def sampled_value(subject: ValueOnSupport, scene: Scene, batch_size: int, count: int, draw: Draw, bound: float) -> dict[str, Any]:
+    """Moments over `count` batches drawn, with an interval."""
+    every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
+    rows = draw(scene.sampler[None], every).view(count, batch_size)
+    picked, expected = probe(subject, rows)
+    vmap = subject.why_not_vmap(picked, expected) is None
+    moments = sampled_moments((part.results for part in subject.sampled(rows, draw, vmap=vmap)), bound)
+    return {
+        "mean": moments.mean,
+        "variance": moments.variance,
+        "executions": moments.draws,
+        "probability_negative": moments.negative,
+        "interval": moments.interval,
+        "failure_probability": FAILURE_PROBABILITY,
+        "notes": (),
+    }
+
+
+def _mean(log_weight: Tensor, values: Tensor) -> Tensor:
+    return logspace.expectation(log_weight, values).reshape(1)
+
+
+def _variance(log_weight: Tensor, values: Tensor, mean: Tensor) -> float:
+    return total_variance(log_weight, values[:, None], mean) if bool(torch.isfinite(mean)) else math.inf
+
+
+def _probability_negative(log_weight: Tensor, estimates: Tensor) -> float:
+    finite = estimates[torch.isfinite(estimates)]
+    largest = float(finite.abs().max()) if len(finite) else 0.0
+    return float(torch.exp(log_weight[estimates < -_ROUNDING * largest]).sum())
+
+
+def missing_mass_notes(name: str, missed: float, bias: float) -> list[str]:
+    """What support mismatch does to an on-policy mean of q/π, as in k3; nothing where no mass is missed.
+
+    Args:
+        missed: log of the prior's mass where the policy has none.
+        bias: of the estimator for KL(π‖q), in nats.
+    """
+    if missed == -math.inf:
+        return []
+    mass = math.exp(missed)
+    whole = f" That is the whole bias of {name} for reverse_kl." if abs(bias + mass) < _AGREE * (1 + mass) else ""
+    return [f"E_π[q/π] = {1 - mass:.6g} instead of 1: an estimator with the term q/π − 1, such as k3, is {mass:.6g} nats too low.{whole}"]

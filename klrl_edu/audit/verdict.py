@@ -1,0 +1,82 @@
+"""What an estimator follows, in words: found by solving for it, exact to the precision of the mean.
+
+E g = target,    E g = c·target,    E g = a·target₁ + b·target₂,    or the nearest target                       (1)
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def verdict(name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: float, precision: float) -> str:
+    """One sentence.
+
+    Args:
+        mean: E g [P].
+        targets: name -> [P].
+        spread: √Var g, beside which a mean of rounding errors counts as 0.
+        precision: relative error below which two exact computations agree.
+    """
+    size = float(mean.norm())
+    if math.isinf(size):
+        alike = [other for other, target in targets.items() if torch.equal(mean, target)]
+        return f"{name} has an infinite mean" + (f", as have {' and '.join(alike)}." if alike else ".")
+    if size < precision * max(1.0, spread):
+        return f"{name} has expectation 0."
+    exact = [other for other, target in targets.items() if float((mean - target).norm()) < precision * float(target.norm())]
+    if exact:
+        return f"{name} is unbiased for {' and '.join(exact)}."
+    if len(mean) > 1:
+        combined = _scaled(mean, targets, precision) or _sum_of_two(mean, targets, precision)
+        if combined:
+            return f"{name} {combined}."
+    nearest, distance = nearest_target(mean, targets)
+    return f"{name} is biased for all targets; nearest is {nearest}, relative bias {distance:.3g}."
+
+
+def nearest_target(mean: Tensor, targets: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The target of the smallest relative bias, and that bias; targets of 0 and infinite ones last."""
+    distances = {name: relative_distance(mean, target) for name, target in targets.items()}
+    name = min(distances, key=lambda other: (math.inf if math.isnan(distances[other]) else distances[other], other))
+    return name, distances[name]
+
+
+def relative_distance(mean: Tensor, target: Tensor) -> float:
+    """‖mean − target‖/‖target‖; the plain norm where the target is 0, inf where it is infinite."""
+    size = float(target.norm())
+    return math.inf if math.isinf(size) else float((mean - target).norm()) / (size or 1.0)
+
+
+def _scaled(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> str | None:
+    for name, target in targets.items():
+        size = float(target @ target)
+        scale = float(mean @ target) / size if size else math.nan
+        if float((mean - scale * target).norm()) < precision * float(mean.norm()):
+            return f"follows {name}, scaled by {scale:.6g}" + (": it climbs what it should descend" if scale < 0 else "")
+    return None
+
+
+def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> str | None:
+    """The plainest exact combination of two targets; none where two vectors span all there is, and any mean would be one."""
+    if len(targets) < 2 or int(torch.linalg.matrix_rank(torch.stack([mean, *targets.values()]), rtol=precision)) < 3:
+        return None
+    found: list[tuple[int, str]] = []
+    for one, other in itertools.combinations(targets, 2):
+        basis = torch.stack([targets[one], targets[other]], 1)
+        if int(torch.linalg.matrix_rank(basis, rtol=precision)) < 2:
+            continue
+        a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
+        if float((basis @ torch.tensor([a, b], dtype=mean.dtype) - mean).norm()) < precision * float(mean.norm()):
+            plain = [abs(abs(c) - 1) < precision for c in (a, b)]
+            found.append((plain.count(False), f"descends {_term(a, one, precision)}{_term(b, other, precision, joined=True)}"))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _term(coefficient: float, name: str, precision: float, *, joined: bool = False) -> str:
+    sign = "−" if coefficient < 0 else "+"
+    lead = f" {sign} " if joined else ("−" if coefficient < 0 else "")
+    size = abs(coefficient)
+    return f"{lead}{name}" if abs(size - 1) < precision else f"{lead}{size:.6g}·{name}"
