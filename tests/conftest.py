@@ -5,6 +5,8 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["klrl_edu.pytest_plugin"]  # here as well as by its entry point: the package need not be installed again
+
 torch.set_num_threads(1)
 
 _SLOW_MACHINE = [HealthCheck.too_slow]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import klrl_edu
+from klrl_edu import testing
 
 ROOT = Path(klrl_edu.__file__).parent
 ORDER = ["reference", "core", "models", "problems", "exact", "estimators", "evaluation", "samplers", "learning", "audit", "theory", "experiments"]
@@ -61,7 +62,10 @@ def test_an_import_against_the_order_is_noticed():
 
 
 def test_importing_the_package_or_its_pytest_side_does_not_import_torch():
-    code = "import sys, klrl_edu; dir(klrl_edu); assert 'torch' not in sys.modules; klrl_edu.SequenceSpace; assert 'torch' in sys.modules"
+    code = (
+        "import sys, klrl_edu, klrl_edu.testing, klrl_edu.pytest_plugin; dir(klrl_edu), dir(klrl_edu.testing); assert 'torch' not in sys.modules; "
+        "klrl_edu.SequenceSpace; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -70,9 +74,11 @@ def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error():
         assert getattr(klrl_edu, name) is not None
     with pytest.raises(AttributeError, match="no public name 'nonsense'"):
         klrl_edu.nonsense  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'klrl_edu\.testing' has no public name 'nonsense'"):
+        testing.nonsense  # noqa: B018
 
 
-PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__}
+PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__} | {f"testing.{name}": getattr(testing, name) for name in testing.__all__}
 ALIASES = {"Loss", "Reward"}  # types: their meaning stands below them in the source, where Python keeps no docstring
 
 

@@ -25,7 +25,7 @@ from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
-from klrl_edu.testing import check_language_model, example_tokens, policies, problems, sequence_tables, spaces
+from klrl_edu.testing import assert_samples_from, check_language_model, example_tokens, policies, problems, sequence_tables, spaces
 from tests.models.toys import BigramToy, PromptedToy, UniformToy, words
 
 INF = math.inf
@@ -211,6 +211,12 @@ def test_every_execution_of_sample_gives_the_distribution(name, space):
     outcomes = enumerate_executions(lambda draw: tuple(sample(model, 1, draw=draw)[0].tolist()))
     assert len(outcomes) == len({outcome.result for outcome in outcomes})
     assert dict(outcomes) == pytest.approx(distribution_by_forward(model), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("space", [SPACES["eos"], SPACES["no-eos"]], ids=["eos", "no-eos"])
+def test_many_samples_that_share_their_prefixes_have_the_distribution(space):
+    model = BigramToy(space)
+    assert_samples_from(model.sample, model)
 
 
 def test_every_execution_of_two_samples_gives_the_product():

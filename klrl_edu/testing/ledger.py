@@ -1,0 +1,61 @@
+"""The ledger of a test run: what each statistical assertion may get wrong, and the union bound over all of them.
+
+    P(a correct library fails the run) ≤ Σ_k δ_k                                                                  (1)
+
+(1) needs no independence, so assertions may share a seed. Standard library only: the pytest plugin reads it without torch.
+Boucheron, Lugosi and Massart (2013), section 1.2, for the union bound.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One statistical assertion, written down before it looks at its data.
+
+    Attributes:
+        assertion: its name.
+        false_alarm: δ, a bound on the probability that it fails although everything is right.
+        detectable: the smallest bias that it finds with probability 1 − 1e-6, in `unit`.
+        unit: of the bias, in words.
+        test: the test that made it; "" outside pytest.
+    """
+
+    assertion: str
+    false_alarm: float
+    detectable: float
+    unit: str
+    test: str = ""
+
+
+@dataclass
+class Ledger:
+    """All statistical assertions of one run, and the seed that they draw from."""
+
+    seed: int = 0
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def false_alarm(self) -> float:
+        """Σ δ (1), an upper bound on the probability that a correct library fails the run; at most 1."""
+        return min(1.0, math.fsum(entry.false_alarm for entry in self.entries))
+
+    def record(self, assertion: str, *, false_alarm: float, detectable: float, unit: str) -> None:
+        """Writes an assertion down, with the test that runs (pytest keeps its name in PYTEST_CURRENT_TEST)."""
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+        self.entries.append(Entry(assertion, false_alarm, detectable, unit, test))
+
+    def summary(self, most: int = 10) -> list[str]:
+        """Lines of text: the count and (1), then the `most` assertions of the largest false-alarm probability."""
+        ranked = sorted(self.entries, key=lambda entry: -entry.false_alarm)
+        lines = [f"{len(ranked)} in all; a correct library fails one of them with probability at most {self.false_alarm:.3g} (union bound)"]
+        lines += [f"{entry.false_alarm:9.2e}  finds {entry.detectable:8.2e} {entry.unit}  {entry.assertion}  {entry.test}" for entry in ranked[:most]]
+        if ranked[most:]:
+            lines.append(f"{math.fsum(entry.false_alarm for entry in ranked[most:]):9.2e}  in {len(ranked) - most} more")
+        return lines
+
+
+run = Ledger()
+"""The ledger of this process. The pytest plugin puts a new one here, with the run's seed."""
