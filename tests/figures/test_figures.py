@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,6 +195,179 @@ def test_04_none_beats_the_posterior_at_its_own_objective():
 
     values = {side["name"]: objective(side["probabilities"]) for side in data["optima"]}
     assert max(values, key=values.get) == "reverse KL"
+
+
+# 06
+
+
+def gaussian_moments(kl, function):
+    """Mean and variance of a function of u = log π/q for N(0, 1) and N(√(2d), 1), by Gauss–Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(150)
+    shift = math.sqrt(2 * kl)
+    values = function(kl - shift * nodes)
+    mean = weights @ values / weights.sum()
+    return mean, weights @ (values - mean) ** 2 / weights.sum()
+
+
+def test_06_is_what_quadrature_finds():
+    data = committed("06")
+    functions = {"k1": lambda u: u, "k2": lambda u: u**2 / 2, "k3": lambda u: np.expm1(-u) + u}
+    for k, kl in enumerate(data["kl"]):
+        for name, function in functions.items():
+            mean, variance = gaussian_moments(kl, function)
+            assert data["relative_std"][name][k] == pytest.approx(math.sqrt(variance) / kl, rel=1e-7)
+            assert data["relative_bias"][name][k] == pytest.approx(mean / kl - 1, abs=1e-9)
+
+
+def test_06_the_best_control_variate_is_where_a_search_over_c_ends():
+    data = committed("06")
+    for k in range(0, len(data["kl"]), 8):
+        kl = data["kl"][k]
+        noise = [math.sqrt(gaussian_moments(kl, lambda u, c=c / 200: u + c * np.expm1(-u))[1]) / kl for c in range(201)]
+        best = data["relative_std"]["best"][k]
+        assert best <= min(noise) * (1 + 1e-9)
+        assert min(noise) == pytest.approx(best, rel=2e-3)
+        assert best <= min(data["relative_std"]["k1"][k], data["relative_std"]["k3"][k])
+
+
+def test_06_k3_is_the_noisier_above_the_crossing_and_not_below():
+    data = committed("06")
+    low, high = 0.1, 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.exp(2 * middle) - 1 < 4 * middle else (low, middle)
+    assert data["crossing"]["kl"] == pytest.approx(low, abs=1e-12)
+    assert round(low, 3) == 0.628
+    assert [k3 > k1 for k1, k3 in zip(data["relative_std"]["k1"], data["relative_std"]["k3"], strict=True)] == [kl > low for kl in data["kl"]]
+    assert data["relative_std"]["k3"][-1] > 8 * data["relative_std"]["k1"][-1]
+
+
+def test_06_the_published_table_is_reproduced_to_its_digits():
+    published = committed("06")["published"]
+    functions = {"k1": lambda u: u, "k2": lambda u: u**2 / 2, "k3": lambda u: np.expm1(-u) + u}
+    for k, kl in enumerate(published["kl"]):
+        for name, function in functions.items():
+            mean, variance = gaussian_moments(kl, function)
+            assert published["relative_std"][name][k] == pytest.approx(math.sqrt(variance) / kl, abs=0.006)
+            assert published["relative_bias"][name][k] == pytest.approx(mean / kl - 1, abs=0.0006)
+
+
+# 07
+
+
+class PlainGradients:
+    """One sample of every gradient of figure 07, on sentences of two words, in plain Python and sequence logits."""
+
+    def __init__(self, pi, q, mu):
+        self.pi, self.q, self.mu = pi, q, mu
+
+    def step(self, p, y):
+        """p of the first word, and of the second given the first."""
+        first = math.fsum(p[x] for x in p if x[0] == y[0])
+        return first, p[y] / first
+
+    def scores(self, y):
+        """∇ log π of each word."""
+        first = self.step(self.pi, y)[0]
+        within = {x: self.pi[x] / first if x[0] == y[0] else 0.0 for x in self.pi}
+        return np.array([[within[x] - self.pi[x] for x in self.pi], [(x == y) - within[x] for x in self.pi]])
+
+    def kl_gradients(self, y):
+        """∇KL of each word with its prefix held fixed, and the KL of the second word."""
+        (first, _), found = self.step(self.pi, y), np.zeros((2, len(self.pi)))
+        second = 0.0
+        for x, p in self.pi.items():
+            ratio = [math.log(a / b) for a, b in zip(self.step(self.pi, x), self.step(self.q, x), strict=True)]
+            found[0] += p * ratio[0] * self.scores(x)[0]
+            if x[0] == y[0]:
+                found[1] += p / first * ratio[1] * self.scores(x)[1]
+                second += p / first * ratio[1]
+        return found, second
+
+    def of(self, estimator, y):
+        s, (kl_slopes, later) = self.scores(y), self.kl_gradients(y)
+        ratio = [math.log(a / b) for a, b in zip(self.step(self.pi, y), self.step(self.q, y), strict=True)]
+        rho = [a / b for a, b in zip(self.step(self.pi, y), self.step(self.mu, y), strict=True)]
+        u, weight, whole = sum(ratio), rho[0] * rho[1], s.sum(0)
+        slope = [1 - math.exp(-x) for x in ratio]  # of k3, word by word
+        k3 = [math.exp(-x) - 1 + x for x in ratio]
+        return {
+            "reward_k1": u * whole,
+            "reward_k1_to_go": u * s[0] + ratio[1] * s[1],
+            "reward_k3": (math.exp(-u) - 1 + u) * whole,
+            "loss_k1": whole,
+            "loss_k2": u * whole,
+            "loss_k3": (1 - math.exp(-u)) * whole,
+            "loss_k2_token": ratio @ s,
+            "loss_k3_token": slope @ s,
+            "loss_full_kl": kl_slopes.sum(0),
+            "rao_blackwell_to_go": kl_slopes.sum(0) + later * s[0],
+            "live_ratio_k3": weight * u * whole,
+            "live_ratio_k3_token": rho[0] * ratio[0] * s[0] + rho[1] * ratio[1] * s[1],
+            "detached_ratio_k3": weight * (1 - math.exp(-u)) * whole,
+            "off_policy_unweighted": u * whole,
+            "off_policy_token": rho[0] * ratio[0] * s[0] + rho[1] * ratio[1] * s[1],
+            "off_policy_prefix": (rho[0] * ratio[0] + weight * ratio[1]) * s[0] + weight * ratio[1] * s[1],
+            "off_policy_sequence": weight * u * whole,
+            "live_ratio_k3_prefix": rho[0] * (k3[0] + slope[0]) * s[0] + weight * (k3[1] * whole + slope[1] * s[1]),
+        }[estimator]
+
+    def moments(self, estimator):
+        """Relative bias for ∇KL(π‖q), and the standard deviation."""
+        meant = reference.gradient(self.pi, lambda y: math.log(self.pi[y] / self.q[y]))
+        meant = np.array([meant[y] for y in self.pi])
+        samples = {y: self.of(estimator, y) for y in self.mu}
+        mean = sum(self.mu[y] * samples[y] for y in self.mu)
+        variance = sum(self.mu[y] * ((samples[y] - mean) ** 2).sum() for y in self.mu)
+        return np.linalg.norm(mean - meant) / np.linalg.norm(meant), math.sqrt(variance)
+
+
+def sentences_at(kl_coef):
+    q = {tuple(y.split()): p for y, p in FOUR_SENTENCES.items()}
+    return reference.posterior(q, {tuple(y.split()): r for y, r in FOUR_REWARDS.items()}, kl_coef)[0] if kl_coef < math.inf else q
+
+
+def test_07_every_placement_is_what_plain_python_enumerates():
+    data = committed("07")
+    pi, q = sentences_at(data["kl_coef"]), sentences_at(math.inf)
+    assert data["policy"] == pytest.approx(list(pi.values()), abs=1e-12)
+    for row in data["on_policy"]:
+        assert (row["bias"], row["std"]) == pytest.approx(PlainGradients(pi, q, pi).moments(row["estimator"]), abs=1e-11), row["estimator"]
+
+
+def test_07_every_weight_at_every_age_is_what_plain_python_enumerates():
+    data = committed("07")
+    pi, q = sentences_at(data["kl_coef"]), sentences_at(math.inf)
+    assert (data["age"][0], data["age"][-1]) == (0, 1)
+    for k, age in enumerate(data["age"]):
+        mu = sentences_at(data["kl_coef"] / (1 - age) if age < 1 else math.inf)
+        assert data["staleness"][k] == pytest.approx(reference.kl(pi, mu), abs=1e-12)
+        for row in data["off_policy"]:
+            assert (row["bias"][k], row["std"][k]) == pytest.approx(PlainGradients(pi, q, mu).moments(row["estimator"]), abs=1e-11), row["estimator"]
+
+
+def test_07_on_policy_k2_is_the_loss_that_follows_the_kl():
+    rows = {row["estimator"]: row for row in committed("07")["on_policy"]}
+    unbiased = {name for name, row in rows.items() if row["bias"] < 1e-12}
+    assert unbiased == {"reward_k1", "reward_k1_to_go", "loss_k2", "rao_blackwell_to_go", "live_ratio_k3"}
+    assert rows["loss_k1"]["bias"] == pytest.approx(1, abs=1e-12)  # its mean is 0
+    assert rows["loss_k1"]["std"] == max(row["std"] for row in rows.values())
+    assert rows["loss_k3"]["bias"] == pytest.approx(rows["detached_ratio_k3"]["bias"], abs=1e-12)
+    assert rows["live_ratio_k3_token"]["bias"] == pytest.approx(rows["loss_full_kl"]["bias"], abs=1e-12)
+    assert rows["loss_full_kl"]["bias"] > 0.2
+    assert min(unbiased, key=lambda name: rows[name]["std"]) == "rao_blackwell_to_go"
+
+
+def test_07_off_policy_exact_weights_cost_noise_and_no_weight_costs_bias():
+    rows = {row["estimator"]: row for row in committed("07")["off_policy"]}
+    for name in ("off_policy_prefix", "off_policy_sequence", "live_ratio_k3_prefix"):
+        assert max(rows[name]["bias"]) < 1e-12
+    for name in ("loss_k1", "loss_k3", "off_policy_unweighted", "off_policy_token"):
+        assert all(a < b for a, b in itertools.pairwise(rows[name]["bias"])), name
+    assert max(rows["detached_ratio_k3"]["bias"]) - min(rows["detached_ratio_k3"]["bias"]) < 1e-12
+    for name in ("off_policy_prefix", "off_policy_sequence"):
+        assert all(a < b for a, b in itertools.pairwise(rows[name]["std"])), name
+    assert rows["live_ratio_k3_prefix"]["std"][-1] < rows["off_policy_prefix"]["std"][-1] < rows["off_policy_sequence"]["std"][-1]
 
 
 # 16
