@@ -37,9 +37,15 @@ from klrl_edu.evaluation.records import save_checkpoint as save_checkpoint
 from klrl_edu.exact import acceptance as acceptance
 from klrl_edu.exact import budget as budget
 from klrl_edu.exact import gaussian_kl as gaussian_kl
+from klrl_edu.exact import model_error as model_error
 from klrl_edu.exact import preferences as preferences
 from klrl_edu.exact import regularizers as regularizers
+from klrl_edu.exact import soft_control as soft_control
 from klrl_edu.exact.best_of_n import best_of_n as best_of_n
+from klrl_edu.exact.decision_process import DecisionProcess as DecisionProcess
+from klrl_edu.exact.decision_process import token_policy as token_policy
+from klrl_edu.exact.decision_process import token_process as token_process
+from klrl_edu.exact.dialogue import dialogue as dialogue
 from klrl_edu.exact.enumeration import Support as Support
 from klrl_edu.exact.enumeration import problem_support as problem_support
 from klrl_edu.exact.moments import match_moments as match_moments
@@ -51,6 +57,7 @@ from klrl_edu.exact.soft_bellman import SoftValues as SoftValues
 from klrl_edu.exact.soft_bellman import soft_bellman as soft_bellman
 from klrl_edu.exact.structured import StructuredPosterior as StructuredPosterior
 from klrl_edu.experiments import plots as plots
+from klrl_edu.learning import decision_learning as decision_learning
 from klrl_edu.learning import losses as losses
 from klrl_edu.learning.batches import Batch as Batch
 from klrl_edu.learning.batches import Loss as Loss
@@ -91,6 +98,8 @@ from klrl_edu.problems.rewards import table_reward as table_reward
 from klrl_edu.problems.rewards import text_reward as text_reward
 from klrl_edu.problems.rewards import token_reward as token_reward
 from klrl_edu.problems.tables import load_table as load_table
+from klrl_edu.theory import claims as claims
+from klrl_edu.theory import identities as identities
 
 __version__: str
 __all__: list[str]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from klrl_edu.experiments import cli
+from klrl_edu.theory.claims import CLAIMS
+from klrl_edu.theory.identities import IDENTITIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -33,7 +35,7 @@ KLRL = [line for line in COMMANDS if line.startswith("klrl ") and "demo" not in 
 
 
 def test_the_readme_has_commands_to_try():
-    assert len(KLRL) == 5
+    assert len(KLRL) == 6
     assert {"python3 dev.py demo", "python3 dev.py test"} <= set(COMMANDS)
 
 
@@ -42,7 +44,7 @@ def test_the_commands_run_as_typed_one_after_the_other(tmp_path, monkeypatch, ca
     Path("table.csv").write_text("sentence,prob,reward\nthe cat,0.4,1\nthe dog,0.3,0\na cat,0.2,0\na dog,0.1,2\n", encoding="utf-8")
     for line in KLRL:
         words = shlex.split(line)[1:]
-        faster = ["--steps", "40"] if words[0] == "train" else []
+        faster = {"train": ["--steps", "40"], "check": ["--examples", "5"]}.get(words[0], [])
         assert cli.main(words + faster) == 0, line
     assert "reverse_kl" in capsys.readouterr().out
 
@@ -50,3 +52,8 @@ def test_the_commands_run_as_typed_one_after_the_other(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("path", re.findall(r"`(klrl_edu/[\w./]+)`", README))
 def test_a_path_that_the_readme_names_exists(path):
     assert (Path(__file__).parents[1] / path).exists()
+
+
+def test_the_counts_of_statements_and_claims_are_right():
+    statements, claims = map(int, re.search(r"(\d+) identities and bounds on random problems, (\d+) claims", README).groups())
+    assert (statements, claims) == (len(IDENTITIES), len(CLAIMS))

@@ -1,7 +1,8 @@
 """The site: `python3 dev.py docs` builds it, offline, into runs/site/html. Every tutorial and every page with code runs in the build.
 
 API pages and the benchmark's table are filled in as pages are read: `<!-- fill: api core -->` becomes the public names of
-klrl_edu/core with their docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote.
+klrl_edu/core with their docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote, `<!-- fill: identities -->`
+and `<!-- fill: claims -->` what `klrl check` finds now.
 """
 
 import ast
@@ -68,7 +69,22 @@ PUBLIC = re.compile(r"from klrl_edu\.?([\w.]*) import (\w+) as \w+")
 
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replaces the fill marks of a page."""
-    source[0] = FILL.sub(lambda mark: api(mark[2]) if mark[1] == "api" else benchmark(), source[0])
+    tables = {"benchmark": benchmark, "identities": identities, "claims": claims}
+    source[0] = FILL.sub(lambda mark: api(mark[2]) if mark[1] == "api" else tables[mark[1]](), source[0])
+
+
+def identities() -> str:
+    """Every statement of the theory with its largest error, computed now."""
+    from klrl_edu.theory.identities import identities_markdown
+
+    return identities_markdown()
+
+
+def claims() -> str:
+    """Every claim of the articles with the numbers that decide it, computed now."""
+    from klrl_edu.theory.claims import claims_markdown
+
+    return claims_markdown()
 
 
 def benchmark() -> str:

@@ -56,7 +56,7 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     check_kl_coef(kl_coef)
     trie = support.trie
     log_prior = edge_log_prior(support)
-    reward = _edge_rewards(support)
+    reward = edge_rewards(support)
     best, mass = reward.new_full((trie.nodes,), -math.inf), reward.new_full((trie.nodes,), -math.inf)  # m and ℓ of V
     mean = reward.new_zeros(trie.nodes)  # E_q of what follows: V at λ = inf
     edge_best, edge_mass, edge_mean = reward.clone(), log_prior.clone(), reward.clone()
@@ -90,7 +90,7 @@ def edge_log_prior(support: Support) -> Tensor:
     return _normalise_edges(logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key)), trie)
 
 
-def _edge_rewards(support: Support) -> Tensor:
+def edge_rewards(support: Support) -> Tensor:
     """r(s,a) [E]: a causal reward is the same for all sequences through an edge."""
     trie = support.trie
     on_path = trie.edge_of >= 0

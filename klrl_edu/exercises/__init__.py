@@ -16,7 +16,7 @@ from typing import Any
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.evaluation.records import json_line, write_atomically
-from klrl_edu.exercises import t01, t02, t03, t04, t06, t07, t08
+from klrl_edu.exercises import t01, t02, t03, t04, t05, t06, t07, t08
 from klrl_edu.exercises.judging import Exercise, judge
 
 
@@ -88,4 +88,4 @@ def _record(name: str, correct: bool) -> None:
         print(f"(not recorded: {reason})")
 
 
-EXERCISES: dict[str, Exercise] = {exercise.name: exercise for room in (t01, t02, t03, t04, t06, t07, t08) for exercise in room.EXERCISES}
+EXERCISES: dict[str, Exercise] = {exercise.name: exercise for room in (t01, t02, t03, t04, t05, t06, t07, t08) for exercise in room.EXERCISES}

@@ -22,7 +22,7 @@ from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.errors import InputError, KlrlError
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.experiments import plots
-from klrl_edu.experiments.console import Quiet, speaker
+from klrl_edu.experiments.console import CHECK_FAILED, Quiet, speaker
 from klrl_edu.experiments.runner import ProblemSource, claim_directory, write_json
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import LanguageModel
@@ -30,7 +30,6 @@ from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences_policy
 from klrl_edu.problems.problem import Problem
 
-CHECK_FAILED = 1
 _ROOMS = ("estimators", "learning")  # where functions of this package are looked for
 
 
@@ -124,7 +123,7 @@ def _module_of_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))  # its neighbours can be imported, as when Python runs the file
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # anything can go wrong in a user's file
+    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise InputError(f"{path} does not import: {_said(error)}; fix the file.") from None
     finally:
         sys.path.pop(0)
@@ -139,7 +138,7 @@ def _module_of_name(name: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise InputError(f"there is no module {name!r} here or installed; give module:function, or file.py:function with a path.") from None
         raise InputError(f"module {name!r} does not import: {_said(error)}; install what is missing.") from None
-    except Exception as error:  # anything can go wrong in a user's file
+    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise InputError(f"module {name!r} does not import: {_said(error)}; fix it.") from None
     finally:
         sys.path.pop(0)
@@ -174,7 +173,7 @@ def _run(target: str, kind: str, function: Callable[..., Any], policy: LanguageM
         ) from None
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 

@@ -30,7 +30,8 @@ from klrl_edu.exact.posterior import Posterior, looked_up
 from klrl_edu.exact.posterior import posterior as exact_posterior
 from klrl_edu.experiments import figures, plots
 from klrl_edu.experiments.audit_command import audit
-from klrl_edu.experiments.console import Quiet, speaker
+from klrl_edu.experiments.check_command import run_check
+from klrl_edu.experiments.console import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Quiet, speaker
 from klrl_edu.experiments.demo import run_demo
 from klrl_edu.experiments.runner import (
     LOSSES,
@@ -50,8 +51,8 @@ from klrl_edu.experiments.runner import (
 from klrl_edu.learning.training import SCHEDULES, comparison_metrics, train_steps
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.examples import EXAMPLES
+from klrl_edu.theory.identities import EXAMPLES as CHECK_EXAMPLES
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 _EVALUATIONS = 20  # exact comparisons in the course of a training run
 
 
@@ -254,6 +255,30 @@ def figure(name: Annotated[str, tyro.conf.Positional] = "list", /, *, out: Path 
     say(f"\n{entry.script.stem}.png, .pdf, data.json and result.json are in {directory} ({made.seconds:.1f} s)")
 
 
+def check(
+    *,
+    name: str | None = None,
+    claims: bool = False,
+    seed: int = 0,
+    examples: int = CHECK_EXAMPLES,
+    out: Path = Path("runs/check"),
+    quiet: Quiet = False,
+) -> None:
+    """Tries every identity and bound of the theory on random problems, and every claim of the five articles; exit 1 where one is not as stated.
+
+    Writes result.json (seed, examples, wrong: names; identities and claims: each with its formula, source, largest error, verdict and twin).
+
+    Args:
+        name: one statement or claim by its name; all by default.
+        claims: the articles' claims alone, with the numbers that decide each.
+        seed: of the random problems.
+        examples: random problems a statement.
+        out: where to write.
+    """
+    if not run_check(out, speaker(quiet), name=name, claims_only=claims, seed=seed, examples=examples):
+        raise SystemExit(CHECK_FAILED)
+
+
 def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
     """Versions, threads and devices, for a report.
 
@@ -275,7 +300,7 @@ def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
         say(f"{name:14} {value}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {run.__name__: run for run in (demo, posterior, train, compare, audit, figure, env)}
+COMMANDS: dict[str, Callable[..., None]] = {run.__name__: run for run in (demo, posterior, train, compare, audit, check, figure, env)}
 
 
 def main(arguments: list[str] | None = None) -> int:

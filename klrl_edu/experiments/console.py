@@ -1,10 +1,11 @@
-"""What every command shares of its talk: quiet or not."""
+"""What every command shares: exit codes, and how it talks."""
 
 from collections.abc import Callable
 from typing import Annotated
 
 import tyro
 
+OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Quiet = Annotated[bool, tyro.conf.arg(help="Print nothing but errors.")]
 
 

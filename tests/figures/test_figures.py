@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -195,6 +196,76 @@ def test_04_none_beats_the_posterior_at_its_own_objective():
 
     values = {side["name"]: objective(side["probabilities"]) for side in data["optima"]}
     assert max(values, key=values.get) == "reverse KL"
+
+
+# 05
+
+
+def clearing_by_hand(points):
+    """Figure 05's process in plain dictionaries: state -> action -> (prior, reward, {reply: probability})."""
+    process = {k: {"ask": (0.75, -0.02, {k - 1: 0.7, k: 0.22, "annoyed": 0.08}), "answer": (0.25, 0.3, {"over": 1.0})} for k in range(points, 0, -1)}
+    process[0] = {"ask": (0.2, -0.02, {0: 0.8, "annoyed": 0.2}), "answer": (0.8, 2.0, {"over": 1.0})}
+    process["annoyed"] = {"ask": (0.5, -0.2, {"annoyed": 0.5, "over": 0.5}), "answer": (0.5, -0.1, {"over": 1.0})}
+    return process
+
+
+def start_value(process, start, gamma, summary):
+    """The value of `start` after enough sweeps of V(s) = summary of (q, r + γ Σ P V) over actions."""
+    value = dict.fromkeys([*process, "over"], 0.0)
+    for _ in range(600):
+        for state, choices in process.items():
+            value[state] = summary([(q, r + gamma * sum(p * value[after] for after, p in replies.items())) for q, r, replies in choices.values()])
+    return value[start]
+
+
+def learners_of_05():
+    return {learner["name"]: learner for learner in committed("05")["learners"]}
+
+
+def medians_of_05(name):
+    """transitions -> gap, medians over the seeds."""
+    columns = (zip(*learners_of_05()[name][key], strict=True) for key in ("transitions", "gaps"))
+    return {statistics.median(n): statistics.median(gap) for n, gap in zip(*columns, strict=True)}
+
+
+def first_below(name, gap):
+    return next(n for n, found in medians_of_05(name).items() if found < gap)
+
+
+def test_05_the_line_is_the_optimum_and_the_prior_s_value_stands_below():
+    data, process = committed("05"), clearing_by_hand(6)
+    best = start_value(process, 6, 0.95, lambda row: 0.1 * math.log(math.fsum(q * math.exp(value / 0.1) for q, value in row)))
+    assert data["value"] == pytest.approx(best, abs=1e-12)
+    assert data["prior_value"] == pytest.approx(start_value(process, 6, 0.95, lambda row: math.fsum(q * v for q, v in row)), abs=1e-12)
+    assert start_value(process, 6, 0.95, lambda row: max(v for _, v in row)) > best > data["prior_value"] + 0.18  # a wrong sum is another number
+
+
+def test_05_gaps_are_never_negative_and_no_plan_exceeds_its_bound():
+    learners = learners_of_05()
+    assert all(0 <= gap < 1 for learner in learners.values() for row in learner["gaps"] for gap in row)
+    planning = learners["planning on the estimated model"]
+    pairs = [pair for rows in zip(planning["gaps"], planning["bounds"], strict=True) for pair in zip(*rows, strict=True)]
+    assert len(pairs) == 5 * 11
+    assert all(gap <= bound for gap, bound in pairs)
+    assert all(row[-1] < 0.25 * row[0] for row in planning["bounds"])
+
+
+def test_05_every_route_arrives():
+    for name, fraction in (("planning on the estimated model", 1e-3), ("soft Q-learning", 2e-3), ("policy gradient", 2e-2)):
+        gaps = list(medians_of_05(name).values())
+        assert gaps[-1] < fraction * gaps[0], name
+
+
+def test_05_planning_comes_first_q_learning_later_on_the_same_episodes_and_the_policy_gradient_last():
+    learners = learners_of_05()
+    planning, q_learning = (learners[name] for name in ("planning on the estimated model", "soft Q-learning"))
+    assert planning["transitions"] == q_learning["transitions"]
+    small = 0.01
+    assert 10 * first_below("planning on the estimated model", small) < first_below("soft Q-learning", small)
+    assert first_below("soft Q-learning", small) < first_below("policy gradient", small)
+    plan, learned = medians_of_05("planning on the estimated model"), medians_of_05("soft Q-learning")
+    assert [n for n in plan if plan[n] > learned[n]] == [n for n in plan if n < 100]  # a handful of episodes is no model
+    assert all(committed("05")["value"] - plan[n] < committed("05")["prior_value"] for n in plan if n < 100)
 
 
 # 06

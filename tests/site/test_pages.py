@@ -115,8 +115,23 @@ def test_the_code_of_add_your_own_runs_and_says_what_the_page_says(tmp_path, mon
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
-def test_add_your_own_fits_its_boxes():
-    too_wide = [
-        line for cell in CELLS.findall((TUTORIALS / "add_your_own.md").read_text(encoding="utf-8")) for line in cell.splitlines() if len(line) > 105
-    ]
-    assert too_wide == []
+def test_the_code_of_the_theory_page_runs_and_its_bound_holds(capsys):
+    page = (TUTORIALS / "theory.md").read_text(encoding="utf-8")
+    (cell,) = CELLS.findall(page)
+    scope: dict = {}
+    exec(cell, scope)
+    assert scope["try_statement"](scope["mean_reward_bound"], scope["random_cases"](1, 20)).error < 1e-12
+    assert "Trial(examples=100, error=" in capsys.readouterr().out
+
+
+def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
+    source = ["<!-- fill: identities -->\n\n<!-- fill: claims -->"]
+    conf.fill(None, "theory", source)
+    assert all(f"`{name}`" in source[0] for name in [*klrl_edu.identities.IDENTITIES, *klrl_edu.claims.CLAIMS])
+    assert "FAILS" not in source[0]
+
+
+@pytest.mark.parametrize("page", ["add_your_own", "theory"])
+def test_the_code_of_a_page_fits_its_boxes(page):
+    cells = CELLS.findall((TUTORIALS / f"{page}.md").read_text(encoding="utf-8"))
+    assert [line for cell in cells for line in cell.splitlines() if len(line) > 105] == []

@@ -1,0 +1,165 @@
+"""Random problems on which statements of the theory are tried.
+
+    q on K sequences,  r,  λ,  another policy π on the same K sequences                                          (1)
+
+Small enough for everything to be enumerated; with and without EOS, with sequences of no prior mass, ties, equal and large rewards,
+policies near q and far from it. K supported sequences, T tokens; logs in nats.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core import logspace
+from klrl_edu.core.draws import as_generator
+from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count
+from klrl_edu.exact.enumeration import Support, Tilted, problem_support, tilt
+from klrl_edu.exact.posterior import Posterior, posterior
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.rewards import Reward, table_reward, token_reward
+
+_SHAPES = ((2, 2, False), (2, 3, True), (3, 2, False), (2, 3, False), (3, 3, True))  # words, T, EOS
+_MOST = 8  # sequences with mass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and one policy.
+
+    Attributes:
+        problem: a SequenceTable prior, some of whose rows may have no mass; a reward by text or by token; λ.
+        support: its sequences with mass.
+        log_policy: log π [K] in nats, on the support, full.
+        key: of the case, "seed/index"; with a statement's name it seeds `noise`.
+    """
+
+    problem: Problem
+    support: Support
+    log_policy: Tensor
+    key: str
+    noise: random.Random
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log q [K] in nats."""
+        return self.support.log_prior
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """r [K] in reward units."""
+        return self.support.rewards
+
+    @property
+    def kl_coef(self) -> float:
+        """λ > 0 in reward units a nat."""
+        return self.problem.kl_coef
+
+    @cached_property
+    def tilted(self) -> Tilted:
+        """log π* [K], value λ log Z, log Z by enumeration."""
+        return tilt(self.log_prior, self.rewards, self.kl_coef)
+
+    @property
+    def log_star(self) -> Tensor:
+        """log π* [K] in nats."""
+        return self.tilted.log_posterior
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """u = log π/q [K] in nats."""
+        return self.log_policy - self.log_prior
+
+    @cached_property
+    def target(self) -> Posterior:
+        """The posterior as the package gives it."""
+        return posterior(self.problem)
+
+    @cached_property
+    def policy(self) -> SequenceTable:
+        """π as a table, in sequence logits."""
+        return SequenceTable(self.problem.space, self.support.tokens, self.log_policy)
+
+    def reseed(self, name: str) -> "Case":
+        """Starts `noise` again for a statement, so that what it sees does not depend on which others were tried before."""
+        self.noise.seed(f"{self.key}/{name}")
+        return self
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Gaussian numbers of this case."""
+        size = torch.Size(shape).numel()
+        return torch.tensor([self.noise.gauss(0, scale) for _ in range(size)], dtype=torch.float64).reshape(shape)
+
+    def distribution(self, *shape: int) -> Tensor:
+        """Random log-probabilities, normalised over the last axis."""
+        return torch.log_softmax(self.normal(*shape), -1)
+
+    def small(self, count: int) -> "SmallCase":
+        """The first `count` outcomes (at most K) of the case, q and π renormalised on them: what enumerating batches can afford."""
+        return SmallCase(
+            logspace.log_normalize(self.log_prior[:count]), self.rewards[:count], self.kl_coef, logspace.log_normalize(self.log_policy[:count])
+        )
+
+
+@dataclass(frozen=True)
+class SmallCase:
+    """log q, r, λ and log π on a few outcomes [K]."""
+
+    log_prior: Tensor
+    rewards: Tensor
+    kl_coef: float
+    log_policy: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """u = log π/q [K] in nats."""
+        return self.log_policy - self.log_prior
+
+
+def random_cases(seed: int, count: int) -> Iterator[Case]:
+    """`count` cases, the same for the same seed; case i does not depend on `count`.
+
+    Raises:
+        InputError: a seed that is no seed, a count below 1.
+    """
+    as_generator(seed)  # refuses what is no seed
+    for index in range(check_count(count, "examples")):
+        yield _case(f"{seed}/{index}")
+
+
+def _case(key: str) -> Case:
+    noise = random.Random(key)
+    words, length, eos = noise.choice(_SHAPES)
+    space = SequenceSpace(tuple("abc"[:words]), length, eos)
+    everything = space.all_tokens()
+    count = noise.randint(3, min(len(everything), _MOST + 2))
+    tokens = everything[sorted(noise.sample(range(len(everything)), count))]
+    logits = [noise.gauss(0, 1) for _ in range(count)]
+    for row in range(noise.randint(0, min(2, count - 3))):  # sequences without mass
+        logits[row] = float("-inf")
+    prior = SequenceTable(space, tokens, torch.tensor(logits, dtype=torch.float64)).requires_grad_(False)
+    kl_coef = noise.choice((0.1, 0.5, 1.0, 2.0, 5.0)) * noise.uniform(0.8, 1.25)
+    problem = Problem(prior, _reward(noise, space, tokens), kl_coef)
+    support = problem_support(problem)
+    spread = noise.choice((0.1, 1.0, 3.0))
+    logits_of_policy = support.log_prior + torch.tensor([noise.gauss(0, spread) for _ in support.tokens], dtype=torch.float64)
+    return Case(problem, support, logspace.log_normalize(logits_of_policy), key, noise)
+
+
+def _reward(noise: random.Random, space: SequenceSpace, tokens: Tensor) -> Reward:
+    """By token, or by text: spread out, tied, all equal, or large."""
+    kind = noise.choice(("token", "text", "text", "ties", "equal", "large"))
+    if kind == "token":
+        return token_reward([noise.gauss(0, 1) for _ in range(space.vocab_size)], space)
+    draws: dict[str, Callable[[], float]] = {
+        "text": lambda: noise.gauss(0, 1),
+        "ties": lambda: float(noise.randint(0, 1)),
+        "equal": lambda: 1.5,
+        "large": lambda: noise.gauss(0, 20),
+    }
+    return table_reward({text: draws[kind]() for text in space.decode(tokens)}, space)

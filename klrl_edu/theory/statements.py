@@ -1,0 +1,115 @@
+"""What a statement of the theory is, and how it is tried.
+
+    left(case) = right(case)   or   left(case) ≤ right(case)       on every case, within a tolerance               (1)
+
+Every statement comes with a broken twin, the same with one slip; a check that the twin passes would be worth nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from klrl_edu.theory.cases import Case
+
+TOLERANCE = 1e-12
+Sides = tuple[Tensor | float, Tensor | float]
+
+
+class Twin(NamedTuple):
+    """A statement with one slip: what the slip is, and the two sides with it."""
+
+    slip: str
+    sides: Callable[[Case], Sides]
+
+
+@dataclass
+class Statement:
+    """An identity or a bound.
+
+    Attributes:
+        name: of its function.
+        about: one line in words.
+        latex: the statement.
+        source: paper and equation, or how it follows.
+        tutorial: that explains it.
+        relation: "=" or "≤".
+        tolerance: largest error relative to max(1, |right|).
+        sides: case -> (left, right), tensors of one shape.
+        twin: the same with a slip.
+    """
+
+    name: str
+    about: str
+    latex: str
+    source: str
+    tutorial: str
+    relation: Literal["=", "≤"]
+    tolerance: float
+    sides: Callable[[Case], Sides]
+    twin: Twin | None = None
+
+    def broken(self, slip: str, sides: Callable[[Case], Sides]) -> None:
+        """Registers the broken twin."""
+        self.twin = Twin(slip, sides)
+
+
+def identity(latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE) -> Callable[[Callable[[Case], Sides]], Statement]:
+    """Makes `case -> (left, right)` a statement left = right; its docstring says it in words."""
+    return _statement(latex, source, tutorial, "=", tolerance)
+
+
+def bound(latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE) -> Callable[[Callable[[Case], Sides]], Statement]:
+    """Makes `case -> (left, right)` a statement left ≤ right."""
+    return _statement(latex, source, tutorial, "≤", tolerance)
+
+
+def _statement(
+    latex: str, source: str, tutorial: str, relation: Literal["=", "≤"], tolerance: float
+) -> Callable[[Callable[[Case], Sides]], Statement]:
+    def make(sides: Callable[[Case], Sides]) -> Statement:
+        return Statement(sides.__name__, (sides.__doc__ or "").strip(), latex, source, tutorial, relation, tolerance, sides)
+
+    return make
+
+
+class Trial(NamedTuple):
+    """What trying a statement on some cases gave.
+
+    Attributes:
+        examples: cases tried.
+        error: the largest error; NaN and inf count as inf.
+        worst: the index of the case that has it.
+    """
+
+    examples: int
+    error: float
+    worst: int
+
+
+def error(relation: str, left: Tensor | float, right: Tensor | float) -> float:
+    """max |left − right| / max(1, |right|) for "=", max (left − right)₊ / max(1, |right|) for "≤"; inf where either is not a number."""
+    left, right = torch.as_tensor(left, dtype=torch.float64), torch.as_tensor(right, dtype=torch.float64)
+    if left.shape != right.shape:
+        raise AssertionError(f"a statement's sides have shapes {list(left.shape)} and {list(right.shape)}")
+    excess = (left - right).abs() if relation == "=" else (left - right).clamp(min=0)
+    found = float(excess.max() / right.abs().max().clamp(min=1))
+    return found if math.isfinite(found) else math.inf
+
+
+def try_statement(statement: Statement, cases: Iterable[Case], sides: Callable[[Case], Sides] | None = None) -> Trial:
+    """The largest error of a statement over cases; with `sides`, of other two sides in its place."""
+    sides = statement.sides if sides is None else sides
+    errors = [error(statement.relation, *sides(case.reseed(statement.name))) for case in cases]
+    worst = max(range(len(errors)), key=lambda index: errors[index])
+    return Trial(len(errors), errors[worst], worst)
+
+
+def twin_is_caught(statement: Statement, cases: Iterable[Case]) -> bool:
+    """Whether the broken twin fails on one of the cases; the first that does ends the search."""
+    assert statement.twin is not None, f"{statement.name} has no broken twin"
+    sides = statement.twin.sides
+    return any(error(statement.relation, *sides(case.reseed(statement.name))) > statement.tolerance for case in cases)
