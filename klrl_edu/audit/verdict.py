@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_PARALLEL = 0.99  # cosine
+
 
 def verdict(name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: float, precision: float) -> str:
     """One sentence.
@@ -66,13 +68,19 @@ def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -
     found: list[tuple[int, str]] = []
     for one, other in itertools.combinations(targets, 2):
         basis = torch.stack([targets[one], targets[other]], 1)
-        if int(torch.linalg.matrix_rank(basis, rtol=precision)) < 2:
+        if _nearly_parallel(*basis.unbind(1)):
             continue
         a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
         if float((basis @ torch.tensor([a, b], dtype=mean.dtype) - mean).norm()) < precision * float(mean.norm()):
             plain = [abs(abs(c) - 1) < precision for c in (a, b)]
             found.append((plain.count(False), f"descends {_term(a, one, precision)}{_term(b, other, precision, joined=True)}"))
     return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _nearly_parallel(one: Tensor, other: Tensor) -> bool:
+    """Two targets whose difference is small beside them, or that are 0: large coefficients of opposite signs would fit what neither means."""
+    sizes = float(one.norm() * other.norm())
+    return sizes == 0 or abs(float(one @ other)) > _PARALLEL * sizes
 
 
 def _term(coefficient: float, name: str, precision: float, *, joined: bool = False) -> str:

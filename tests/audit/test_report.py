@@ -103,3 +103,10 @@ def test_a_report_prints_and_serialises():
     data = json.loads(json.dumps(seen.to_dict(), allow_nan=False))
     assert data["targets"]["objective"] == seen.targets["objective"].tolist()
     assert data["verdict"] == seen.verdict
+
+
+def test_nearly_parallel_targets_are_not_combined():
+    """27.1·a − 26.1·b of two directions a hundredth apart would be exact, and would mean nothing."""
+    a, b = [1.0, 0.0, 0.0], [1.0, 0.01, 0.0]
+    assert "biased for all" in report([1.0, 0.271, 0.0], a=a, b=b, c=[0.0, 0.0, 1.0]).verdict
+    assert "descends" in report([1.0, 0.271, 0.0], a=a, b=[0.0, 1.0, 0.0], c=[0.0, 0.0, 1.0]).verdict
