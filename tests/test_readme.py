@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from klrl_edu.audit.catalogue import markdown_table
 from klrl_edu.experiments import cli
 from klrl_edu.theory.claims import CLAIMS
 from klrl_edu.theory.identities import IDENTITIES
+from tests.benchmarks.bench import ESTIMATOR_MARKS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -35,7 +37,7 @@ KLRL = [line for line in COMMANDS if line.startswith("klrl ") and "demo" not in 
 
 
 def test_the_readme_has_commands_to_try():
-    assert len(KLRL) == 6
+    assert len(KLRL) == 7
     assert {"python3 dev.py demo", "python3 dev.py test"} <= set(COMMANDS)
 
 
@@ -57,3 +59,15 @@ def test_a_path_that_the_readme_names_exists(path):
 def test_the_counts_of_statements_and_claims_are_right():
     statements, claims = map(int, re.search(r"(\d+) identities and bounds on random problems, (\d+) claims", README).groups())
     assert (statements, claims) == (len(IDENTITIES), len(CLAIMS))
+
+
+def test_the_pytest_example_is_the_one_that_the_tests_run_and_has_ten_lines():
+    example = (Path(__file__).parent / "testing" / "test_readme_example.py").read_text(encoding="utf-8")
+    lines = [line for line in PYTHON[1].splitlines() if line]
+    assert len(lines) <= 10
+    assert lines == [line for line in example.partition("# README: begin")[2].partition("# README: end")[0].splitlines() if line]
+
+
+def test_the_table_of_estimators_is_what_the_audit_finds():
+    before, after = ESTIMATOR_MARKS
+    assert README.partition(before)[2].partition(after)[0].strip() == markdown_table()

@@ -2,7 +2,7 @@
 
 API pages and the benchmark's table are filled in as pages are read: `<!-- fill: api core -->` becomes the public names of
 klrl_edu/core with their docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote, `<!-- fill: identities -->`
-and `<!-- fill: claims -->` what `klrl check` finds now.
+and `<!-- fill: claims -->` what `klrl check` finds now, `<!-- fill: estimators -->` what `klrl audit` finds.
 """
 
 import ast
@@ -69,7 +69,7 @@ PUBLIC = re.compile(r"from klrl_edu\.?([\w.]*) import (\w+) as \w+")
 
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replaces the fill marks of a page."""
-    tables = {"benchmark": benchmark, "identities": identities, "claims": claims}
+    tables = {"benchmark": benchmark, "identities": identities, "claims": claims, "estimators": estimators}
     source[0] = FILL.sub(lambda mark: api(mark[2]) if mark[1] == "api" else tables[mark[1]](), source[0])
 
 
@@ -78,6 +78,13 @@ def identities() -> str:
     from klrl_edu.theory.identities import identities_markdown
 
     return identities_markdown()
+
+
+def estimators() -> str:
+    """Every estimator and loss with what it is unbiased for, audited now."""
+    from klrl_edu.audit.catalogue import markdown_table
+
+    return markdown_table()
 
 
 def claims() -> str:

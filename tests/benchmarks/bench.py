@@ -2,6 +2,7 @@
 
 python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md, results.json and the README's table
 python3 dev.py bench --long     with the thousand-step training runs as well
+python3 dev.py bench --estimators   only the README's table of estimators
 python3 dev.py bench --exact    only the README's table of what is exact, at what size and in what time
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from klrl_edu.audit.catalogue import markdown_table
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.evaluation.compare import compare
@@ -33,6 +35,7 @@ from tests.benchmarks import audits, structured
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 HERE = Path(__file__).parent
+ESTIMATOR_MARKS = ("<!-- estimators: written by python3 dev.py bench --estimators -->", "<!-- end of estimators -->")
 README, MARKS = HERE.parents[1] / "README.md", ("<!-- bench: written by python3 dev.py bench -->", "<!-- end of bench -->")
 BATCH, SHARE = 256, 16  # the full forward is timed on 1/16 of the batches and scaled
 
@@ -213,6 +216,9 @@ def main(arguments: list[str]) -> int:
         from tests.benchmarks import exact_sizes
 
         return exact_sizes.main()
+    if "--estimators" in arguments:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), f"{markdown_table()}\n", ESTIMATOR_MARKS), encoding="utf-8")
+        return 0
     torch.set_num_threads(1)
     rows = list(run(SHORT + ([thousand_steps] if "--long" in arguments else [])))
     (HERE / "results.md").write_text(table(rows), encoding="utf-8")

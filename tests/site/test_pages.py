@@ -124,6 +124,20 @@ def test_the_code_of_the_theory_page_runs_and_its_bound_holds(capsys):
     assert "Trial(examples=100, error=" in capsys.readouterr().out
 
 
+def test_the_code_of_the_verify_page_says_what_the_page_says(conf, capsys):
+    page = (TUTORIALS / "verify.md").read_text(encoding="utf-8")
+    scope: dict = {}
+    for cell in CELLS.findall(page):
+        exec(cell, scope)
+    said = capsys.readouterr().out
+    assert "centred follows objective, scaled by 0.666667" in said
+    assert "kl_penalty is unbiased for forward_kl and forward_kl_per_token" in said  # on two words whose first has the prior's law they are one
+    assert "kl_value is unbiased for reverse_kl and reverse_kl_per_token" in said
+    source = [page]
+    conf.fill(None, "verify", source)
+    assert "`kl_gradients.loss_k3`" in source[0]
+
+
 def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
     source = ["<!-- fill: identities -->\n\n<!-- fill: claims -->"]
     conf.fill(None, "theory", source)
@@ -131,7 +145,7 @@ def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
     assert "FAILS" not in source[0]
 
 
-@pytest.mark.parametrize("page", ["add_your_own", "theory"])
+@pytest.mark.parametrize("page", ["add_your_own", "theory", "verify"])
 def test_the_code_of_a_page_fits_its_boxes(page):
     cells = CELLS.findall((TUTORIALS / f"{page}.md").read_text(encoding="utf-8"))
     assert [line for cell in cells for line in cell.splitlines() if len(line) > 105] == []
