@@ -28,7 +28,7 @@ def dpo_gradient_at(case: Case, log_policy: Tensor, preferences: Tensor) -> Tens
     return torch.autograd.grad(loss, logits)[0]
 
 
-@identity(r"\nabla L_{\mathrm{DPO}}(\pi^*) = 0 \text{ under } P = \sigma(r_i-r_j)", "Rafailov et al. (2023), th. 1", "t12")
+@identity(r"\nabla L_{\mathrm{DPO}}(\pi^*) = 0 \text{ under } P = \sigma(r_i-r_j)", "Rafailov et al. (2023), §4", "t12")
 def dpo_optimum(case: Case) -> Sides:
     """Under Bradley–Terry preferences DPO's population gradient vanishes at the posterior."""
     rewards = bounded(case)
@@ -55,7 +55,7 @@ def implicit_reward(case: Case) -> Sides:
 implicit_reward.broken("the value left out", lambda case: (implicit_reward.sides(case)[0], case.rewards + 0.1))
 
 
-@identity(r"\pi_\tau \propto q\,e^{p(y\succ\mu)/\tau} \;\Rightarrow\; \nabla L_{\mathrm{IPO}}(\pi_\tau) = 0", "Azar et al. (2023), th. 2", "t12")
+@identity(r"\pi_\tau \propto q\,e^{p(y\succ\mu)/\tau} \;\Rightarrow\; \nabla L_{\mathrm{IPO}}(\pi_\tau) = 0", "Azar et al. (2023)", "t12")
 def ipo_optimum_is_stationary(case: Case) -> Sides:
     """IPO's population gradient vanishes at the posterior of the mean preference."""
     return _ipo_gradient(case, bradley_terry(bounded(case)), 1.0), torch.zeros_like(case.rewards)
@@ -76,7 +76,7 @@ ipo_optimum_is_stationary.broken("the optimum at 2τ", lambda case: _random_pref
 
 @identity(
     r"\max_\rho\min_{\rho'}\ \text{gap}(\pi) = 2\tau\,\mathrm{KL}\big(\pi\,\|\,q\,e^{P(\cdot\succ\pi)/\tau}/Z\big)",
-    "Munos et al. (2023), th. 1",
+    "Munos et al. (2023)",
     "t12",
 )
 def duality_gap_is_a_divergence(case: Case) -> Sides:
@@ -93,7 +93,7 @@ duality_gap_is_a_divergence.broken(
 )
 
 
-@bound(r"L_{\mathrm{DPO}}(\pi^*) \le L_{\mathrm{DPO}}(\pi)", "Rafailov et al. (2023), th. 1", "t12")
+@bound(r"L_{\mathrm{DPO}}(\pi^*) \le L_{\mathrm{DPO}}(\pi)", "Rafailov et al. (2023), §4", "t12")
 def dpo_minimum(case: Case) -> Sides:
     """No policy has a lower DPO loss than the posterior of the rewards behind the preferences."""
     rewards = bounded(case)

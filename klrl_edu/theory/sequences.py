@@ -62,7 +62,7 @@ def soft_values(case: Case) -> SoftValues:
     return soft_bellman(case.support, case.kl_coef)
 
 
-@identity(r"V(\varnothing) = \lambda\log Z", "Levine (2018), §2; curriculum t04", "t04")
+@identity(r"V(\varnothing) = \lambda\log Z", "Levine (2018), §2", "t04")
 def bellman_root(case: Case) -> Sides:
     """Backward induction ends at the evidence that the sum over sequences gives."""
     return soft_values(case).state_values[0], case.tilted.value
@@ -97,7 +97,7 @@ def _greedy(case: Case) -> Tensor:
     return lifted - logspace.segment_logsumexp(lifted, trie.parent, trie.nodes)[trie.parent]
 
 
-@identity(r"-V(\varnothing) + \sum_t r_t - \lambda\sum_t \log\frac{\pi^*(y_t|y_{<t})}{q(y_t|y_{<t})} = 0", "Nachum et al. (2017), eq. 14", "t05")
+@identity(r"-V(\varnothing) + \sum_t r_t - \lambda\sum_t \log\frac{\pi^*(y_t|y_{<t})}{q(y_t|y_{<t})} = 0", "Nachum et al. (2017)", "t05")
 def path_consistency(case: Case) -> Sides:
     """On every path, on-policy or off, the soft values, rewards and log-ratios of the optimum balance."""
     values = soft_values(case)
@@ -207,7 +207,7 @@ def _marginals(joint: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(joint, 1), torch.logsumexp(joint, 0)
 
 
-@identity(r"E_q\big[\log q(y_1|y_2) + \log q(y_2|y_1)\big] = -H(q) + I(Y_1;Y_2)", "curriculum t10; Besag (1975)", "t10")
+@identity(r"E_q\big[\log q(y_1|y_2) + \log q(y_2|y_1)\big] = -H(q) + I(Y_1;Y_2)", "Besag (1975) for the pseudo-likelihood", "t10")
 def pseudo_log_likelihood(case: Case) -> Sides:
     """On two words, what a masked model maximises is −H(q) + I: it counts the mutual information once too often."""
     joint = _two_words(case)
