@@ -47,8 +47,8 @@ def run_draw() -> Draw:
 
 
 def assert_samples_from(
-    sampler: Sampler | Tensor,
-    model: LanguageModel,
+    sampler: LanguageModel | Sampler | Tensor,
+    model: LanguageModel | None = None,
     *,
     n: int = 20_000,
     draw: Draw | None = None,
@@ -58,8 +58,9 @@ def assert_samples_from(
     """Independent samples have the model's distribution over whole sequences, by (1).
 
     Args:
-        sampler: called as sampler(n, draw=draw) -> tokens [n,T], or the tokens themselves, drawn independently.
-        model: the distribution they should have; its support is enumerated.
+        sampler: a model, whose `sample` is meant; a function called as sampler(n, draw=draw) -> tokens [n,T]; or the tokens themselves, drawn
+            independently.
+        model: the distribution they should have; its support is enumerated. By default the model that samples.
         n: how many to draw; ignored where tokens are given.
         draw: the randomness; by default the run's seed.
         prompt: [S] of the model, or None.
@@ -68,8 +69,14 @@ def assert_samples_from(
     Raises:
         AssertionError: a sequence of mass zero, or a count that (1) refuses.
         TooLargeError: the support cannot be enumerated.
+        InputError: no model to hold them against.
     """
-    tokens = sampler if isinstance(sampler, Tensor) else sampler(check_count(n, "n"), draw=run_draw() if draw is None else draw)
+    tokens = _drawn(sampler, check_count(n, "n"), run_draw() if draw is None else draw, prompt)
+    model = sampler if model is None and isinstance(sampler, LanguageModel) else model
+    if model is None:
+        raise InputError(
+            "model is missing: only a model that samples itself says what its samples should be; pass assert_samples_from(sampler, model)."
+        )
     support = enumerate_support(model, prompt=prompt)
     index = _index_in(support.tokens, model.space.check_tokens(tokens, "samples"))
     probs = support.log_weights.exp().cpu().numpy()
@@ -94,6 +101,13 @@ def assert_samples_from(
         f"expected {mass[k]:.6g}, between {limits.low[k]:,.0f} and {limits.high[k]:,.0f} times ({outside.sum()} of {len(mass)} bins are outside). "
         f"Remedy: compare the sampler's conditionals with conditional_log_probs(model, tokens), position by position.{claim}"
     )
+
+
+def _drawn(sampler: LanguageModel | Sampler | Tensor, n: int, draw: Draw, prompt: Tensor | None) -> Tensor:
+    """Tokens [n,T]."""
+    if isinstance(sampler, Tensor):
+        return sampler
+    return sampler.sample(n, draw=draw, prompt=prompt) if isinstance(sampler, LanguageModel) else sampler(n, draw=draw)
 
 
 class CountLimits(NamedTuple):

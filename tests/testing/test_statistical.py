@@ -113,6 +113,21 @@ def test_tokens_outside_the_space_and_spaces_too_large_are_refused():
         assert_samples_from(torch.zeros(5, 50, dtype=torch.long), NGramModel(SequenceSpace(tuple(map(str, range(1100))), 50, eos=False), 1))
 
 
+def test_a_model_alone_is_held_against_its_own_distribution():
+    class Bent(SequenceTable):
+        def sample(self, n, *, draw, prompt=None):
+            return SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=self.space).sample(n, draw=draw)
+
+    table = SequenceTable.from_texts({"head": 0.5, "tail": 0.5})
+    assert_samples_from(table)
+    bent = Bent(table.space, table.tokens, table.logits.detach())
+    with pytest.raises(AssertionError, match="samples are not from Bent"):
+        assert_samples_from(bent)
+    assert_samples_from(bent, SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=table.space))
+    with pytest.raises(InputError, match="model is missing"):
+        assert_samples_from(table.sample)
+
+
 def test_without_a_draw_samples_come_from_the_seed_of_the_run(monkeypatch):
     seen = []
 
