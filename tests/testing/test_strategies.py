@@ -75,6 +75,31 @@ def test_problems_reach(what):
     find(testing.problems(extremes=True), SEARCHED[what], settings=quick)
 
 
+OFTEN = {
+    "a row of the prior without mass": 0.2,
+    "tied prior rows": 0.2,
+    "a forbidden sequence": 0.1,
+    "equal rewards": 0.03,
+    "a huge reward": 0.05,
+    "lambda zero": 0.03,
+    "lambda inf": 0.03,
+}
+
+
+def test_hard_cases_occur_often_by_construction():
+    """Shares among 400 problems that are generated alike at every run."""
+    seen = []
+
+    @settings(derandomize=True, max_examples=400, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(problem=testing.problems(extremes=True))
+    def look(problem):
+        seen.append({what for what in OFTEN if SEARCHED[what](problem)})
+
+    look()
+    shares = {what: sum(what in case for case in seen) / len(seen) for what in OFTEN}
+    assert {what: share for what, share in shares.items() if share < OFTEN[what]} == {}
+
+
 @pytest.mark.parametrize("kind", [SequenceTable, RestrictedModel])
 def test_policies_reach_both_kinds(kind):
     problem = Problem(SequenceTable.from_texts({"a": 0.5, "b": 0.5}), lambda tokens, prompt: tokens[:, 0].double(), 1.0)
