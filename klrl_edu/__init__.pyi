@@ -1,9 +1,9 @@
 """The public names, listed once: the package reads this file and imports each on first use."""
 
 from klrl_edu import reference as reference
-from klrl_edu.audit import catalogue as catalogue
 from klrl_edu.audit.audit import audit_gradient as audit_gradient
 from klrl_edu.audit.audit import audit_value as audit_value
+from klrl_edu.audit.claims import catalogue as catalogue
 from klrl_edu.audit.report import AuditReport as AuditReport
 from klrl_edu.audit.staleness import StalenessReport as StalenessReport
 from klrl_edu.audit.staleness import audit_staleness as audit_staleness

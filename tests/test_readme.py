@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from klrl_edu.audit.catalogue import markdown_table
+from klrl_edu.audit.claims.catalogue import markdown_table
 from klrl_edu.experiments import cli
 from klrl_edu.theory.claims import CLAIMS
 from klrl_edu.theory.identities import IDENTITIES

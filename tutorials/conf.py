@@ -82,7 +82,7 @@ def identities() -> str:
 
 def estimators() -> str:
     """Every estimator and loss with what it is unbiased for, audited now."""
-    from klrl_edu.audit.catalogue import markdown_table
+    from klrl_edu.audit.claims.catalogue import markdown_table
 
     return markdown_table()
 

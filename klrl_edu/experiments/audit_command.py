@@ -187,7 +187,7 @@ def _draw(report: AuditReport, path: Path) -> None:
 
 def _audit_catalogue(out: Path, say: Callable[[str], None]) -> None:
     """Every claim of the package; exit 1 where one fails."""
-    from klrl_edu.audit.catalogue import catalogue_text, check_catalogue
+    from klrl_edu.audit.claims.catalogue import catalogue_text, check_catalogue
 
     rows = check_catalogue()
     directory = claim_directory(out, "audit")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klrl_edu.audit.catalogue import markdown_table
+from klrl_edu.audit.claims.catalogue import markdown_table
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.evaluation.compare import compare

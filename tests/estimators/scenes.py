@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from klrl_edu.audit.catalogue import answers_world, four_sentences_world
+from klrl_edu.audit.claims.catalogue import answers_world, four_sentences_world
 from klrl_edu.core import logspace
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.learning import losses

@@ -5,8 +5,8 @@ import json
 import pytest
 from matplotlib.axes import Axes
 
-from klrl_edu.audit import catalogue
 from klrl_edu.audit.audit import audit_gradient, audit_value
+from klrl_edu.audit.claims import catalogue
 from klrl_edu.estimators import kl_values
 from klrl_edu.experiments import cli, plots
 from klrl_edu.learning import losses

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klrl_edu.audit import predictions
-from klrl_edu.audit.entries import FORWARD, FORWARD_PER_TOKEN, NOTHING, OBJECTIVE, REVERSE, REVERSE_PER_TOKEN, Entry, gradient
-from klrl_edu.audit.predictions import of_divergence_to_posterior
+from klrl_edu.audit.claims import predictions
+from klrl_edu.audit.claims.entries import FORWARD, FORWARD_PER_TOKEN, NOTHING, OBJECTIVE, REVERSE, REVERSE_PER_TOKEN, Entry, gradient
+from klrl_edu.audit.claims.predictions import of_divergence_to_posterior
 from klrl_edu.estimators import advantages
 from klrl_edu.estimators import kl_gradients as kl
 from klrl_edu.exact.posterior import posterior

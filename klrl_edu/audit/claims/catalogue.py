@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klrl_edu.audit import gradient_claims, value_claims
 from klrl_edu.audit.audit import audit_gradient, audit_value
-from klrl_edu.audit.entries import Entry
+from klrl_edu.audit.claims import gradients, values
+from klrl_edu.audit.claims.entries import Entry
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.display import Cell, text_table
 from klrl_edu.exact.posterior import posterior
@@ -30,14 +30,14 @@ from klrl_edu.problems.rewards import table_reward
 TOLERANCE = 1e-12
 
 SECTIONS: dict[str, tuple[Entry, ...]] = {
-    "KL(π‖q) from samples": value_claims.KL_VALUES,
-    "Other divergences from the same samples": value_claims.DIVERGENCES,
-    "Means over tokens": value_claims.AGGREGATES,
-    "Evidence": value_claims.EVIDENCE,
-    "Gradients of KL": gradient_claims.KL_GRADIENTS,
-    "Gradients of KL from samples of μ": gradient_claims.OFF_POLICY,
-    "Policy gradients": gradient_claims.POLICY_GRADIENTS,
-    "f-DPG": gradient_claims.F_DPG,
+    "KL(π‖q) from samples": values.KL_VALUES,
+    "Other divergences from the same samples": values.DIVERGENCES,
+    "Means over tokens": values.AGGREGATES,
+    "Evidence": values.EVIDENCE,
+    "Gradients of KL": gradients.KL_GRADIENTS,
+    "Gradients of KL from samples of μ": gradients.OFF_POLICY,
+    "Policy gradients": gradients.POLICY_GRADIENTS,
+    "f-DPG": gradients.F_DPG,
 }
 CATALOGUE: tuple[Entry, ...] = tuple(entry for section in SECTIONS.values() for entry in section)
 

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from klrl_edu.audit import catalogue
 from klrl_edu.audit.audit import audit_gradient
-from klrl_edu.audit.catalogue import CATALOGUE, answers_world, catalogue_text, check_catalogue, check_entry, four_sentences_world
+from klrl_edu.audit.claims import catalogue
+from klrl_edu.audit.claims.catalogue import CATALOGUE, answers_world, catalogue_text, check_catalogue, check_entry, four_sentences_world
 from klrl_edu.estimators import advantages, aggregation, divergences, evidence, kl_gradients, kl_values, top_k
 from klrl_edu.learning import losses
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from klrl_edu.audit.predictions import Prediction
+from klrl_edu.audit.claims.predictions import Prediction
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.problem import Problem
 

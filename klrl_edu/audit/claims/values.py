@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klrl_edu.audit import predictions
-from klrl_edu.audit.entries import FORWARD, REVERSE, Entry, value
-from klrl_edu.audit.predictions import Prediction, mean_of
+from klrl_edu.audit.claims import predictions
+from klrl_edu.audit.claims.entries import FORWARD, REVERSE, Entry, value
+from klrl_edu.audit.claims.predictions import Prediction, mean_of
 from klrl_edu.estimators import divergences, evidence
 from klrl_edu.estimators.aggregation import fixed_length, seq_mean_token_mean, seq_mean_token_sum, token_mean
 from klrl_edu.estimators.kl_values import (
