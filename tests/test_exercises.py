@@ -10,6 +10,7 @@ import torch
 
 from klrl_edu import exercises, reference
 from klrl_edu.core.errors import InputError
+from klrl_edu.exact import regularizers
 from klrl_edu.exercises import EXERCISES, check, judging, t01
 from klrl_edu.exercises.judging import Exercise, Mistake, judge
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
@@ -62,6 +63,28 @@ def test_references_hold_the_numbers_of_the_course():
     assert value["t08.predictive"] == pytest.approx(dict(zip(FOUR_SENTENCES, (5 / 14, 4 / 14, 3 / 14, 2 / 14), strict=True)), abs=1e-15)
     assert EXERCISES["t08.even"].reference(0.3, 9) == pytest.approx((1 + 0.4**9) / 2, abs=1e-14)
     assert sum(value["t01.chain"]) == pytest.approx(reference.kl(t01.CORRELATED, FOUR_SENTENCES), abs=1e-12)
+
+
+def test_references_of_routes_estimators_and_auxiliary_models_hold_numbers_found_another_way():
+    value = {name: exercise.reference() for name, exercise in EXERCISES.items() if exercise.inputs is None}
+    star = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 1.0)[0]
+    first = {"the": star["the cat"] + star["the dog"], "a": star["a cat"] + star["a dog"]}
+    by_maximum = {"the": 0.7 * math.e, "a": 0.3 * math.exp(2)}
+    total = sum(by_maximum.values())
+    assert value["t05.hard"] == pytest.approx(reference.kl({a: x / total for a, x in by_maximum.items()}, first), abs=1e-12)
+    assert value["t06.noise"] == pytest.approx(math.sqrt(0.191954080129 / 64) / 0.099793472091, abs=1e-9)
+    reverse, forward = (0.061675, -0.101052, -0.079294, 0.118671), (0.1, -0.1, -0.1, 0.1)
+    assert list(value["t06.reward"].values()) == pytest.approx([a - b for a, b in zip(reverse, forward, strict=True)], abs=1e-6)
+    q, r = (torch.tensor(list(table.values()), dtype=torch.float64) for table in (FOUR_SENTENCES, FOUR_REWARDS))
+    end = EXERCISES["t06.end"].reference(FOUR_SENTENCES, FOUR_REWARDS, 1.0)
+    assert list(end.values()) == pytest.approx(regularizers.forward_kl(q.log(), r, 1.0).log_probs.exp().tolist(), abs=1e-11)
+    auxiliary = dict(zip(FOUR_SENTENCES, (0.3, 0.4, 0.2, 0.1), strict=True))
+    assert value["t07.variance"] == pytest.approx(0.3 * 16 / 9 + 0.1 * 4 - 0.36, abs=1e-12)
+    assert EXERCISES["t07.pair"].reference(auxiliary, FOUR_SENTENCES, FOUR_REWARDS) == pytest.approx(0.6 - 0.050685714286, abs=1e-11)
+    pi, p = (np.array(list(table.values())) for table in (FOUR_POLICY, auxiliary))
+    weight = pi * (1 - 2 * pi + (pi**2).sum())
+    assert value["t07.constant"] == pytest.approx(-(weight @ np.log(pi / p)) / weight.sum(), abs=1e-12)
+    assert EXERCISES["t07.regret"].reference(auxiliary, FOUR_SENTENCES, FOUR_REWARDS, 1.0) == pytest.approx(0.021255347883, abs=1e-11)
 
 
 def test_dots_are_not_answered_yet_and_leave_no_record(capsys, answers):
