@@ -1,24 +1,28 @@
 """`klrl check`: every identity of the theory on random problems, and every claim of the articles, by number."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from klrl_edu.core.display import text_table
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count
+from klrl_edu.experiments.console import speaker
 from klrl_edu.experiments.runner import claim_directory, write_json
 from klrl_edu.theory.claims import CLAIMS, claims_text
 from klrl_edu.theory.identities import HEADER, IDENTITIES, check_identities, find_identity
 
 
-def run_check(out: Path, say: Callable[[str], None], *, name: str | None, claims_only: bool, seed: int, examples: int) -> bool:
+def run_check(out: Path, *, quiet: bool, name: str | None, claims_only: bool, seed: int, examples: int) -> bool:
     """Checks, prints a table of each kind, and writes result.json; returns whether everything holds.
 
     Args:
         out: where result.json goes.
+        quiet: print nothing.
         name: one statement or one claim; None for all.
         claims_only: the articles' claims alone, with what was seen of each.
         seed, examples: of the random problems that the statements are tried on.
@@ -29,9 +33,10 @@ def run_check(out: Path, say: Callable[[str], None], *, name: str | None, claims
     statements, claims = _asked_for(name, claims_only)
     check_count(examples, "examples")
     as_generator(seed)  # a bad seed is refused here, before anything is written
-    directory = claim_directory(out, "check")
+    directory, say = claim_directory(out, "check"), speaker(quiet)
     started = time.process_time()
-    identities = list(check_identities(statements, seed=seed, examples=examples)) if statements else []
+    trying = check_identities(statements, seed=seed, examples=examples) if statements else ()
+    identities = list(tqdm(trying, desc="checking", total=len(statements), disable=quiet or None, leave=False))
     checks = [CLAIMS[claim].check() for claim in claims]
     if identities:
         say(f"{len(identities)} statements on {examples} random problems, each beside a broken twin that must fail")

@@ -275,7 +275,7 @@ def check(
         examples: random problems a statement.
         out: where to write.
     """
-    if not run_check(out, speaker(quiet), name=name, claims_only=claims, seed=seed, examples=examples):
+    if not run_check(out, quiet=quiet, name=name, claims_only=claims, seed=seed, examples=examples):
         raise SystemExit(CHECK_FAILED)
 
 

@@ -31,6 +31,15 @@ def test_everything_holds_and_is_saved(tmp_path, capsys):
     assert {"latex", "source", "largest_error", "twin", "tutorial"} <= set(result["identities"][0])
 
 
+@pytest.mark.slow
+def test_the_default_run_keeps_within_a_minute(tmp_path):
+    assert cli.main(["check", "--quiet"]) == 0
+    result = saved(tmp_path / "runs/check")
+    assert result["examples"] == 200
+    assert len(result["identities"]) >= 40
+    assert result["seconds"] < 60  # of CPU time on one thread; 18 on a quiet machine
+
+
 def test_one_statement_and_one_claim_by_name(tmp_path, capsys):
     assert cli.main(["check", "--name", "pinsker", "--examples", "5", "--seed", "3"]) == 0
     assert [row["name"] for row in saved(tmp_path / "runs/check")["identities"]] == ["pinsker"]
