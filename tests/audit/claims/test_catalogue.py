@@ -13,6 +13,7 @@ from klrl_edu.audit.claims import catalogue
 from klrl_edu.audit.claims.catalogue import CATALOGUE, answers_world, catalogue_text, check_catalogue, check_entry, four_sentences_world
 from klrl_edu.estimators import advantages, aggregation, divergences, evidence, kl_gradients, kl_values, top_k
 from klrl_edu.learning import losses
+from klrl_edu.learning.batches import needs_of
 
 MODULES = (kl_values, top_k, divergences, kl_gradients, aggregation, advantages, evidence, losses)
 TOOLS = {  # no estimators: what they are made of, and one whose samples have two laws
@@ -43,6 +44,31 @@ def test_each_claim_holds_to_twelve_digits(entry, world):
     row = check_entry(entry, world())
     assert row.error <= 1e-12
     assert row.holds
+
+
+SINGLE = [entry for entry in CATALOGUE if entry.kind == "gradient" and entry.batch_size == 1 and "support" not in needs_of(entry.function)]
+
+
+@pytest.mark.parametrize("entry", SINGLE, ids=lambda entry: entry.name)
+def test_two_sequences_give_the_mean_of_both(entry):
+    """Averaged over a batch: the same mean and half the variance. A sum over sequences would double the mean, and no single one would tell."""
+    world = answers_world()
+    one, two = (check_entry(dataclasses.replace(entry, batch_size=size), world) for size in (1, 2))
+    assert two.error <= 1e-12
+    assert two.variance == pytest.approx(one.variance / 2, rel=1e-10)
+
+
+DEFAULTS = {
+    "ppo_clip": {"clip": 0.2},  # Schulman et al. (2017)
+    "grpo": {"clip": 0.2, "epsilon": 1e-4},  # TRL's epsilon
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28},  # Yu et al. (2025)
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_published_ones(name):
+    parameters = inspect.signature(getattr(losses, name)).parameters
+    assert {key: parameters[key].default for key in DEFAULTS[name] if key in parameters} == DEFAULTS[name]
 
 
 def test_every_estimator_and_loss_is_in_the_catalogue():
