@@ -59,16 +59,18 @@ def test_two_sequences_give_the_mean_of_both(entry):
 
 
 DEFAULTS = {
-    "ppo_clip": {"clip": 0.2},  # Schulman et al. (2017)
-    "grpo": {"clip": 0.2, "epsilon": 1e-4},  # TRL's epsilon
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28},  # Yu et al. (2025)
+    losses.ppo_clip: {"clip": 0.2},  # Schulman et al. (2017)
+    losses.grpo: {"clip": 0.2, "epsilon": 1e-4},  # TRL's epsilon
+    losses.dapo: {"clip_low": 0.2, "clip_high": 0.28},  # Yu et al. (2025)
+    kl_values.clamped_k3: {"bound": 10.0},  # verl's two clamps
+    kl_values.input_clamped_k3: {"bound": 20.0},
 }
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_are_the_published_ones(name):
-    parameters = inspect.signature(getattr(losses, name)).parameters
-    assert {key: parameters[key].default for key in DEFAULTS[name] if key in parameters} == DEFAULTS[name]
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda function: function.__name__)
+def test_defaults_are_the_published_ones(function):
+    parameters = inspect.signature(function).parameters
+    assert {key: parameters[key].default for key in DEFAULTS[function]} == DEFAULTS[function]
 
 
 def test_every_estimator_and_loss_is_in_the_catalogue():
