@@ -115,11 +115,6 @@ class SmallCase:
     kl_coef: float
     log_policy: Tensor
 
-    @property
-    def log_ratio(self) -> Tensor:
-        """u = log π/q [K] in nats."""
-        return self.log_policy - self.log_prior
-
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:
     """`count` cases, the same for the same seed; case i does not depend on `count`.

@@ -49,14 +49,14 @@ def tokens_are_decisions(case: Case) -> Sides:
     return torch.cat([log_policy, case.log_star.new_tensor([solution.value])]), torch.cat([case.log_star, case.tilted.value[None]])
 
 
-def _half_the_values(case: Case) -> Sides:
+def _at_twice_kl_coef(case: Case) -> Sides:
     values = value_iteration(token_process(case.problem), 2 * case.kl_coef)
     trie = case.support.trie
     log_policy = edge_sums(case, values.log_policy[trie.parent, trie.token])
     return torch.cat([log_policy, case.log_star.new_tensor([values.value])]), tokens_are_decisions.sides(case)[1]
 
 
-tokens_are_decisions.broken("solved at 2λ", _half_the_values)
+tokens_are_decisions.broken("solved at 2λ", _at_twice_kl_coef)
 
 
 @identity(

@@ -107,9 +107,7 @@ def natural_gradient(case: Case) -> Sides:
     return fisher @ (case.rewards - case.kl_coef * case.log_ratio), objective_gradient(case)
 
 
-natural_gradient.broken(
-    "the reward alone", lambda case: (natural_gradient.sides(case)[0], average_score(case, case.rewards - case.rewards.mean() + case.log_ratio))
-)
+natural_gradient.broken("the gradient of the reward alone", lambda case: (natural_gradient.sides(case)[0], average_score(case, case.rewards)))
 
 
 @bound(r"E\|s\|^2(R-b^*)^2 \le E\|s\|^2(R-b)^2,\quad b^* = \frac{E\|s\|^2R}{E\|s\|^2}", "Greensmith et al. (2004)", "t06")

@@ -39,7 +39,7 @@ def dpo_optimum(case: Case) -> Sides:
 dpo_optimum.broken(
     "the prior in its place",
     lambda case: (
-        dpo_gradient_at(case, case.log_prior, bradley_terry(bounded(case) + case.normal(len(case.rewards)))),
+        dpo_gradient_at(case, case.log_prior, bradley_terry(bounded(case))),
         torch.zeros_like(case.rewards),
     ),
 )
@@ -52,7 +52,7 @@ def implicit_reward(case: Case) -> Sides:
     return case.kl_coef * (star - case.log_prior), case.rewards - case.tilted.value
 
 
-implicit_reward.broken("the value left out", lambda case: (implicit_reward.sides(case)[0], case.rewards + 0.1))
+implicit_reward.broken("the value left out", lambda case: (implicit_reward.sides(case)[0], case.rewards))
 
 
 @identity(r"\pi_\tau \propto q\,e^{p(y\succ\mu)/\tau} \;\Rightarrow\; \nabla L_{\mathrm{IPO}}(\pi_\tau) = 0", "Azar et al. (2023)", "t12")
@@ -67,11 +67,9 @@ def _ipo_gradient(case: Case, preferences: Tensor, factor: float) -> Tensor:
     return torch.autograd.grad(ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau), logits)[0]
 
 
-def _random_preferences(case: Case, factor: float) -> Sides:
-    return _ipo_gradient(case, bradley_terry(case.normal(len(case.rewards))), factor), torch.zeros_like(case.rewards)
-
-
-ipo_optimum_is_stationary.broken("the optimum at 2τ", lambda case: _random_preferences(case, 2.0))
+ipo_optimum_is_stationary.broken(
+    "the optimum at 2τ", lambda case: (_ipo_gradient(case, bradley_terry(bounded(case)), 2.0), torch.zeros_like(case.rewards))
+)
 
 
 @identity(

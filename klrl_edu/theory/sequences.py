@@ -84,7 +84,7 @@ def bellman_policy(case: Case) -> Sides:
 
 
 bellman_policy.broken(
-    "tilted by the reward so far instead of Q",
+    "tilted by the mean return ahead, not by the soft one",
     lambda case: (edge_sums(case, _greedy(case)), case.log_star),
 )
 

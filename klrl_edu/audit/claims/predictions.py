@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch, score_batch
 from klrl_edu.models.contract import LanguageModel, enumerate_support, token_log_probs
 from klrl_edu.problems.problem import Problem
@@ -23,11 +22,6 @@ from klrl_edu.problems.problem import Problem
 Prediction = Callable[[LanguageModel, Problem, LanguageModel], Tensor]
 
 # --- gradients --------------------------------------------------------------------------------------------------------
-
-
-def of_batch_mean(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
-    """½ ∇(−J): the mean of a group of two contains half of oneself."""
-    return _slope(losses.exact(_whole(policy, problem, behaviour)), policy) / 2
 
 
 def of_dr_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
