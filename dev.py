@@ -4,14 +4,17 @@
     python3 dev.py demo      set up, then the demo (one to two minutes)
     python3 dev.py test      set up, then the tests; further words go to pytest
     python3 dev.py check     set up, then ruff and mypy
-    python3 dev.py bench     set up, then the speed ratios, a few minutes: tests/benchmarks/results.md; --long: training runs too; --exact: sizes;
+    python3 dev.py bench     set up, then the speed ratios, a few minutes:
+    tests/benchmarks/results.md; --long: training runs too; --exact: sizes;
                              --estimators: the README's table of estimators
     python3 dev.py docs      set up, then the site, every page executed: runs/site/html/index.html
-    python3 dev.py student   set up, then the tutorials without their solutions, in runs/student or where you say
-    python3 dev.py figures   set up, then every figure with its data again, in figures/; further words: some numbers only
+    python3 dev.py student   set up, then the tutorials without their solutions, in runs/student or
+    where you say
+    python3 dev.py figures   set up, then every figure with its data again, in figures/; further
+    words: some numbers only
 
-Each makes .venv if there is none, installs the package with what the target needs, and stamps what it installed, so that a
-second call starts at once. Only the standard library is used here.
+Each makes .venv if there is none, installs the package with what the target needs, and stamps what
+it installed, so that a second call starts at once. Only the standard library is used here.
 """
 
 import hashlib
@@ -31,17 +34,39 @@ MINIMUM = (3, 11)
 def main(arguments: list[str]) -> int:
     """Runs one target; returns its exit code."""
     if sys.version_info < MINIMUM:
-        print(f"dev.py: this is Python {sys.version.split()[0]}; Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed.", file=sys.stderr)
+        print(
+            f"dev.py: this is Python {sys.version.split()[0]}; Python {MINIMUM[0]}.{MINIMUM[1]} or"
+            " newer is needed.",
+            file=sys.stderr,
+        )
         return 2
-    targets = {"demo": demo, "test": test, "check": check, "bench": bench, "docs": docs, "student": student, "figures": figures}
+    targets = {
+        "demo": demo,
+        "test": test,
+        "check": check,
+        "bench": bench,
+        "docs": docs,
+        "student": student,
+        "figures": figures,
+    }
     if not arguments or arguments[0] not in targets:
-        asked = f"no target {arguments[0]!r}. " if arguments and arguments[0] not in ("-h", "--help") else ""
-        print(f"dev.py: {asked}Usage:\n{(__doc__ or '').partition(chr(10) * 2)[2].rstrip()}", file=sys.stderr if asked else sys.stdout)
+        asked = (
+            f"no target {arguments[0]!r}. "
+            if arguments and arguments[0] not in ("-h", "--help")
+            else ""
+        )
+        print(
+            f"dev.py: {asked}Usage:\n{(__doc__ or '').partition(chr(10) * 2)[2].rstrip()}",
+            file=sys.stderr if asked else sys.stdout,
+        )
         return 2 if asked else 0
     try:
         return targets[arguments[0]](arguments[1:])
     except subprocess.CalledProcessError as error:
-        print(f"dev.py: set-up failed (exit {error.returncode}): {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        print(
+            f"dev.py: set-up failed (exit {error.returncode}): {' '.join(map(str, error.cmd))}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130
@@ -56,13 +81,27 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """The tests, on all cores, one torch thread each."""
     set_up("test")
-    return run("-m", "pytest", "-n", "auto", "--dist", "worksteal", "--klrl-false-alarm", "1e-6", *arguments)
+    return run(
+        "-m",
+        "pytest",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        "--klrl-false-alarm",
+        "1e-6",
+        *arguments,
+    )
 
 
 def check(arguments: list[str]) -> int:
     """Style and types."""
     set_up("dev")
-    return max(run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", "."), run("-m", "mypy"))
+    return max(
+        run("-m", "ruff", "check", "."),
+        run("-m", "ruff", "format", "--check", "."),
+        run("-m", "mypy"),
+    )
 
 
 def bench(arguments: list[str]) -> int:
@@ -72,7 +111,9 @@ def bench(arguments: list[str]) -> int:
 
 
 def docs(arguments: list[str]) -> int:
-    """The site from scratch, offline; a warning, or a page that did not run, fails it. Further words go to sphinx-build."""
+    """The site from scratch, offline; a warning, or a page that did not run, fails it. Further
+    words go to sphinx-build.
+    """
     set_up("docs")
     site = ROOT / "runs" / "site"
     shutil.rmtree(site, ignore_errors=True)
@@ -101,7 +142,9 @@ def run(*arguments: str) -> int:
 
 
 def set_up(extra: str = "") -> None:
-    """Makes the environment and installs the package with one extra, unless the stamp says that this was done."""
+    """Makes the environment and installs the package with one extra, unless the stamp says that
+    this was done.
+    """
     stamp = VENV / f"klrl-{extra or 'core'}.stamp"
     wanted = fingerprint()
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
@@ -109,9 +152,24 @@ def set_up(extra: str = "") -> None:
     if not PYTHON.exists():
         print(f"making {VENV.name} with Python {sys.version.split()[0]} …", flush=True)
         venv.create(VENV, with_pip=True)
-    print(f"installing klrl_edu{f'[{extra}]' if extra else ''} (the first time takes a few minutes: torch is large) …", flush=True)
+    print(
+        f"installing klrl_edu{f'[{extra}]' if extra else ''} (the first time takes a few minutes:"
+        " torch is large) …",
+        flush=True,
+    )
     package = f".[{extra}]" if extra else "."
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", "-e", package]
+    command = [
+        str(PYTHON),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        "constraints.txt",
+        "-e",
+        package,
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     stamp.write_text(wanted)
 

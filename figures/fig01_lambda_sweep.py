@@ -1,10 +1,10 @@
 """Four sentences, every λ: from the argmax of the reward to the prior
 
-    π*_λ(y) = q(y) e^{r(y)/λ} / Z,    λ → 0: q restricted to argmax r,    λ → ∞: q                               (1)
-    λ → ∞:  E[r] − E_q[r] ≈ Var_q(r)/λ,    KL(π*_λ‖q) ≈ Var_q(r)/2λ²                                              (2)
+    π*_λ(y) = q(y) e^{r(y)/λ} / Z,    λ → 0: q restricted to argmax r,    λ → ∞: q               (1)
+    λ → ∞:  E[r] − E_q[r] ≈ Var_q(r)/λ,    KL(π*_λ‖q) ≈ Var_q(r)/2λ²                             (2)
 
-Seen: each sentence's probability moves from its limit at λ → 0 to its prior; E[r] falls from max r to E_q[r], and KL(π*_λ‖q)
-from −log q(argmax r) to 0. Dotted: the expansion (2).
+Seen: each sentence's probability moves from its limit at λ → 0 to its prior; E[r] falls from max r
+to E_q[r], and KL(π*_λ‖q) from −log q(argmax r) to 0. Dotted: the expansion (2).
 
 Source: The course's four sentences; (1) is Korbak, Perez & Buckley (2022), eq. 3
 
@@ -61,7 +61,11 @@ def compute(config: Config) -> dict[str, Any]:
 def _posterior(kl_coef: float) -> dict[str, Any]:
     target = klrl.posterior(klrl.four_sentences(kl_coef))
     side = klrl.compare(target.model, target)
-    return {"probabilities": target.log_probs.exp().tolist(), "expected_reward": side.expected_reward, "kl_to_prior": side.kl_to_prior}
+    return {
+        "probabilities": target.log_probs.exp().tolist(),
+        "expected_reward": side.expected_reward,
+        "kl_to_prior": side.kl_to_prior,
+    }
 
 
 @plots.publication_style()
@@ -72,10 +76,29 @@ def draw(data: dict[str, Any]) -> Figure:
     lam, zero, infinity = data["kl_coef"], data["at_zero"], data["at_infinity"]
     for k, (text, colour) in enumerate(zip(data["sentences"], plots.POLICY_COLOURS, strict=False)):
         sentences.plot(lam, [row[k] for row in data["posterior"]], color=colour)
-        sentences.plot(lam[0] / 1.35, zero["probabilities"][k], marker="<", color=colour, markersize=5, clip_on=False)
-        sentences.plot(lam[-1] * 1.35, infinity["probabilities"][k], marker=">", color=colour, markersize=5, clip_on=False)
+        sentences.plot(
+            lam[0] / 1.35,
+            zero["probabilities"][k],
+            marker="<",
+            color=colour,
+            markersize=5,
+            clip_on=False,
+        )
+        sentences.plot(
+            lam[-1] * 1.35,
+            infinity["probabilities"][k],
+            marker=">",
+            color=colour,
+            markersize=5,
+            clip_on=False,
+        )
         sentences.annotate(
-            f"{text}, r = {data['rewards'][k]:g}", (lam[-1] * 1.35, data["prior"][k]), (7, -3), textcoords="offset points", color=colour, fontsize=8
+            f"{text}, r = {data['rewards'][k]:g}",
+            (lam[-1] * 1.35, data["prior"][k]),
+            (7, -3),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8,
         )
     sentences.set(ylabel="π*(y)", ylim=(-0.02, 1.02), title="Posterior probabilities")
     for ax, name, symbol in ((reward, "expected_reward", "E[r]"), (kl, "kl_to_prior", "KL(π*‖q)")):
@@ -85,12 +108,42 @@ def draw(data: dict[str, Any]) -> Figure:
         ax.set(ylabel=symbol + (" in nats" if name == "kl_to_prior" else " in reward units"))
     far = [x for x in lam if x >= 0.7]
     reward.plot(
-        far, [infinity["expected_reward"] + data["prior_variance"] / x for x in far], ":", color=plots.VERMILION, label="E$_q$[r] + Var$_q$(r)/λ"
+        far,
+        [infinity["expected_reward"] + data["prior_variance"] / x for x in far],
+        ":",
+        color=plots.VERMILION,
+        label="E$_q$[r] + Var$_q$(r)/λ",
     )
-    kl.plot(far, [data["prior_variance"] / (2 * x * x) for x in far], ":", color=plots.VERMILION, label="Var$_q$(r)/2λ²")
-    reward.annotate("max r", (lam[-1], zero["expected_reward"]), (0, -10), textcoords="offset points", ha="right", fontsize=8)
-    reward.annotate("E$_q$[r]", (lam[0], infinity["expected_reward"]), (0, 4), textcoords="offset points", fontsize=8)
-    kl.annotate("−log q(argmax r)", (lam[-1], zero["kl_to_prior"]), (0, -10), textcoords="offset points", ha="right", fontsize=8)
+    kl.plot(
+        far,
+        [data["prior_variance"] / (2 * x * x) for x in far],
+        ":",
+        color=plots.VERMILION,
+        label="Var$_q$(r)/2λ²",
+    )
+    reward.annotate(
+        "max r",
+        (lam[-1], zero["expected_reward"]),
+        (0, -10),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
+    reward.annotate(
+        "E$_q$[r]",
+        (lam[0], infinity["expected_reward"]),
+        (0, 4),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    kl.annotate(
+        "−log q(argmax r)",
+        (lam[-1], zero["kl_to_prior"]),
+        (0, -10),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
     reward.set(ylim=(0.45, 2.1), title="Expected reward")
     kl.set(ylim=(-0.08, 2.5), title="Divergence from the prior")
     for ax in (sentences, reward, kl):

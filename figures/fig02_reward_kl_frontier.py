@@ -1,20 +1,25 @@
 """The reward–KL frontier: what any policy can earn for its divergence from the prior
 
-    max {E_π[r] : KL(π‖q) = k} is reached by π*_λ with KL(π*_λ‖q) = k, and the frontier's slope there is λ          (1)
-    E_π[r] ≤ λ log Z_λ + λ KL(π‖q)   for every π and λ: the tangents                                              (2)
+    max {E_π[r] : KL(π‖q) = k} is reached by π*_λ with KL(π*_λ‖q) = k, and the frontier's slope
+    there is λ          (1)
+    E_π[r] ≤ λ log Z_λ + λ KL(π‖q)   for every π and λ: the tangents                             (2)
 
-Seen: the exact frontier with tangents of slope λ; policies trained from the prior by plain policy gradient (RLOO) pass below it
-on their way to π*_λ; without the KL term each early stop lies below it too, the further the longer.
-The published setting trains GPT-2 on film reviews; the prior here is 100 surnames, the reward their Scrabble score over ten,
-and the frontier is exact instead of traced by runs.
+Seen: the exact frontier with tangents of slope λ; policies trained from the prior by plain policy
+gradient (RLOO) pass below it on their way to π*_λ; without the KL term each early stop lies below
+it too, the further the longer. The published setting trains GPT-2 on film reviews; the prior here
+is 100 surnames, the reward their Scrabble score over ten, and the frontier is exact instead of
+traced by runs.
 
 Source: Rafailov et al. (2023), figure 2, left
 
 Data:
-    frontier     kl_coef λ [K] (falling), kl_to_prior [K] in nats, expected_reward [K] in reward units; from q to argmax r
+    frontier     kl_coef λ [K] (falling), kl_to_prior [K] in nats, expected_reward [K] in reward
+    units; from q to argmax r
     end          the frontier's end at λ → 0: kl_to_prior, expected_reward
-    tangents     a row a trained λ > 0: kl_coef, kl_to_prior, expected_reward, value (λ log Z, the intercept of (2))
-    runs         a row a run: kl_coef, step [M], kl_to_prior [M], expected_reward [M], shortfall [M] (frontier minus E[r] at the
+    tangents     a row a trained λ > 0: kl_coef, kl_to_prior, expected_reward, value (λ log Z, the
+    intercept of (2))
+    runs         a row a run: kl_coef, step [M], kl_to_prior [M], expected_reward [M], shortfall [M]
+    (frontier minus E[r] at the
                  run's own KL, in reward units)
     smallest_shortfall, largest_shortfall    over all runs: the smallest is not negative
 """
@@ -57,12 +62,20 @@ def compute(config: Config) -> dict[str, Any]:
     height = _frontier_height(point)
     frontier = [point(lam) for lam in _grid(20.0, 0.05, config.points)]
     end = point(0.0)
-    runs = [_train(klrl.Problem(problem.prior, problem.reward, lam), support, config) for lam in config.kl_coefs]
+    runs = [
+        _train(klrl.Problem(problem.prior, problem.reward, lam), support, config)
+        for lam in config.kl_coefs
+    ]
     for run in runs:
-        run["shortfall"] = [height(k) - r for k, r in zip(run["kl_to_prior"], run["expected_reward"], strict=True)]
+        run["shortfall"] = [
+            height(k) - r for k, r in zip(run["kl_to_prior"], run["expected_reward"], strict=True)
+        ]
     shortfalls = [value for run in runs for value in run["shortfall"]]
     return {
-        "frontier": {name: [row[name] for row in frontier] for name in ("kl_coef", "kl_to_prior", "expected_reward")},
+        "frontier": {
+            name: [row[name] for row in frontier]
+            for name in ("kl_coef", "kl_to_prior", "expected_reward")
+        },
         "end": {name: end[name] for name in ("kl_to_prior", "expected_reward")},
         "tangents": [point(lam) for lam in config.kl_coefs if lam > 0],
         "runs": runs,
@@ -75,7 +88,11 @@ def surnames_by_score(count: int) -> klrl.Problem:
     """Surnames rewarded by their Scrabble score over ten."""
     prior = klrl.surnames(count=count).prior
     score = {letter: value / 10 for value, letters in LETTER_SCORES.items() for letter in letters}
-    return klrl.Problem(prior, klrl.text_reward(lambda name: sum(score[letter] for letter in name), prior.space), 1.0)
+    return klrl.Problem(
+        prior,
+        klrl.text_reward(lambda name: sum(score[letter] for letter in name), prior.space),
+        1.0,
+    )
 
 
 def _grid(first: float, last: float, points: int) -> list[float]:
@@ -98,24 +115,43 @@ def _frontier_point(support: klrl.Support) -> Callable[[float], dict[str, float]
 
 
 def _frontier_height(point: Callable[[float], dict[str, float]]) -> Callable[[float], float]:
-    """KL -> the frontier's E[r] there: (1) by a root in log λ; E_q[r] where the KL is next to nothing, and flat beyond the frontier's end."""
+    """KL -> the frontier's E[r] there: (1) by a root in log λ; E_q[r] where the KL is next to
+    nothing, and flat beyond the frontier's end.
+    """
     smallest, largest = 0.01, 1e6
-    start, end, nearest, farthest = (point(kl_coef) for kl_coef in (math.inf, 0.0, largest, smallest))
+    start, end, nearest, farthest = (
+        point(kl_coef) for kl_coef in (math.inf, 0.0, largest, smallest)
+    )
 
     def height(kl: float) -> float:
         if not nearest["kl_to_prior"] < kl < farthest["kl_to_prior"]:
             return (end if kl > nearest["kl_to_prior"] else start)["expected_reward"]
-        root = brentq(lambda x: point(math.exp(x))["kl_to_prior"] - kl, math.log(smallest), math.log(largest), xtol=1e-14, rtol=1e-14)
+        root = brentq(
+            lambda x: point(math.exp(x))["kl_to_prior"] - kl,
+            math.log(smallest),
+            math.log(largest),
+            xtol=1e-14,
+            rtol=1e-14,
+        )
         at = point(math.exp(root))
-        return at["expected_reward"] + at["kl_coef"] * (kl - at["kl_to_prior"])  # the tangent takes up the root's last digits
+        return at["expected_reward"] + at["kl_coef"] * (
+            kl - at["kl_to_prior"]
+        )  # the tangent takes up the root's last digits
 
     return height
 
 
 def _train(problem: klrl.Problem, support: klrl.Support, config: Config) -> dict[str, Any]:
     """RLOO from the prior, one row of logits a prefix; looked at every few steps."""
-    policy = klrl.PrefixTable.from_model(problem.prior, support.tokens)  # −inf where q has no mass, and stays so
-    run: dict[str, Any] = {"kl_coef": problem.kl_coef, "step": [], "kl_to_prior": [], "expected_reward": []}
+    policy = klrl.PrefixTable.from_model(
+        problem.prior, support.tokens
+    )  # −inf where q has no mass, and stays so
+    run: dict[str, Any] = {
+        "kl_coef": problem.kl_coef,
+        "step": [],
+        "kl_to_prior": [],
+        "expected_reward": [],
+    }
 
     @torch.no_grad()
     def look(step: int) -> None:
@@ -125,9 +161,15 @@ def _train(problem: klrl.Problem, support: klrl.Support, config: Config) -> dict
         run["expected_reward"].append(float(klrl.logspace.expectation(log_pi, support.rewards)))
 
     look(0)
-    options: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "draw": klrl.seeded_draw(config.seed)}
+    options: dict[str, Any] = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "draw": klrl.seeded_draw(config.seed),
+    }
     optimizer = torch.optim.SGD(policy.parameters(), lr=config.lr)
-    for record in klrl.train_steps(policy, problem, klrl.losses.rloo, optimizer=optimizer, **options):
+    for record in klrl.train_steps(
+        policy, problem, klrl.losses.rloo, optimizer=optimizer, **options
+    ):
         if record["step"] % config.every == 0:
             look(int(record["step"]))
     return run
@@ -143,14 +185,39 @@ def draw(data: dict[str, Any]) -> Figure:
     for tangent, colour in zip(data["tangents"], plots.POLICY_COLOURS, strict=False):
         width = 0.9 / math.hypot(1, 2 * tangent["kl_coef"])
         around = [max(0, tangent["kl_to_prior"] - width), tangent["kl_to_prior"] + width]
-        plane.plot(around, [tangent["value"] + tangent["kl_coef"] * k for k in around], color=colour, linewidth=0.9, linestyle="--")
+        plane.plot(
+            around,
+            [tangent["value"] + tangent["kl_coef"] * k for k in around],
+            color=colour,
+            linewidth=0.9,
+            linestyle="--",
+        )
     for run, colour, marker in zip(data["runs"], plots.POLICY_COLOURS, "os^D", strict=False):
         name = f"λ = {run['kl_coef']:g}" if run["kl_coef"] else "reward only (λ = 0)"
-        style: dict[str, Any] = {"color": colour, "linewidth": 0.7, "marker": marker, "markersize": 2.5, "label": name}
+        style: dict[str, Any] = {
+            "color": colour,
+            "linewidth": 0.7,
+            "marker": marker,
+            "markersize": 2.5,
+            "label": name,
+        }
         plane.plot(run["kl_to_prior"], run["expected_reward"], **style)
-        below.plot(run["step"][1:], run["shortfall"][1:], **style)  # at step 0 the policy is the prior, on the frontier
-    plane.set(xlabel="KL(π‖q) in nats", ylabel="E[r] in reward units", title="Nothing lies above the frontier")
-    below.set(yscale="log", xlabel="training step", ylabel="reward below the frontier", title="How far below, at the same KL")
+        below.plot(
+            run["step"][1:], run["shortfall"][1:], **style
+        )  # at step 0 the policy is the prior, on the frontier
+    plane.set(
+        xlabel="KL(π‖q) in nats",
+        ylabel="E[r] in reward units",
+        title="Nothing lies above the frontier",
+    )
+    below.set(
+        yscale="log",
+        xlabel="training step",
+        ylabel="reward below the frontier",
+        title="How far below, at the same KL",
+    )
     plane.legend(loc="lower right")
-    plane.annotate("dashed: tangents\nof slope λ", (0.03, 0.86), xycoords="axes fraction", fontsize=8)
+    plane.annotate(
+        "dashed: tangents\nof slope λ", (0.03, 0.86), xycoords="axes fraction", fontsize=8
+    )
     return figure

@@ -1,10 +1,11 @@
 """Best-of-n: its exact divergence is capped, the formula's is not
 
-    π_n(y) = q(y)/q(level) · [F^n − F₋^n],    KL(π_n‖q) ≤ log n − (n − 1)/n                                      (1)
-    KL(π_n‖q) → −log q(best level) as n → ∞                                                                       (2)
+    π_n(y) = q(y)/q(level) · [F^n − F₋^n],    KL(π_n‖q) ≤ log n − (n − 1)/n                      (1)
+    KL(π_n‖q) → −log q(best level) as n → ∞                                                      (2)
 
-Seen: for every prior the exact KL follows the formula while n is small against 1/q(best level), then stops at (2), where the formula
-grows without end; at one KL, best-of-n earns almost what the posterior, the most that can be had, earns.
+Seen: for every prior the exact KL follows the formula while n is small against 1/q(best level),
+then stops at (2), where the formula grows without end; at one KL, best-of-n earns almost what the
+posterior, the most that can be had, earns.
 
 Source: Beirami et al. (2024), Theorem 1 and figure 2; (1) with ties is exact/best_of_n.py
 
@@ -44,9 +45,17 @@ def compute(config: Config) -> dict[str, Any]:
     sentences = klrl.posterior(klrl.four_sentences()).enumerated()
     priors = [("four sentences", sentences.log_prior, sentences.rewards)]
     for size in config.sizes:
-        priors.append((f"uniform over {size}", torch.full((size,), -math.log(size), dtype=torch.float64), torch.arange(float(size))))
+        priors.append(
+            (
+                f"uniform over {size}",
+                torch.full((size,), -math.log(size), dtype=torch.float64),
+                torch.arange(float(size)),
+            )
+        )
     generator = torch.Generator().manual_seed(config.seed)
-    log_q = torch.log_softmax(torch.randn(config.outcomes, generator=generator, dtype=torch.float64), 0)
+    log_q = torch.log_softmax(
+        torch.randn(config.outcomes, generator=generator, dtype=torch.float64), 0
+    )
     rewards = torch.randn(config.outcomes, generator=generator, dtype=torch.float64)
     mine = [klrl.best_of_n(log_q, rewards, n) for n in draws]
     spread = klrl.budget.frontier(log_q, rewards, [0.02 * 1.15**i for i in range(70)])
@@ -54,9 +63,17 @@ def compute(config: Config) -> dict[str, Any]:
         "n": draws,
         "bound": [math.log(n) - (n - 1) / n for n in draws],
         "priors": [
-            {"name": name, "kl": [klrl.best_of_n(q, r, n).kl for n in draws], "limit": -float(q[r == r.max()].logsumexp(0))} for name, q, r in priors
+            {
+                "name": name,
+                "kl": [klrl.best_of_n(q, r, n).kl for n in draws],
+                "limit": -float(q[r == r.max()].logsumexp(0)),
+            }
+            for name, q, r in priors
         ],
-        "best_of_n": {"kl": [side.kl for side in mine], "expected_reward": [side.expected_reward for side in mine]},
+        "best_of_n": {
+            "kl": [side.kl for side in mine],
+            "expected_reward": [side.expected_reward for side in mine],
+        },
         "posterior": {"kl": spread.kl.tolist(), "expected_reward": spread.expected_reward.tolist()},
         "problem": {"log_prior": log_q.tolist(), "rewards": rewards.tolist()},
     }
@@ -66,13 +83,26 @@ def compute(config: Config) -> dict[str, Any]:
 def draw(data: dict[str, Any]) -> Figure:
     """KL against n with its limits dashed; reward against KL."""
     figure, (divergence, frontier) = plots.new_figure(2, 3.6, 3.0)
-    divergence.plot(data["n"], data["bound"], color=plots.BLACK, linestyle=":", label="log n − (n−1)/n")
+    divergence.plot(
+        data["n"], data["bound"], color=plots.BLACK, linestyle=":", label="log n − (n−1)/n"
+    )
     for prior, colour in zip(data["priors"], plots.POLICY_COLOURS, strict=False):
         divergence.plot(data["n"], prior["kl"], color=colour, label=prior["name"])
         divergence.axhline(prior["limit"], color=colour, linestyle="--", linewidth=0.8)
-    divergence.set(xscale="log", xlabel="n draws", ylabel="KL(π$_n$‖q) in nats", title="The exact KL is capped", ylim=(0, 9))
+    divergence.set(
+        xscale="log",
+        xlabel="n draws",
+        ylabel="KL(π$_n$‖q) in nats",
+        title="The exact KL is capped",
+        ylim=(0, 9),
+    )
     divergence.legend(loc="upper left")
-    frontier.plot(data["posterior"]["kl"], data["posterior"]["expected_reward"], color=plots.POSTERIOR_COLOUR, label="π* along λ: the most there is")
+    frontier.plot(
+        data["posterior"]["kl"],
+        data["posterior"]["expected_reward"],
+        color=plots.POSTERIOR_COLOUR,
+        label="π* along λ: the most there is",
+    )
     best = data["best_of_n"]
     frontier.plot(
         best["kl"],

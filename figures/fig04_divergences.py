@@ -1,16 +1,19 @@
 """Six regularisers, six optima of one problem, and where mass is truly zero
 
-    max_π E_π[r] − λ D_f(π‖q):    f'(π/q) = (r − ν)/λ where π > 0                                                 (1)
+    max_π E_π[r] − λ D_f(π‖q):    f'(π/q) = (r − ν)/λ where π > 0                                (1)
 
-Seen: all six move mass to the reward, each by its own curve of π/q against r: exponential for reverse KL, a pole for forward KL,
-Jensen–Shannon and Hellinger, a straight line for χ², which alone gives outcomes up (a mass of exactly 0, drawn as hollow marks).
+Seen: all six move mass to the reward, each by its own curve of π/q against r: exponential for
+reverse KL, a pole for forward KL, Jensen–Shannon and Hellinger, a straight line for χ², which alone
+gives outcomes up (a mass of exactly 0, drawn as hollow marks).
 
-Source: Wang et al. (2023), f-DPO, Table 1; KL + χ² is Huang et al. (2024); exact/regularizers.py derives each
+Source: Wang et al. (2023), f-DPO, Table 1; KL + χ² is Huang et al. (2024); exact/regularizers.py
+derives each
 
 Data:
     prior, rewards       q [K] and r [K] in reward units
     kl_coef              λ
-    optima               a list: name, probabilities [K], zeros (indices of mass 0), expected_reward, objective
+    optima               a list: name, probabilities [K], zeros (indices of mass 0),
+    expected_reward, objective
     curve_rewards        a grid of rewards [M]
     curves               name -> π/q at each reward of the grid [M], with the ν of the problem
 """
@@ -46,16 +49,26 @@ class Config:
 
 def compute(config: Config) -> dict[str, Any]:
     """Each optimum, and its ratio π/q as a function of the reward with the same ν."""
-    log_q, rewards = torch.tensor(config.prior, dtype=torch.float64).log(), torch.tensor(config.rewards, dtype=torch.float64)
-    grid = torch.linspace(min(config.rewards), max(config.rewards), config.points, dtype=torch.float64)
+    log_q, rewards = (
+        torch.tensor(config.prior, dtype=torch.float64).log(),
+        torch.tensor(config.rewards, dtype=torch.float64),
+    )
+    grid = torch.linspace(
+        min(config.rewards), max(config.rewards), config.points, dtype=torch.float64
+    )
     optima, curves = [], {}
     for name, label in NAMES.items():
         found = klrl.regularizers.optimum(name, log_q, rewards, config.kl_coef)
         probabilities = found.log_probs.exp()
         zeros = (found.log_probs == -torch.inf).nonzero().squeeze(-1).tolist()
         optima.append({"name": label, "probabilities": probabilities.tolist(), "zeros": zeros})
-        optima[-1] |= {"expected_reward": float(probabilities @ rewards), "objective": found.objective}
-        curves[label] = klrl.regularizers.density_ratio(name, (grid - found.normaliser) / config.kl_coef).tolist()
+        optima[-1] |= {
+            "expected_reward": float(probabilities @ rewards),
+            "objective": found.objective,
+        }
+        curves[label] = klrl.regularizers.density_ratio(
+            name, (grid - found.normaliser) / config.kl_coef
+        ).tolist()
     return {
         "prior": list(config.prior),
         "rewards": list(config.rewards),
@@ -75,11 +88,37 @@ def draw(data: dict[str, Any]) -> Figure:
     for side, colour, marker in zip(data["optima"], colours, "osD^vP", strict=False):
         alive = [k for k in range(len(data["rewards"])) if k not in side["zeros"]]
         x, y = data["rewards"], side["probabilities"]
-        mass.plot([x[k] for k in alive], [y[k] for k in alive], color=colour, marker=marker, markersize=3.5, linewidth=1, label=side["name"])
-        mass.plot([x[k] for k in side["zeros"]], [0.0] * len(side["zeros"]), marker, color=colour, fillstyle="none", markersize=7, linestyle="none")
-        ratio.plot(data["curve_rewards"], data["curves"][side["name"]], color=colour, label=side["name"])
-        ratio.plot(x, [p / q for p, q in zip(y, data["prior"], strict=True)], marker, color=colour, markersize=3)
-    mass.set(xlabel="reward of the outcome", ylabel="probability", title="Six optima (hollow: exactly 0)")
+        mass.plot(
+            [x[k] for k in alive],
+            [y[k] for k in alive],
+            color=colour,
+            marker=marker,
+            markersize=3.5,
+            linewidth=1,
+            label=side["name"],
+        )
+        mass.plot(
+            [x[k] for k in side["zeros"]],
+            [0.0] * len(side["zeros"]),
+            marker,
+            color=colour,
+            fillstyle="none",
+            markersize=7,
+            linestyle="none",
+        )
+        ratio.plot(
+            data["curve_rewards"], data["curves"][side["name"]], color=colour, label=side["name"]
+        )
+        ratio.plot(
+            x,
+            [p / q for p, q in zip(y, data["prior"], strict=True)],
+            marker,
+            color=colour,
+            markersize=3,
+        )
+    mass.set(
+        xlabel="reward of the outcome", ylabel="probability", title="Six optima (hollow: exactly 0)"
+    )
     mass.legend(loc="upper left", fontsize=7)
     ratio.axhline(1, color=plots.PRIOR_COLOUR, linewidth=0.8, linestyle="--")
     ratio.set(xlabel="reward r", ylabel="π/q", title="Each tilts in its own way", ylim=(-0.3, 9))

@@ -1,24 +1,29 @@
 """Four routes on a decision process: gap against samples
 
-    V* − J(π) = λ Σ_s d_π(s) KL(π(·|s)‖π*(·|s))                                                                      (1)
-    V* − J(plan on P̂) ≤ 2/(1 − γ) · max_{s,a} |γ Σ_s' (P − P̂)(s'|s,a) V̂(s')|                                          (2)
+    V* − J(π) = λ Σ_s d_π(s) KL(π(·|s)‖π*(·|s))                                                  (1)
+    V* − J(plan on P̂) ≤ 2/(1 − γ) · max_{s,a} |γ Σ_s' (P − P̂)(s'|s,a) V̂(s')|                  (2)
 
-An assistant has to clear six points, one question each, before its answer is worth 2; at once it is worth 0.3. A question may fail, and may
-annoy the user, who then has to be let go. The prior asks three times in four. λ = 0.1, γ = 0.95; nine states, two actions.
+An assistant has to clear six points, one question each, before its answer is worth 2; at once it is
+worth 0.3. A question may fail, and may annoy the user, who then has to be let go. The prior asks
+three times in four. λ = 0.1, γ = 0.95; nine states, two actions.
 
-Seen: dynamic programming has the optimum without a sample. Planning on the estimated model does worse than the prior on a handful of episodes,
-but once each reply was seen a few times it carries the worth of the answer back over all six points at once, and is ten times sooner at a small
-gap than soft Q-learning, which learns from the same episodes of the prior and carries that worth back a point at a time; late in the run the two
-meet. The policy gradient, on episodes of its own, climbs from the first batch and is the slowest in the end. The bound (2) holds for every plan
-and is far above its gap: it counts the worst pair at every step, however rarely that pair is visited.
+Seen: dynamic programming has the optimum without a sample. Planning on the estimated model does
+worse than the prior on a handful of episodes, but once each reply was seen a few times it carries
+the worth of the answer back over all six points at once, and is ten times sooner at a small gap
+than soft Q-learning, which learns from the same episodes of the prior and carries that worth back a
+point at a time; late in the run the two meet. The policy gradient, on episodes of its own, climbs
+from the first batch and is the slowest in the end. The bound (2) holds for every plan and is far
+above its gap: it counts the worst pair at every step, however rarely that pair is visited.
 
-Source: Levine (2018), §2; Sutton & Barto (2018), ch. 6, 8 and 13; articles D (§3.2, three families of methods) and E (§4.1, Q-learning)
+Source: Levine (2018), §2; Sutton & Barto (2018), ch. 6, 8 and 13; articles D (§3.2, three families
+of methods) and E (§4.1, Q-learning)
 
 Data:
     value                V*, the optimum's J, in reward units
     sweeps               of value iteration until V* stands
     prior_value          J(q), where Q-learning and the policy gradient start
-    learners             name, transitions [seeds, M] consumed, gaps [seeds, M] by (1) in reward units; planning also bounds [seeds, M] by (2)
+    learners             name, transitions [seeds, M] consumed, gaps [seeds, M] by (1) in reward
+    units; planning also bounds [seeds, M] by (2)
 """
 
 import statistics
@@ -35,7 +40,11 @@ from klrl_edu.exact.soft_control import policy_evaluation, value_iteration
 from klrl_edu.learning import decision_learning
 from klrl_edu.learning.decision_learning import LearningCurve
 
-PLANNING, Q_LEARNING, POLICY_GRADIENT = "planning on the estimated model", "soft Q-learning", "policy gradient"
+PLANNING, Q_LEARNING, POLICY_GRADIENT = (
+    "planning on the estimated model",
+    "soft Q-learning",
+    "policy gradient",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class Config:
     kl_coef: float = 0.1
     discount: float = 0.95
     seeds: int = 5
-    shortest: int = 5  # log2 of the first checkpoint; the policy gradient's first batches are longer
+    shortest: int = (
+        5  # log2 of the first checkpoint; the policy gradient's first batches are longer
+    )
     shortest_of_gradient: int = 8
     longest: int = 15
     exponent: float = 0.8  # of the steps of Q-learning
@@ -64,7 +75,13 @@ def clearing(points: int, discount: float) -> DecisionProcess:
     for state in range(points):
         for after, chance in ((state + 1, 0.7), (state, 0.22), (annoyed, 0.08)):
             transitions[state, 0, after] = chance
-    prior[points], rewards[points] = [0.2, 0.8], [-0.02, 2.0]  # all is clear: one more question is idle
+    prior[points], rewards[points] = (
+        [0.2, 0.8],
+        [
+            -0.02,
+            2.0,
+        ],
+    )  # all is clear: one more question is idle
     transitions[points, 0, points], transitions[points, 0, annoyed] = 0.8, 0.2
     prior[annoyed], rewards[annoyed] = [0.5, 0.5], [-0.2, -0.1]
     transitions[annoyed, 0, annoyed] = transitions[annoyed, 0, over] = 0.5
@@ -90,42 +107,84 @@ def compute(config: Config) -> dict[str, Any]:
     later = [2**power for power in range(config.shortest_of_gradient, config.longest + 1)]
     gradient: dict[str, Any] = {"learning_rate": config.learning_rate, "episodes": config.episodes}
     routes: dict[str, Callable[[Any], LearningCurve]] = {
-        PLANNING: lambda draw: decision_learning.plan_on_estimate(process, config.kl_coef, after, draw),
-        Q_LEARNING: lambda draw: decision_learning.soft_q_learning(process, config.kl_coef, after, draw, exponent=config.exponent),
-        POLICY_GRADIENT: lambda draw: decision_learning.policy_gradient_learning(process, config.kl_coef, later, draw, **gradient),
+        PLANNING: lambda draw: decision_learning.plan_on_estimate(
+            process, config.kl_coef, after, draw
+        ),
+        Q_LEARNING: lambda draw: decision_learning.soft_q_learning(
+            process, config.kl_coef, after, draw, exponent=config.exponent
+        ),
+        POLICY_GRADIENT: lambda draw: decision_learning.policy_gradient_learning(
+            process, config.kl_coef, later, draw, **gradient
+        ),
     }
     return {
         "value": optimum.value,
         "sweeps": optimum.iterations,
         "prior_value": policy_evaluation(process, process.log_prior, config.kl_coef).value,
-        "learners": [_learner(name, [learn(seeded_draw(seed)) for seed in range(config.seeds)]) for name, learn in routes.items()],
+        "learners": [
+            _learner(name, [learn(seeded_draw(seed)) for seed in range(config.seeds)])
+            for name, learn in routes.items()
+        ],
     }
 
 
 def _learner(name: str, curves: list[LearningCurve]) -> dict[str, Any]:
-    found = {"name": name, "transitions": [list(curve.transitions) for curve in curves], "gaps": [list(curve.gaps) for curve in curves]}
-    return {**found, "bounds": [list(curve.model_bounds) for curve in curves]} if curves[0].model_bounds else found
+    found = {
+        "name": name,
+        "transitions": [list(curve.transitions) for curve in curves],
+        "gaps": [list(curve.gaps) for curve in curves],
+    }
+    return (
+        {**found, "bounds": [list(curve.model_bounds) for curve in curves]}
+        if curves[0].model_bounds
+        else found
+    )
 
 
 @plots.publication_style()
 def draw(data: dict[str, Any]) -> Figure:
     """What each earns, and what it lacks, against transitions."""
     figure, (earned, lacking) = plots.new_figure(2, 3.5, 3.3)
-    for learner, colour, marker in zip(data["learners"], (plots.GREEN, plots.VERMILION, plots.PURPLE), "os^", strict=True):
-        samples = [statistics.median(column) for column in zip(*learner["transitions"], strict=True)]
+    for learner, colour, marker in zip(
+        data["learners"], (plots.GREEN, plots.VERMILION, plots.PURPLE), "os^", strict=True
+    ):
+        samples = [
+            statistics.median(column) for column in zip(*learner["transitions"], strict=True)
+        ]
         gaps = list(zip(*learner["gaps"], strict=True))
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "label": learner["name"]}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 3,
+            "label": learner["name"],
+        }
         for ax, height in ((earned, lambda gap: data["value"] - gap), (lacking, lambda gap: gap)):
             ax.plot(samples, [height(statistics.median(column)) for column in gaps], **style)
             low, high = ([height(end(column)) for column in gaps] for end in (min, max))
             ax.fill_between(samples, low, high, color=colour, alpha=0.18, linewidth=0)
         if "bounds" in learner:
             bounds = [statistics.median(column) for column in zip(*learner["bounds"], strict=True)]
-            lacking.plot(samples, bounds, color=colour, linestyle="--", linewidth=1, label="bound on planning's gap")
+            lacking.plot(
+                samples,
+                bounds,
+                color=colour,
+                linestyle="--",
+                linewidth=1,
+                label="bound on planning's gap",
+            )
     earned.axhline(data["value"], color=plots.POSTERIOR_COLOUR, label="V*, by values: no samples")
-    earned.axhline(data["prior_value"], color=plots.PRIOR_COLOUR, linestyle=":", linewidth=1, label="prior")
-    earned.set(xscale="log", ylabel="J(π) in reward units", title="Three climb, one stands at the top")
-    lacking.set(xscale="log", yscale="log", ylabel="V* − J(π) in reward units", title="What each still lacks")
+    earned.axhline(
+        data["prior_value"], color=plots.PRIOR_COLOUR, linestyle=":", linewidth=1, label="prior"
+    )
+    earned.set(
+        xscale="log", ylabel="J(π) in reward units", title="Three climb, one stands at the top"
+    )
+    lacking.set(
+        xscale="log",
+        yscale="log",
+        ylabel="V* − J(π) in reward units",
+        title="What each still lacks",
+    )
     lines = {str(line.get_label()): line for ax in (earned, lacking) for line in ax.get_lines()}
     for ax in (earned, lacking):
         ax.set_xlabel("transitions consumed")

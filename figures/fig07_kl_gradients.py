@@ -1,21 +1,31 @@
-"""Gradients of KL: what each placement follows on average, with what noise, and what happens when its samples grow old
+"""Gradients of KL: what each placement follows on average, with what noise, and what happens when
+its samples grow old
 
-    E_π[∇k] + E_π[k s] = ∇E_π[k],    s = ∇log π;    in the loss the first half, in the reward the second            (1)
-    bias = ‖E[g] − ∇KL(π‖q)‖ / ‖∇KL(π‖q)‖,    std = √(E‖g − E g‖²) of one sample,    in sequence logits             (2)
-    ρ_t = π/μ of a token, prefix weight Π_{s≤t} ρ_s, sequence weight Π_s ρ_s, where μ drew the samples               (3)
+    E_π[∇k] + E_π[k s] = ∇E_π[k],    s = ∇log π;
+    in the loss the first half, in the reward the second                                         (1)
+    bias = ‖E[g] − ∇KL(π‖q)‖ / ‖∇KL(π‖q)‖,    std = √(E‖g − E g‖²) of one sample,
+    in sequence logits                                                                           (2)
+    ρ_t = π/μ of a token, prefix weight Π_{s≤t} ρ_s, sequence weight Π_s ρ_s, where μ drew the
+    samples               (3)
 
-Seen: of the three estimators in the loss only k2 follows ∇KL(π‖q); k1 follows nothing and is the noisiest of all, k3 follows ∇KL(q‖π). Per token
-with frozen prefixes a loss misses how a token changes later KL, even with the exact KL of each position. A live ratio puts the other half of (1)
-back, a detached one does not. As samples grow old the unweighted gradients drift, k1 in the loss from nothing to away from μ; a token weight
-corrects too little; prefix and sequence weights stay exact and pay in noise. The published settings are large models; here all is enumerated.
+Seen: of the three estimators in the loss only k2 follows ∇KL(π‖q); k1 follows nothing and is the
+noisiest of all, k3 follows ∇KL(q‖π). Per token with frozen prefixes a loss misses how a token
+changes later KL, even with the exact KL of each position. A live ratio puts the other half of (1)
+back, a detached one does not. As samples grow old the unweighted gradients drift, k1 in the loss
+from nothing to away from μ; a token weight corrects too little; prefix and sequence weights stay
+exact and pay in noise. The published settings are large models; here all is enumerated.
 
-Source: Tang & Munos (2025); Shah et al. (2025); their placements on the course's four sentences, by audit_gradient
+Source: Tang & Munos (2025); Shah et al. (2025); their placements on the course's four sentences, by
+audit_gradient
 
-Data (π is the posterior at `kl_coef`, what training would end on; older policies are those on its way from the prior):
+Data (π is the posterior at `kl_coef`, what training would end on; older policies are those on its
+way from the prior):
     sentences, prior, policy     [4]
     kl_coef                      λ in reward units a nat
-    on_policy                    a row a placement: estimator (its name in kl_gradients), label, group, bias, std
-    age                          a [M] in [0, 1]: μ_a is the posterior at λ/(1 − a), π itself at 0 and the prior at 1
+    on_policy                    a row a placement: estimator (its name in kl_gradients), label,
+    group, bias, std
+    age                          a [M] in [0, 1]: μ_a is the posterior at λ/(1 − a), π itself at 0
+    and the prior at 1
     staleness                    KL(π‖μ_a) [M] in nats
     off_policy                   a row a weight: estimator, label, bias [M], std [M]
 """
@@ -67,7 +77,9 @@ COLOURS = {
     "live_ratio_k3_prefix": plots.GREEN,
     "detached_ratio_k3": plots.PURPLE,
 }
-BIAS_SHOWN = {  # estimator -> text at the end of its line, and points to shift it by; the other exact weights lie under the last
+# estimator -> text at the end of its line, and points to shift it by; the other exact weights lie
+# under the last
+BIAS_SHOWN = {
     "loss_k1": ("k1 in the loss", 0),
     "loss_k3": ("k3 in the loss", 0),
     "off_policy_unweighted": ("k1 in the reward,\nor k2 in the loss", 0),
@@ -95,10 +107,16 @@ class Config:
 def compute(config: Config) -> dict[str, Any]:
     """One exact audit a placement, and one a weight and age."""
     problem, policy = klrl.four_sentences(), _posterior_table(config.kl_coef)
-    reports = {name: klrl.audit_gradient(getattr(klrl.kl_gradients, name), policy, problem) for name in PLACEMENTS}
+    reports = {
+        name: klrl.audit_gradient(getattr(klrl.kl_gradients, name), policy, problem)
+        for name in PLACEMENTS
+    }
     ages = [k / (config.ages - 1) for k in range(config.ages)]
     older = [_posterior_table(config.kl_coef / (1 - age) if age < 1 else math.inf) for age in ages]
-    sweeps = {name: audit_staleness(getattr(klrl.kl_gradients, name), policy, problem, older).rows for name in WEIGHTS}
+    sweeps = {
+        name: audit_staleness(getattr(klrl.kl_gradients, name), policy, problem, older).rows
+        for name in WEIGHTS
+    }
     rows = {
         name: {
             "estimator": name,
@@ -153,8 +171,14 @@ def _draw_placements(rows: list[dict[str, Any]], bias: Axes, noise: Axes) -> Non
     for ax, quantity in ((bias, "bias"), (noise, "std")):
         ax.barh(names, [row[quantity] for row in rows], 0.65, color=colours)
         for place, (row, hit) in enumerate(zip(rows, exact, strict=True)):
-            said, end = ("unbiased", 0.0) if hit and quantity == "bias" else (f"{row[quantity]:.2f}", row[quantity])
-            ax.annotate(said, (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+            said, end = (
+                ("unbiased", 0.0)
+                if hit and quantity == "bias"
+                else (f"{row[quantity]:.2f}", row[quantity])
+            )
+            ax.annotate(
+                said, (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5
+            )
         ax.set_ylabel("estimator, and where it stands")
     noise.yaxis.label.set_visible(False)
     noise.tick_params(axis="y", left=False, labelleft=False)
@@ -171,9 +195,23 @@ def _draw_ages(data: dict[str, Any], drift: Axes, price: Axes) -> None:
             if name not in shown:
                 continue
             text, shift = shown[name]
-            ax.plot(data["staleness"], row[quantity], "--" if name == "detached_ratio_k3" else "-", color=COLOURS[name])
+            ax.plot(
+                data["staleness"],
+                row[quantity],
+                "--" if name == "detached_ratio_k3" else "-",
+                color=COLOURS[name],
+            )
             end = (data["staleness"][-1], row[quantity][-1])
-            ax.annotate(text, end, (4, shift), textcoords="offset points", va="center", color=COLOURS[name], fontsize=7.5, annotation_clip=False)
+            ax.annotate(
+                text,
+                end,
+                (4, shift),
+                textcoords="offset points",
+                va="center",
+                color=COLOURS[name],
+                fontsize=7.5,
+                annotation_clip=False,
+            )
         ax.set(xlabel="age of the samples: KL(π‖μ) in nats", xlim=(0, data["staleness"][-1]))
     drift.set(ylabel="bias, as above", ylim=(-0.08, 2), title="Off-policy: bias by age")
     price.set(ylabel="std of one sample", ylim=(0, 1.05), title="Off-policy: noise by age")

@@ -1,10 +1,11 @@
 """Mode collapse at low λ: both directions of KL lose the minor mode, at different rates
 
-    reverse KL:  π(minor)/π(major) = [q(minor)/q(major)] e^{−Δr/λ}                                                (1)
-    forward KL:  π(minor) ≈ λ q(minor)/Δr as λ → 0                                                                (2)
+    reverse KL:  π(minor)/π(major) = [q(minor)/q(major)] e^{−Δr/λ}                               (1)
+    forward KL:  π(minor) ≈ λ q(minor)/Δr as λ → 0                                               (2)
 
-Seen: with a small advantage Δr of the major mode the minor one vanishes under either regulariser as λ falls, exponentially in 1/λ under
-reverse KL, in proportion to λ under forward KL; where both earn the same, both keep q's ratio at any λ, and no choice of direction restores balance.
+Seen: with a small advantage Δr of the major mode the minor one vanishes under either regulariser as
+λ falls, exponentially in 1/λ under reverse KL, in proportion to λ under forward KL; where both earn
+the same, both keep q's ratio at any λ, and no choice of direction restores balance.
 
 Source: GX-Chen et al. (2025), figures 1 and 3; exact/regularizers.py
 
@@ -42,8 +43,16 @@ def compute(config: Config) -> dict[str, Any]:
     log_q = torch.tensor(config.prior, dtype=torch.float64).log()
     ratio = (config.largest / config.smallest) ** (1 / (config.points - 1))
     grid = [config.smallest * ratio**i for i in range(config.points)]
-    unequal, equal = (torch.tensor([1.0 + extra, 1.0, 0.0], dtype=torch.float64) for extra in (config.advantage, 0.0))
-    odds = [config.prior[1] / config.prior[0] * torch.tensor(-config.advantage / x, dtype=torch.float64).exp().item() for x in grid]
+    unequal, equal = (
+        torch.tensor([1.0 + extra, 1.0, 0.0], dtype=torch.float64)
+        for extra in (config.advantage, 0.0)
+    )
+    odds = [
+        config.prior[1]
+        / config.prior[0]
+        * torch.tensor(-config.advantage / x, dtype=torch.float64).exp().item()
+        for x in grid
+    ]
     names = ("reverse_kl", "forward_kl")
     return {
         "kl_coef": grid,
@@ -66,11 +75,29 @@ def draw(data: dict[str, Any]) -> Figure:
     """The minor mode's share against λ."""
     figure, (lost, kept) = plots.new_figure(2, 3.5, 3.0)
     lam, share = data["kl_coef"], data["prior"][1] / (data["prior"][0] + data["prior"][1])
-    labels = {"reverse_kl": ("reverse KL", plots.POSTERIOR_COLOUR), "forward_kl": ("forward KL", plots.VERMILION)}
+    labels = {
+        "reverse_kl": ("reverse KL", plots.POSTERIOR_COLOUR),
+        "forward_kl": ("forward KL", plots.VERMILION),
+    }
     for name, (label, colour) in labels.items():
         lost.plot(lam, data["unequal"][name], color=colour, label=label)
-        kept.plot(lam, data["equal"][name], color=colour, label=label, linestyle="-" if name == "reverse_kl" else (0, (4, 3)))
-    lost.plot(lam, data["reverse_law"], "o", color=plots.POSTERIOR_COLOUR, markersize=3, fillstyle="none", markevery=3, label="∝ e$^{−Δr/λ}$")
+        kept.plot(
+            lam,
+            data["equal"][name],
+            color=colour,
+            label=label,
+            linestyle="-" if name == "reverse_kl" else (0, (4, 3)),
+        )
+    lost.plot(
+        lam,
+        data["reverse_law"],
+        "o",
+        color=plots.POSTERIOR_COLOUR,
+        markersize=3,
+        fillstyle="none",
+        markevery=3,
+        label="∝ e$^{−Δr/λ}$",
+    )
     near = [k for k, law in enumerate(data["forward_law"]) if law < share / 2]  # (2) is for small λ
     lost.plot(
         [lam[k] for k in near],
@@ -86,6 +113,8 @@ def draw(data: dict[str, Any]) -> Figure:
         ax.axhline(share, color=plots.PRIOR_COLOUR, linestyle=":", linewidth=1, label="under q")
         ax.set(xscale="log", xlabel="KL coefficient λ", ylabel="minor mode's share of the two")
         ax.legend(loc="lower right")
-    lost.set(yscale="log", ylim=(1e-10, 1.5), title=f"Lost at a difference of Δr = {data['advantage']:g}")
+    lost.set(
+        yscale="log", ylim=(1e-10, 1.5), title=f"Lost at a difference of Δr = {data['advantage']:g}"
+    )
     kept.set(ylim=(0, 1), title="Kept where rewards are equal")
     return figure

@@ -1,13 +1,17 @@
 """The path of the natural gradient: every iterate is the posterior at a λ of its own
 
-    π_{t+1} ∝ π_t^{1−ηλ} (q e^{r/λ})^{ηλ},    π_0 = q:    π_t = π*_{λ_t},  λ_t = λ/(1 − (1 − ηλ)^t)                (1)
-    proximal: π_{t+1} ∝ (π_t (q e^{r/λ})^{ηλ})^{1/(1+ηλ)},                 λ_t = λ/(1 − (1 + ηλ)^{−t})              (2)
-    reward only (λ = 0): π_{t+1} ∝ π_t e^{ηr},                             λ_t = 1/(ηt)                             (3)
+    π_{t+1} ∝ π_t^{1−ηλ} (q e^{r/λ})^{ηλ},    π_0 = q:    π_t = π*_{λ_t},
+    λ_t = λ/(1 − (1 − ηλ)^t)                                                                     (1)
+    proximal: π_{t+1} ∝ (π_t (q e^{r/λ})^{ηλ})^{1/(1+ηλ)},
+    λ_t = λ/(1 − (1 + ηλ)^{−t})                                                                  (2)
+    reward only (λ = 0): π_{t+1} ∝ π_t e^{ηr},                             λ_t = 1/(ηt)          (3)
 
-Seen: the iterates of three updates, taken one multiplication at a time, on the lines of the λ sweep; the same in the simplex,
-where the gradient in sequence logits takes another way to the same π*.
+Seen: the iterates of three updates, taken one multiplication at a time, on the lines of the λ
+sweep; the same in the simplex, where the gradient in sequence logits takes another way to the same
+π*.
 
-Source: Natural policy gradient on sequence logits = mirror descent, Kakade (2001), Beck & Teboulle (2003); (1)–(3) follow by induction
+Source: Natural policy gradient on sequence logits = mirror descent, Kakade (2001), Beck & Teboulle
+(2003); (1)–(3) follow by induction
 
 Data (probabilities in the order of `sentences`):
     sentences          [4]
@@ -47,12 +51,35 @@ def compute(config: Config) -> dict[str, Any]:
     """The three updates step by step, each iterate held against the exact posterior at λ_t."""
     target = klrl.posterior(klrl.four_sentences(config.kl_coef))
     support = target.enumerated()
-    log_q, r, lam, mix = support.log_prior, support.rewards, config.kl_coef, config.rate * config.kl_coef
+    log_q, r, lam, mix = (
+        support.log_prior,
+        support.rewards,
+        config.kl_coef,
+        config.rate * config.kl_coef,
+    )
     tilted = log_q + r / lam  # q e^{r/λ}
     runs = [
-        _run("natural gradient", log_q, lambda p: (1 - mix) * p + mix * tilted, lambda t: lam / (1 - (1 - mix) ** t), config.steps),  # (1)
-        _run("proximal", log_q, lambda p: (p + mix * tilted) / (1 + mix), lambda t: lam / (1 - (1 + mix) ** -t), config.steps),  # (2)
-        _run("reward only", log_q, lambda p: p + config.rate * r, lambda t: 1 / (config.rate * t), config.reward_only_steps),  # (3)
+        _run(
+            "natural gradient",
+            log_q,
+            lambda p: (1 - mix) * p + mix * tilted,
+            lambda t: lam / (1 - (1 - mix) ** t),
+            config.steps,
+        ),  # (1)
+        _run(
+            "proximal",
+            log_q,
+            lambda p: (p + mix * tilted) / (1 + mix),
+            lambda t: lam / (1 - (1 + mix) ** -t),
+            config.steps,
+        ),  # (2)
+        _run(
+            "reward only",
+            log_q,
+            lambda p: p + config.rate * r,
+            lambda t: 1 / (config.rate * t),
+            config.reward_only_steps,
+        ),  # (3)
     ]
     one_step = _run("one step", log_q, lambda p: tilted, lambda t: lam, 1)
     sweep = [20.0 * (0.05 / 20.0) ** (i / (config.points - 1)) for i in range(config.points)]
@@ -72,7 +99,13 @@ def _exact(kl_coef: float) -> list[float]:
     return klrl.posterior(klrl.four_sentences(kl_coef)).log_probs.exp().tolist()
 
 
-def _run(name: str, log_prior: Tensor, update: Callable[[Tensor], Tensor], kl_coef: Callable[[int], float], steps: int) -> dict[str, Any]:
+def _run(
+    name: str,
+    log_prior: Tensor,
+    update: Callable[[Tensor], Tensor],
+    kl_coef: Callable[[int], float],
+    steps: int,
+) -> dict[str, Any]:
     """Multiplicative updates of log π from q, normalised after each."""
     run: dict[str, Any] = {"name": name, "step": [], "kl_coef": [], "probabilities": []}
     log_pi = log_prior
@@ -86,7 +119,11 @@ def _run(name: str, log_prior: Tensor, update: Callable[[Tensor], Tensor], kl_co
 
 def _deviation(run: dict[str, Any]) -> float:
     pairs = zip(run["kl_coef"], run["probabilities"], strict=True)
-    return max(abs(p - star) for kl_coef, row in pairs for p, star in zip(row, _exact(kl_coef), strict=True))
+    return max(
+        abs(p - star)
+        for kl_coef, row in pairs
+        for p, star in zip(row, _exact(kl_coef), strict=True)
+    )
 
 
 def _plain_gradient(log_prior: Tensor, rewards: Tensor, config: Config) -> dict[str, Any]:
@@ -94,13 +131,19 @@ def _plain_gradient(log_prior: Tensor, rewards: Tensor, config: Config) -> dict[
     log_pi, rows = log_prior, [log_prior.exp().tolist()]
     for _ in range(config.plain_steps):
         worth = rewards - config.kl_coef * (log_pi - log_prior)
-        log_pi = klrl.logspace.log_normalize(log_pi + config.plain_rate * log_pi.exp() * (worth - log_pi.exp() @ worth))
+        log_pi = klrl.logspace.log_normalize(
+            log_pi + config.plain_rate * log_pi.exp() * (worth - log_pi.exp() @ worth)
+        )
         rows.append(log_pi.exp().tolist())
     return {"step": list(range(config.plain_steps + 1)), "probabilities": rows}
 
 
 # steps to mark, apart from each other
-_SHOWN = {"natural gradient": (1, 2, 4, 8, 16), "proximal": (3, 6, 12, 40), "reward only": (13, 16, 20, 28, 40, 64, 128)}
+_SHOWN = {
+    "natural gradient": (1, 2, 4, 8, 16),
+    "proximal": (3, 6, 12, 40),
+    "reward only": (13, 16, 20, 28, 40, 64, 128),
+}
 _OPEN: dict[str, Any] = {"markersize": 4.5, "fillstyle": "none"}
 
 
@@ -110,10 +153,22 @@ def draw(data: dict[str, Any]) -> Figure:
     figure, (against, simplex) = plots.new_figure(2, 3.4, 3.0)
     sweep = data["sweep"]
     for k, (text, colour) in enumerate(zip(data["sentences"], plots.POLICY_COLOURS, strict=False)):
-        against.plot(sweep["kl_coef"], [row[k] for row in sweep["posterior"]], color=colour, linewidth=1, label=text)
+        against.plot(
+            sweep["kl_coef"],
+            [row[k] for row in sweep["posterior"]],
+            color=colour,
+            linewidth=1,
+            label=text,
+        )
         for run, marker in zip(data["runs"], "osx", strict=True):
             shown = _SHOWN[run["name"]]
-            against.plot([run["kl_coef"][t - 1] for t in shown], [run["probabilities"][t - 1][k] for t in shown], marker, color=colour, **_OPEN)
+            against.plot(
+                [run["kl_coef"][t - 1] for t in shown],
+                [run["probabilities"][t - 1][k] for t in shown],
+                marker,
+                color=colour,
+                **_OPEN,
+            )
     against.set(
         xscale="log",
         xlim=(25, 0.05),
@@ -125,14 +180,41 @@ def draw(data: dict[str, Any]) -> Figure:
     against.legend(loc="upper left")
     x, y = (data["sentences"].index(text) for text in ("the cat", "a dog"))
     simplex.plot(
-        [row[x] for row in sweep["posterior"]], [row[y] for row in sweep["posterior"]], color=plots.BLACK, linewidth=1, label="λ sweep: all π*$_λ$"
+        [row[x] for row in sweep["posterior"]],
+        [row[y] for row in sweep["posterior"]],
+        color=plots.BLACK,
+        linewidth=1,
+        label="λ sweep: all π*$_λ$",
     )
-    for run, marker, colour in zip(data["runs"], "osx", (plots.BLUE, plots.ORANGE, plots.VERMILION), strict=True):
+    for run, marker, colour in zip(
+        data["runs"], "osx", (plots.BLUE, plots.ORANGE, plots.VERMILION), strict=True
+    ):
         rows = [run["probabilities"][t - 1] for t in _SHOWN[run["name"]]]
-        simplex.plot([row[x] for row in rows], [row[y] for row in rows], marker, color=colour, label=run["name"], **_OPEN)
+        simplex.plot(
+            [row[x] for row in rows],
+            [row[y] for row in rows],
+            marker,
+            color=colour,
+            label=run["name"],
+            **_OPEN,
+        )
     plain = data["plain_gradient"]["probabilities"]
-    simplex.plot([row[x] for row in plain], [row[y] for row in plain], ".-", color=plots.GREEN, markersize=3, linewidth=0.7, label="plain gradient")
-    simplex.plot(*(data["one_step"][k] for k in (x, y)), "*", color=plots.BLACK, markersize=8, label=f"π* at λ = {data['kl_coef']:g}")
+    simplex.plot(
+        [row[x] for row in plain],
+        [row[y] for row in plain],
+        ".-",
+        color=plots.GREEN,
+        markersize=3,
+        linewidth=0.7,
+        label="plain gradient",
+    )
+    simplex.plot(
+        *(data["one_step"][k] for k in (x, y)),
+        "*",
+        color=plots.BLACK,
+        markersize=8,
+        label=f"π* at λ = {data['kl_coef']:g}",
+    )
     simplex.set(xlabel="π(the cat)", ylabel="π(a dog)", title="The plain gradient leaves it")
     simplex.legend(loc="lower left")
     return figure

@@ -4,8 +4,9 @@ A distribution is a dict from outcomes to probabilities. The prior q, a reward r
 
     π*(y) = q(y) e^{r(y)/λ} / Z        J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)
 
-and everything else in this package agrees with these few lines on small spaces; the tests hold it to that. Outcomes that
-are read token by token are tuples of tokens. Gradients are in sequence logits: π(y) = e^{θ_y} / Σ e^θ.
+and everything else in this package agrees with these few lines on small spaces; the tests hold it
+to that. Outcomes that are read token by token are tuples of tokens. Gradients are in sequence
+logits: π(y) = e^{θ_y} / Σ e^θ.
 """
 
 import math
@@ -32,7 +33,9 @@ def kl(p: Table, q: Table) -> float:
 
 
 def posterior(q: Table, r: Table, lam: float) -> tuple[Table, float]:
-    """(π*, log Z): the prior reweighted by e^{r/λ}. The largest reward is taken out first, so nothing overflows."""
+    """(π*, log Z): the prior reweighted by e^{r/λ}. The largest reward is taken out first, so
+    nothing overflows.
+    """
     top = max(r[y] for y in q if q[y] > 0)
     weight = {y: q[y] * math.exp((r[y] - top) / lam) if q[y] > 0 else 0.0 for y in q}
     z = math.fsum(weight.values())
@@ -74,15 +77,23 @@ def next_token(p: Table, prefix: tuple[Any, ...]) -> Table:
 
 
 def soft_value(q: Table, r: Table, lam: float, prefix: tuple[Any, ...] = ()) -> float:
-    """V(prefix) = λ log Σ_a q(a|prefix) e^{V(prefix a)/λ}, and r at the end of a sequence: V(()) = λ log Z (soft Bellman)."""
+    """V(prefix) = λ log Σ_a q(a|prefix) e^{V(prefix a)/λ}, and r at the end of a sequence: V(()) =
+    λ log Z (soft Bellman).
+    """
     if prefix in q:
         return r[prefix]
-    mass = math.fsum(p * math.exp(soft_value(q, r, lam, (*prefix, token)) / lam) for token, p in next_token(q, prefix).items() if p > 0)
+    mass = math.fsum(
+        p * math.exp(soft_value(q, r, lam, (*prefix, token)) / lam)
+        for token, p in next_token(q, prefix).items()
+        if p > 0
+    )
     return lam * math.log(mass) if mass > 0 else -math.inf
 
 
 def chain_rule(p: Table, q: Table, length: int) -> list[float]:
-    """KL(p‖q) over tuples of one length as its sum over positions: Σ_t E_p[KL(p(·|y_<t)‖q(·|y_<t))], one term a position."""
+    """KL(p‖q) over tuples of one length as its sum over positions: Σ_t
+    E_p[KL(p(·|y_<t)‖q(·|y_<t))], one term a position.
+    """
 
     def at(t: int) -> Function:
         return lambda y: kl(next_token(p, y[:t]), next_token(q, y[:t]))

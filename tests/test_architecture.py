@@ -14,7 +14,20 @@ import klrl_edu
 from klrl_edu import testing
 
 ROOT = Path(klrl_edu.__file__).parent
-ORDER = ["reference", "core", "models", "problems", "exact", "estimators", "evaluation", "samplers", "learning", "audit", "theory", "experiments"]
+ORDER = [
+    "reference",
+    "core",
+    "models",
+    "problems",
+    "exact",
+    "estimators",
+    "evaluation",
+    "samplers",
+    "learning",
+    "audit",
+    "theory",
+    "experiments",
+]
 LAST = ["testing", "pytest_plugin", "exercises", "__main__", "__init__"]
 NEED_SHAPES = ("klrl_edu.models.", "klrl_edu.estimators.", "klrl_edu.learning.losses")
 MODULES = sorted(path.relative_to(ROOT.parent) for path in ROOT.rglob("*.py"))
@@ -32,7 +45,10 @@ def imports_of(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.startswith("klrl_edu")]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("klrl_edu"):
-            found += [f"{node.module}.{alias.name}" if node.module == "klrl_edu" else node.module for alias in node.names]
+            found += [
+                f"{node.module}.{alias.name}" if node.module == "klrl_edu" else node.module
+                for alias in node.names
+            ]
     return found
 
 
@@ -41,7 +57,9 @@ def breaches(name: str, source: str) -> list[str]:
     here = room(name)
     if here in LAST:
         return []
-    allowed = set(ORDER[: ORDER.index(here) + 1]) - ({"reference"} if here != "reference" else set())
+    allowed = set(ORDER[: ORDER.index(here) + 1]) - (
+        {"reference"} if here != "reference" else set()
+    )
     if here == "reference":
         allowed = set()
     if here == "estimators":
@@ -56,15 +74,22 @@ def test_a_module_imports_only_from_its_own_folder_and_those_above(path):
 
 
 def test_an_import_against_the_order_is_noticed():
-    assert breaches("klrl_edu.core.draws", "from klrl_edu.models.table import SequenceTable") == ["klrl_edu.models.table"]
-    assert breaches("klrl_edu.estimators.kl_values", "import klrl_edu.exact.posterior") == ["klrl_edu.exact.posterior"]
-    assert breaches("klrl_edu.reference", "def f():\n    from klrl_edu.core import logspace") == ["klrl_edu.core"]
+    assert breaches("klrl_edu.core.draws", "from klrl_edu.models.table import SequenceTable") == [
+        "klrl_edu.models.table"
+    ]
+    assert breaches("klrl_edu.estimators.kl_values", "import klrl_edu.exact.posterior") == [
+        "klrl_edu.exact.posterior"
+    ]
+    assert breaches("klrl_edu.reference", "def f():\n    from klrl_edu.core import logspace") == [
+        "klrl_edu.core"
+    ]
 
 
 def test_importing_the_package_or_its_pytest_side_does_not_import_torch():
     code = (
-        "import sys, klrl_edu, klrl_edu.testing, klrl_edu.pytest_plugin; dir(klrl_edu), dir(klrl_edu.testing); assert 'torch' not in sys.modules; "
-        "klrl_edu.SequenceSpace; assert 'torch' in sys.modules"
+        "import sys, klrl_edu, klrl_edu.testing, klrl_edu.pytest_plugin; dir(klrl_edu),"
+        " dir(klrl_edu.testing); assert 'torch' not in sys.modules; klrl_edu.SequenceSpace; assert"
+        " 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -78,29 +103,53 @@ def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error():
         testing.nonsense  # noqa: B018
 
 
-PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__} | {f"testing.{name}": getattr(testing, name) for name in testing.__all__}
-ALIASES = {"Loss", "Reward"}  # types: their meaning stands below them in the source, where Python keeps no docstring
+PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__} | {
+    f"testing.{name}": getattr(testing, name) for name in testing.__all__
+}
+ALIASES = {
+    "Loss",
+    "Reward",
+}  # types: their meaning stands below them in the source, where Python keeps no docstring
 
 
 def members(name: str, thing: object) -> list[tuple[str, object]]:
     """A public thing and, for classes and modules of ours, its public members."""
     listed = [(name, thing)]
     if inspect.ismodule(thing):
-        listed += [(f"{name}.{n}", m) for n, m in vars(thing).items() if inspect.isfunction(m) and m.__module__ == thing.__name__ and n[0] != "_"]
+        listed += [
+            (f"{name}.{n}", m)
+            for n, m in vars(thing).items()
+            if inspect.isfunction(m) and m.__module__ == thing.__name__ and n[0] != "_"
+        ]
     elif inspect.isclass(thing):
-        own = {n: m for n, m in vars(thing).items() if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property | classmethod))}
-        listed += [(f"{name}.{n}", m) for n, m in own.items() if n not in inherited_documentation(thing)]
+        own = {
+            n: m
+            for n, m in vars(thing).items()
+            if n[0] != "_" and (inspect.isfunction(m) or isinstance(m, property | classmethod))
+        }
+        listed += [
+            (f"{name}.{n}", m) for n, m in own.items() if n not in inherited_documentation(thing)
+        ]
     return listed
 
 
 def inherited_documentation(cls: type) -> set[str]:
     """Names that a parent documents; an override means the same."""
-    return {name for parent in cls.__mro__[1:] for name, member in vars(parent).items() if inspect.getdoc(member)}
+    return {
+        name
+        for parent in cls.__mro__[1:]
+        for name, member in vars(parent).items()
+        if inspect.getdoc(member)
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLIC) - ALIASES))
 def test_a_public_name_is_documented(name):
-    undocumented = [label for label, member in members(name, PUBLIC[name]) if not (inspect.getdoc(member) or "").strip()]
+    undocumented = [
+        label
+        for label, member in members(name, PUBLIC[name])
+        if not (inspect.getdoc(member) or "").strip()
+    ]
     assert undocumented == []
 
 
@@ -109,14 +158,19 @@ def test_an_undocumented_name_is_noticed():
         def method(self):
             return 1
 
-    assert [label for label, member in members("Bare", Bare) if not inspect.getdoc(member)] == ["Bare", "Bare.method"]
+    assert [label for label, member in members("Bare", Bare) if not inspect.getdoc(member)] == [
+        "Bare",
+        "Bare.method",
+    ]
 
 
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalar\b|shape")
 
 
 def shapeless() -> list[str]:
-    """Public functions of models, estimators and losses that take or give tensors and whose docstrings give no shape."""
+    """Public functions of models, estimators and losses that take or give tensors and whose
+    docstrings give no shape.
+    """
     missing = []
     for path in MODULES:
         name = ".".join(path.with_suffix("").parts)
@@ -125,13 +179,20 @@ def shapeless() -> list[str]:
         module = importlib.import_module(name)
         for label, member in vars(module).items():
             ours = getattr(member, "__module__", None) == name and label[0] != "_"
-            if ours and inspect.isfunction(member) and takes_tensors(member) and not SHAPE.search(inspect.getdoc(member) or ""):
+            if (
+                ours
+                and inspect.isfunction(member)
+                and takes_tensors(member)
+                and not SHAPE.search(inspect.getdoc(member) or "")
+            ):
                 missing.append(f"{name}.{label}")
     return missing
 
 
 def takes_tensors(function: object) -> bool:
-    return "Tensor" in str(inspect.signature(function)) or "Batch" in str(inspect.signature(function))
+    return "Tensor" in str(inspect.signature(function)) or "Batch" in str(
+        inspect.signature(function)
+    )
 
 
 def test_docstrings_of_models_estimators_and_losses_give_shapes():
@@ -149,5 +210,11 @@ def test_every_module_opens_with_what_it_is():
 
 
 def test_no_global_seed_is_set_or_drawn_from():
-    words = re.compile(r"torch\.manual_seed|np\.random\.|(?<!\.)\brandom\.(random|seed|choice)|set_default_dtype")
-    assert [str(path) for path in MODULES if words.search((ROOT.parent / path).read_text(encoding="utf-8"))] == []
+    words = re.compile(
+        r"torch\.manual_seed|np\.random\.|(?<!\.)\brandom\.(random|seed|choice)|set_default_dtype"
+    )
+    assert [
+        str(path)
+        for path in MODULES
+        if words.search((ROOT.parent / path).read_text(encoding="utf-8"))
+    ] == []

@@ -1,4 +1,6 @@
-"""The plain-dictionary theory against the course's hand numbers, which were computed independently."""
+"""The plain-dictionary theory against the course's hand numbers, which were computed
+independently.
+"""
 
 import ast
 import inspect
@@ -41,7 +43,9 @@ def test_t01_divergences_entropy_and_mutual_information():
     assert ref.kl(Q, PI) == anchor(0.101696829963)
     assert ref.entropy(Q) == anchor(1.279854225834)
     second = {"cat": Q[THE_CAT] + Q[A_CAT], "dog": Q[THE_DOG] + Q[A_DOG]}
-    assert ref.entropy(ref.next_token(Q, ())) + ref.entropy(second) - ref.entropy(Q) == anchor(0.004021743230)
+    assert ref.entropy(ref.next_token(Q, ())) + ref.entropy(second) - ref.entropy(Q) == anchor(
+        0.004021743230
+    )
 
 
 def test_t01_the_chain_rule_adds_up():
@@ -53,14 +57,18 @@ def test_t01_the_chain_rule_adds_up():
 def test_t03_posterior_evidence_and_the_gap():
     posterior, log_z = ref.posterior(Q, R, 1.0)
     assert math.exp(log_z) == anchor(2.326218341277)
-    assert list(posterior.values()) == anchors(0.467416455322, 0.128964678284, 0.085976452189, 0.317642414206)
+    assert list(posterior.values()) == anchors(
+        0.467416455322, 0.128964678284, 0.085976452189, 0.317642414206
+    )
     assert log_z - ref.objective(PI, Q, R, 1.0) == anchor(0.044037391635)
     assert ref.kl(PI, posterior) == anchor(0.044037391635)
 
 
 def test_t03_log_evidence_differentiates_to_the_expected_reward():
     def log_z(beta):
-        return mpmath.log(mpmath.fsum(mpmath.mpf(Q[y]) * mpmath.exp(beta * R[y]) for y in SENTENCES))
+        return mpmath.log(
+            mpmath.fsum(mpmath.mpf(Q[y]) * mpmath.exp(beta * R[y]) for y in SENTENCES)
+        )
 
     for beta in (0.1, 1.0, 5.0):
         posterior, _ = ref.posterior(Q, R, 1 / beta)
@@ -80,7 +88,9 @@ def test_t04_soft_values_and_the_first_token():
 
 def test_t05_the_gradient_of_the_objective():
     gradient = ref.objective_gradient(PI, Q, R, 1.0)
-    assert list(gradient.values()) == anchors(-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306)
+    assert list(gradient.values()) == anchors(
+        -0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306
+    )
     posterior, _ = ref.posterior(Q, R, 1.0)
     divergence = ref.gradient(PI, lambda y: math.log(PI[y] / posterior[y]))
     assert [-divergence[y] for y in SENTENCES] == pytest.approx(list(gradient.values()), abs=1e-15)
@@ -92,15 +102,21 @@ def test_t05_the_gradient_of_the_objective_is_its_derivative_in_sequence_logits(
         def moved(shift, y=y):
             weight = {z: PI[z] * (mpmath.exp(shift) if z == y else 1) for z in SENTENCES}
             total = mpmath.fsum(weight.values())
-            return mpmath.fsum(w / total * (R[z] - mpmath.log(w / total / Q[z])) for z, w in weight.items())
+            return mpmath.fsum(
+                w / total * (R[z] - mpmath.log(w / total / Q[z])) for z, w in weight.items()
+            )
 
         with mpmath.workdps(50):
-            assert ref.objective_gradient(PI, Q, R, 1.0)[y] == pytest.approx(float(mpmath.diff(moved, 0)), abs=1e-15)
+            assert ref.objective_gradient(PI, Q, R, 1.0)[y] == pytest.approx(
+                float(mpmath.diff(moved, 0)), abs=1e-15
+            )
 
 
 def test_t06_moments_of_the_estimators():
     truth = ref.kl(PI, Q)
-    (k1_mean, k1_variance), (k2_mean, _), (k3_mean, k3_variance) = (ref.mean_and_variance(PI, k(PI, Q)) for k in (ref.k1, ref.k2, ref.k3))
+    (k1_mean, k1_variance), (k2_mean, _), (k3_mean, k3_variance) = (
+        ref.mean_and_variance(PI, k(PI, Q)) for k in (ref.k1, ref.k2, ref.k3)
+    )
     assert k1_mean == pytest.approx(truth, rel=1e-14)
     assert k3_mean == pytest.approx(truth, rel=1e-14)
     assert (k1_variance, k3_variance) == (anchor(0.191954080129), anchor(0.008973476020))
@@ -108,11 +124,15 @@ def test_t06_moments_of_the_estimators():
 
 
 def test_t06_k3_as_a_loss_follows_the_forward_divergence():
-    assert list(ref.gradient(PI, lambda y: 1 - Q[y] / PI[y]).values()) == pytest.approx([0.1, -0.1, -0.1, 0.1], abs=1e-15)
+    assert list(ref.gradient(PI, lambda y: 1 - Q[y] / PI[y]).values()) == pytest.approx(
+        [0.1, -0.1, -0.1, 0.1], abs=1e-15
+    )
 
 
 def test_t11_without_a_divergence_the_gradient_is_that_of_the_reward():
-    assert list(ref.gradient(PI, lambda y: R[y]).values()) == pytest.approx([0.05, -0.18, -0.09, 0.22], abs=1e-15)
+    assert list(ref.gradient(PI, lambda y: R[y]).values()) == pytest.approx(
+        [0.05, -0.18, -0.09, 0.22], abs=1e-15
+    )
 
 
 def test_an_outcome_without_mass_does_not_count():
@@ -131,11 +151,20 @@ def test_a_large_reward_does_not_overflow():
 weights = st.lists(st.floats(0.01, 1), min_size=2, max_size=6)
 
 
-@given(q=weights, p=weights, r=st.lists(st.floats(-3, 3), min_size=6, max_size=6), lam=st.floats(0.1, 10))
+@given(
+    q=weights,
+    p=weights,
+    r=st.lists(st.floats(-3, 3), min_size=6, max_size=6),
+    lam=st.floats(0.1, 10),
+)
 def test_the_objective_is_the_evidence_less_the_divergence(q, p, r, lam):
     size = min(len(p), len(q))
-    q, p = ({i: w / math.fsum(values[:size]) for i, w in enumerate(values[:size])} for values in (q, p))
+    q, p = (
+        {i: w / math.fsum(values[:size]) for i, w in enumerate(values[:size])} for values in (q, p)
+    )
     posterior, log_z = ref.posterior(q, dict(enumerate(r)), lam)
     terms = lam * log_z, lam * ref.kl(p, posterior)
     scale = max(1, *map(abs, terms), *map(abs, r[:size]), lam * ref.kl(p, q))
-    assert abs(ref.objective(p, q, dict(enumerate(r)), lam) - (terms[0] - terms[1])) <= 1e-13 * scale
+    assert (
+        abs(ref.objective(p, q, dict(enumerate(r)), lam) - (terms[0] - terms[1])) <= 1e-13 * scale
+    )

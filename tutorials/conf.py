@@ -1,8 +1,11 @@
-"""The site: `python3 dev.py docs` builds it, offline, into runs/site/html. Every tutorial and every page with code runs in the build.
+"""The site: `python3 dev.py docs` builds it, offline, into runs/site/html. Every
+tutorial and every page with code runs in the build.
 
-API pages and the benchmark's table are filled in as pages are read: `<!-- fill: api core -->` becomes the public names of
-klrl_edu/core with their docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote, `<!-- fill: identities -->`
-and `<!-- fill: claims -->` what `klrl check` finds now, `<!-- fill: estimators -->` what `klrl audit` finds.
+API pages and the benchmark's table are filled in as pages are read:
+`<!-- fill: api core -->` becomes the public names of klrl_edu/core with their
+docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote,
+`<!-- fill: identities -->` and `<!-- fill: claims -->` what `klrl check` finds now,
+`<!-- fill: estimators -->` what `klrl audit` finds.
 """
 
 import ast
@@ -27,8 +30,17 @@ project = "klrl_edu"
 version = release = klrl_edu.__version__
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-include_patterns = ["*.md", "api/*.md", "t[0-9][0-9]_*.py"]  # conf.py and other helpers are no pages
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+include_patterns = [
+    "*.md",
+    "api/*.md",
+    "t[0-9][0-9]_*.py",
+]  # conf.py and other helpers are no pages
 nitpicky = False
 
 # Pages that run. "force": a cached page would hide a change of the library.
@@ -38,17 +50,22 @@ nb_execution_timeout = 120  # seconds a cell
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
-nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # its default loads two scripts from the network
+nb_ipywidgets_js: dict[
+    str, dict[str, str]
+] = {}  # its default loads two scripts from the network
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
-# API pages: docstrings here are plain text with Google sections, not reStructuredText; `plain_to_rst` quotes what rst would read as markup.
+# API pages: docstrings here are plain text with Google sections, not reStructuredText;
+# `plain_to_rst` quotes what rst would read as markup.
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True}
 napoleon_use_rtype = False
-napoleon_use_ivar = True  # attributes as a list: a NamedTuple's fields would stand twice
+napoleon_use_ivar = (
+    True  # attributes as a list: a NamedTuple's fields would stand twice
+)
 python_maximum_signature_line_length = 100
 default_role = "code"
 
@@ -61,7 +78,9 @@ html_show_sphinx = False
 html_show_copyright = False
 html_theme_options = {"footer_icons": []}
 mathjax_path = "mathjax/tex-svg.js"  # version 3.2.2, with its licence beside it
-mathjax3_config = {"options": {"enableMenu": False}}  # the menu could load more from the network
+mathjax3_config = {
+    "options": {"enableMenu": False}
+}  # the menu could load more from the network
 
 FILL = re.compile(r"^<!-- fill: (\w+) ?(\w*) -->$", re.M)
 PUBLIC = re.compile(r"from klrl_edu\.?([\w.]*) import (\w+) as \w+")
@@ -69,8 +88,15 @@ PUBLIC = re.compile(r"from klrl_edu\.?([\w.]*) import (\w+) as \w+")
 
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replaces the fill marks of a page."""
-    tables = {"benchmark": benchmark, "identities": identities, "claims": claims, "estimators": estimators}
-    source[0] = FILL.sub(lambda mark: api(mark[2]) if mark[1] == "api" else tables[mark[1]](), source[0])
+    tables = {
+        "benchmark": benchmark,
+        "identities": identities,
+        "claims": claims,
+        "estimators": estimators,
+    }
+    source[0] = FILL.sub(
+        lambda mark: api(mark[2]) if mark[1] == "api" else tables[mark[1]](), source[0]
+    )
 
 
 def identities() -> str:
@@ -98,13 +124,19 @@ def benchmark() -> str:
     """The benchmark's table, or how to make it."""
     if BENCHMARK.exists():
         return re.sub(r"^# .*\n", "", BENCHMARK.read_text(encoding="utf-8"))
-    return "Nothing was measured on this copy yet: `python3 dev.py bench` makes the table."
+    return (
+        "Nothing was measured on this copy yet: `python3 dev.py bench` makes the table."
+    )
 
 
 def public_names(room: str) -> dict[str, list[str]]:
-    """The public names of one room of the package by module, as the stub lists them; room "reference" is that one file."""
+    """The public names of one room of the package by module, as the stub lists them;
+    room "reference" is that one file.
+    """
     names: dict[str, list[str]] = {}
-    for module, name in PUBLIC.findall((PACKAGE / "__init__.pyi").read_text(encoding="utf-8")):
+    for module, name in PUBLIC.findall(
+        (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
+    ):
         if (module or name).partition(".")[0] == room:
             names.setdefault(f"klrl_edu.{module}".rstrip("."), []).append(name)
     return names
@@ -119,8 +151,15 @@ def api(room: str) -> str:
         for name in whole:
             parts.append(f"## {name}\n\n{directive('automodule', f'{module}.{name}')}")
         if rest:
-            summary = (import_module(module).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-            parts.append(f"## {module.rpartition('.')[2].replace('_', ' ')}\n\n{quoted(summary)}\n\n`{module}`\n")
+            summary = (
+                (import_module(module).__doc__ or "")
+                .partition("\n\n")[0]
+                .replace("\n", " ")
+            )
+            parts.append(
+                f"## {module.rpartition('.')[2].replace('_', ' ')}\n\n"
+                f"{quoted(summary)}\n\n`{module}`\n"
+            )
             parts += [directive(*documenter(module, name)) for name in rest]
     return "\n\n".join(parts)
 
@@ -137,11 +176,24 @@ def documenter(module: str, name: str) -> tuple[str, str, str]:
 
 def alias_docstring(module: str, name: str) -> str:
     """The string below `Name = …` in a module, where Python keeps no docstring."""
-    body = ast.parse((PACKAGE.parent / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")).body
+    body = ast.parse(
+        (PACKAGE.parent / Path(*module.split(".")))
+        .with_suffix(".py")
+        .read_text(encoding="utf-8")
+    ).body
     for statement, below in pairwise(body):
-        named = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name
-        if named and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            return f"``{ast.unparse(statement.value)}`` — " + "\n".join(plain_to_rst(str(below.value.value).splitlines()))
+        named = (
+            isinstance(statement, ast.Assign)
+            and ast.unparse(statement.targets[0]) == name
+        )
+        if (
+            named
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            return f"``{ast.unparse(statement.value)}`` — " + "\n".join(
+                plain_to_rst(str(below.value.value).splitlines())
+            )
         if named:
             return f"``{ast.unparse(statement.value)}``"
     return ""
@@ -160,15 +212,23 @@ def is_module(module: str, name: str) -> bool:
 
 def quoted(text: str) -> str:
     """Plain text in Markdown: * and _ are no markup outside `code`."""
-    return "`".join(part if index % 2 else re.sub(r"([*_\[\]<])", r"\\\1", part) for index, part in enumerate(text.split("`")))
+    return "`".join(
+        part if index % 2 else re.sub(r"([*_\[\]<])", r"\\\1", part)
+        for index, part in enumerate(text.split("`"))
+    )
 
 
 def plain_to_rst(lines: list[str]) -> list[str]:
-    """A plain docstring's lines -> reStructuredText: `*`, `|` and a final `_` are no markup outside `code`; an indented block stands as typed."""
+    """A plain docstring's lines -> reStructuredText: `*`, `|` and a final `_` are no
+    markup outside `code`; an indented block stands as typed.
+    """
     if not lines:
         return []
     text, out, verbatim = "\n".join(lines), [], False
-    escaped = "`".join(part if index % 2 else re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part) for index, part in enumerate(text.split("`")))
+    escaped = "`".join(
+        part if index % 2 else re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
+        for index, part in enumerate(text.split("`"))
+    )
     for plain, line in zip(lines, escaped.split("\n"), strict=True):
         indented = plain.startswith("    ")
         starts = indented and bool(out) and not out[-1].strip() and not verbatim
@@ -179,8 +239,12 @@ def plain_to_rst(lines: list[str]) -> list[str]:
     return out
 
 
-def docstring_to_rst(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Every docstring on its way to the API pages, before napoleon reads its sections."""
+def docstring_to_rst(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Every docstring on its way to the API pages, before napoleon reads its
+    sections.
+    """
     lines[:] = plain_to_rst(lines)
 
 
@@ -188,7 +252,10 @@ def label_solutions(app: Sphinx, doctree: nodes.document) -> None:
     """A folded solution says what it is."""
     for cell in doctree.findall(nodes.container):
         if "prompt_show" in cell and "tag_solution" in cell["classes"]:
-            cell["prompt_show"], cell["prompt_hide"] = "Show the solution", "Hide the solution"
+            cell["prompt_show"], cell["prompt_hide"] = (
+                "Show the solution",
+                "Hide the solution",
+            )
 
 
 def require_execution(app: Sphinx, failure: Exception | None) -> None:
@@ -196,15 +263,30 @@ def require_execution(app: Sphinx, failure: Exception | None) -> None:
     if failure is not None:
         return
     pages = {docname: Path(app.env.doc2path(docname)) for docname in app.env.found_docs}
-    running = {docname for docname, path in pages.items() if path.suffix == ".py" or "{code-cell}" in path.read_text(encoding="utf-8")}
+    running = {
+        docname
+        for docname, path in pages.items()
+        if path.suffix == ".py" or "{code-cell}" in path.read_text(encoding="utf-8")
+    }
     missing = {path.stem for path in HERE.glob("t[0-9][0-9]_*.py")} - set(pages)
     complaints = [f"{name}.py is excluded from the site" for name in sorted(missing)]
     for docname in sorted(running):
-        complaints += [f"{docname}: {why}" for why in not_run(app.env.nb_metadata[docname].get("exec_data"), pages[docname])]
+        complaints += [
+            f"{docname}: {why}"
+            for why in not_run(
+                app.env.nb_metadata[docname].get("exec_data"), pages[docname]
+            )
+        ]
     if complaints:
         raise ExtensionError("pages that did not run: " + "; ".join(complaints))
-    seconds = {docname: app.env.nb_metadata[docname]["exec_data"]["runtime"] for docname in sorted(running)}
-    print("executed:", ", ".join(f"{docname} {runtime:.1f} s" for docname, runtime in seconds.items()))
+    seconds = {
+        docname: app.env.nb_metadata[docname]["exec_data"]["runtime"]
+        for docname in sorted(running)
+    }
+    print(
+        "executed:",
+        ", ".join(f"{docname} {runtime:.1f} s" for docname, runtime in seconds.items()),
+    )
 
 
 def not_run(statistics: dict[str, object] | None, path: Path) -> list[str]:
@@ -220,7 +302,9 @@ def not_run(statistics: dict[str, object] | None, path: Path) -> list[str]:
 
 
 def write_lambda_page(app: Sphinx, failure: Exception | None) -> None:
-    """The λ page stands beside the others; it is a page of its own, not of the theme."""
+    """The λ page stands beside the others; it is a page of its own, not of the
+    theme.
+    """
     from klrl_edu.experiments.lambda_page import write_lambda_page
 
     if failure is None:
@@ -229,8 +313,13 @@ def write_lambda_page(app: Sphinx, failure: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
-    # the kernels that run the pages inherit these: one thread each, and no answers of exercises recorded beside the sources
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", KLRL_ANSWERS=str(Path(tempfile.mkdtemp()) / "answers.json"))
+    # the kernels that run the pages inherit these: one thread each, and no answers of
+    # exercises recorded beside the sources
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        KLRL_ANSWERS=str(Path(tempfile.mkdtemp()) / "answers.json"),
+    )
     app.connect("source-read", fill)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=100)
     app.connect("doctree-read", label_solutions)

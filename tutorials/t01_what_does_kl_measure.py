@@ -71,7 +71,11 @@ for function in (expectation, entropy, kl):
 # %%
 u = {y: math.log(pi[y] / q[y]) for y in q}
 rows = [[y, q[y], pi[y], u[y], pi[y] * u[y]] for y in q]
-print(text_table(["sentence", "prior q", "policy π", "u = log π/q", "π·u"], rows, digits=6))
+print(
+    text_table(
+        ["sentence", "prior q", "policy π", "u = log π/q", "π·u"], rows, digits=6
+    )
+)
 print(f"\nsum of π·u = {sum(pi[y] * u[y] for y in q):.12f} nats")
 print(f"kl(pi, q)  = {kl(pi, q):.12f} nats")
 
@@ -85,9 +89,14 @@ print(f"kl(pi, q)  = {kl(pi, q):.12f} nats")
 # %%
 article = 0.22
 for value, unit in ((kl(pi, q), "nats"), (kl(pi, q) / math.log(2), "bits")):
-    print(f"KL(π‖q) = {value:.4f} {unit}; the article's {article} is {article / value:.2f} times that")
+    print(
+        f"KL(π‖q) = {value:.4f} {unit}; the article's {article} is"
+        f" {article / value:.2f} times that"
+    )
 nearest = min(u, key=lambda y: abs(u[y] - article))
-print(f"the one number in the table near {article} is u of {nearest!r}, {u[nearest]:.4f}")
+print(
+    f"the one number in the table near {article} is u of {nearest!r}, {u[nearest]:.4f}"
+)
 
 # %% [markdown]
 # It is neither. Perhaps the mean was never taken: the evidence of a single sentence is not a divergence. A printed number can be wrong; one that
@@ -140,7 +149,10 @@ print(f"forward  KL(q‖π) = {kl(q, pi):.12f} nats")
 # %%
 cross_entropy = expectation(pi, lambda y: -math.log(q[y]))
 print(f"entropy of q: {entropy(q):.12f} nats, of π: {entropy(pi):.12f} nats")
-print(f"cross-entropy − entropy = {cross_entropy:.12f} − {entropy(pi):.12f} = {cross_entropy - entropy(pi):.12f} nats")
+print(
+    f"cross-entropy − entropy = {cross_entropy:.12f} − {entropy(pi):.12f} ="
+    f" {cross_entropy - entropy(pi):.12f} nats"
+)
 assert abs(cross_entropy - entropy(pi) - kl(pi, q)) < 1e-9
 
 # %% [markdown]
@@ -164,7 +176,9 @@ def words(p):
 
 print(inspect.getsource(chain_rule))
 terms = chain_rule(words(pi), words(q), 2)
-print(f"first word {terms[0]:.12f} + second word {terms[1]:.12f} = {sum(terms):.12f} nats")
+print(
+    f"first word {terms[0]:.12f} + second word {terms[1]:.12f} = {sum(terms):.12f} nats"
+)
 
 # %% [markdown]
 # The first word has not changed at all: both models say "the" with probability 0.7. All of the change is in which noun
@@ -184,7 +198,10 @@ def marginal(p, position):
 
 
 per_position = [kl(marginal(pi, i), marginal(q, i)) for i in range(2)]
-print(f"without prefixes: {abs(per_position[0]):.3f} + {abs(per_position[1]):.3f} nats; with prefixes: {kl(pi, q):.3f} nats")
+print(
+    f"without prefixes: {abs(per_position[0]):.3f} + {abs(per_position[1]):.3f} nats;"
+    f" with prefixes: {kl(pi, q):.3f} nats"
+)
 
 # %% [markdown]
 # It sees nothing. Both models say "the" 70 % and "cat" 60 % of the time; only the *combinations* differ, and a sum without
@@ -197,7 +214,11 @@ print(f"without prefixes: {abs(per_position[0]):.3f} + {abs(per_position[1]):.3f
 # gives that of the second word after "the". Do not call `chain_rule`: build it.
 
 # %% tags=["exercise"]
-print(text_table(["sentence", "prior q", "CORRELATED"], [[y, q[y], CORRELATED[y]] for y in q]))
+print(
+    text_table(
+        ["sentence", "prior q", "CORRELATED"], [[y, q[y], CORRELATED[y]] for y in q]
+    )
+)
 answer = ...  # [first term, second term]
 check("t01.chain", answer)
 
@@ -205,12 +226,18 @@ check("t01.chain", answer)
 first_words = marginal(CORRELATED, 0)
 first_term = kl(first_words, marginal(q, 0))
 second_term = sum(
-    first_words[a] * kl(next_token(words(CORRELATED), (a,)), next_token(words(q), (a,)))  # CORRELATED chooses the first word
+    first_words[a]
+    * kl(
+        next_token(words(CORRELATED), (a,)), next_token(words(q), (a,))
+    )  # CORRELATED chooses the first word
     for a in ("the", "a")
 )
 answer = [first_term, second_term]
 check("t01.chain", answer)
-print(f"{first_term:.12f} + {second_term:.12f} = {first_term + second_term:.12f} = KL(CORRELATED‖q) nats")
+print(
+    f"{first_term:.12f} + {second_term:.12f} = {first_term + second_term:.12f} ="
+    " KL(CORRELATED‖q) nats"
+)
 
 # %% [markdown]
 # ## How much do the words know of each other?
@@ -229,12 +256,19 @@ answer = ...
 check("t01.mutual", answer)
 
 # %% tags=["solution", "hide-cell"]
-product = {f"{a} {b}": marginal(q, 0)[a] * marginal(q, 1)[b] for a in ("the", "a") for b in ("cat", "dog")}
+product = {
+    f"{a} {b}": marginal(q, 0)[a] * marginal(q, 1)[b]
+    for a in ("the", "a")
+    for b in ("cat", "dog")
+}
 answer = kl(q, product)
 check("t01.mutual", answer)
 print(f"I(Y₁;Y₂) = {answer:.12f} nats")
 # Entropies give the same, and are a good way to check a KL:
-print(f"H(Y₁) + H(Y₂) − H(Y₁,Y₂) = {entropy(marginal(q, 0)) + entropy(marginal(q, 1)) - entropy(q):.12f} nats")
+print(
+    "H(Y₁) + H(Y₂) − H(Y₁,Y₂) ="
+    f" {entropy(marginal(q, 0)) + entropy(marginal(q, 1)) - entropy(q):.12f} nats"
+)
 
 # %% [markdown]
 # ## An experiment: two directions, two fits
@@ -252,7 +286,9 @@ print(f"H(Y₁) + H(Y₂) − H(Y₁,Y₂) = {entropy(marginal(q, 0)) + entropy(
 def log_prob(theta):
     """log π_θ of the four sentences: log π(first word) + log π(second word)."""
     the, cat = theta
-    return torch.stack([logsigmoid(a) + logsigmoid(b) for a in (the, -the) for b in (cat, -cat)])
+    return torch.stack(
+        [logsigmoid(a) + logsigmoid(b) for a in (the, -the) for b in (cat, -cat)]
+    )
 
 
 log_p = torch.tensor(list(CORRELATED.values()), dtype=torch.float64).log()
@@ -273,10 +309,17 @@ for name, divergence in directions.items():
     fits[name] = dict(zip(CORRELATED, log_prob(theta).exp().tolist(), strict=True))
 
 rows = [[y, CORRELATED[y], *(fit[y] for fit in fits.values())] for y in CORRELATED]
-print(text_table(["sentence", "target p", *(f"fit by {name}" for name in fits)], rows, digits=4))
+print(
+    text_table(
+        ["sentence", "target p", *(f"fit by {name}" for name in fits)], rows, digits=4
+    )
+)
 print()
 for name, fit in fits.items():
-    print(f"fit by {name}: forward {kl(CORRELATED, fit):.6f}, reverse {kl(fit, CORRELATED):.6f} nats")
+    print(
+        f"fit by {name}: forward {kl(CORRELATED, fit):.6f}, reverse"
+        f" {kl(fit, CORRELATED):.6f} nats"
+    )
 
 # %% [markdown]
 # The forward fit **covers**: it must not give a small probability to anything that the target writes, so it spreads, and writes
@@ -286,15 +329,31 @@ for name, fit in fits.items():
 # %% mystnb={"image": {"alt": "Left: the forward fit spreads over four sentences, the reverse fit picks one. Right: both KLs fall."}}
 with plots.publication_style():
     figure, (bars, lines) = plots.new_figure(2, 3.8, 2.9)
-    shown = {"target p": CORRELATED, **{f"fit by {name}": fit for name, fit in fits.items()}}
+    shown = {
+        "target p": CORRELATED,
+        **{f"fit by {name}": fit for name, fit in fits.items()},
+    }
     for index, (label, table) in enumerate(shown.items()):
         colour = (plots.PRIOR_COLOUR, *plots.POLICY_COLOURS)[index]
-        bars.bar([place + (index - 1) * 0.27 for place in range(4)], list(table.values()), 0.27, label=label, color=colour)
+        bars.bar(
+            [place + (index - 1) * 0.27 for place in range(4)],
+            list(table.values()),
+            0.27,
+            label=label,
+            color=colour,
+        )
     bars.set_xticks(range(4), list(CORRELATED))
-    bars.set(ylabel="probability", title="One covers, the other seeks a mode", ylim=(0, 1.25))
+    bars.set(
+        ylabel="probability", title="One covers, the other seeks a mode", ylim=(0, 1.25)
+    )
     bars.legend(loc="upper right")
     steps = range(len(curves["forward, KL(p‖π)"]))
-    plots.plot_lines({name: (steps, curve) for name, curve in curves.items()}, lines, xlabel="training step", ylabel="the KL minimised, in nats")
+    plots.plot_lines(
+        {name: (steps, curve) for name, curve in curves.items()},
+        lines,
+        xlabel="training step",
+        ylabel="the KL minimised, in nats",
+    )
     lines.set(title="Two parameters learn two things", xlim=(0, 100))
 plots.picture(figure, "runs/tutorials/t01")
 
@@ -310,12 +369,22 @@ check("t01.product", answer)
 
 # %% tags=["solution", "hide-cell"]
 # KL(p‖π) = −H(p) − E_p[log π₁(Y₁)] − E_p[log π₂(Y₂)]: two separate maximum-likelihood fits, each solved by the marginal.
-answer = {f"{a} {b}": marginal(CORRELATED, 0)[a] * marginal(CORRELATED, 1)[b] for a in ("the", "a") for b in ("cat", "dog")}
+answer = {
+    f"{a} {b}": marginal(CORRELATED, 0)[a] * marginal(CORRELATED, 1)[b]
+    for a in ("the", "a")
+    for b in ("cat", "dog")
+}
 check("t01.product", answer)
 fit = fits["forward, KL(p‖π)"]
-print(f"the trained fit differs from it by at most {max(abs(fit[y] - answer[y]) for y in fit):.1e}")
+print(
+    "the trained fit differs from it by at most"
+    f" {max(abs(fit[y] - answer[y]) for y in fit):.1e}"
+)
 # What is left is what independent words cannot know: the mutual information of p.
-print(f"KL(p‖fit) = {kl(CORRELATED, fit):.12f} nats = I(Y₁;Y₂) of p = {kl(CORRELATED, answer):.12f} nats")
+print(
+    f"KL(p‖fit) = {kl(CORRELATED, fit):.12f} nats = I(Y₁;Y₂) of p ="
+    f" {kl(CORRELATED, answer):.12f} nats"
+)
 
 # %% [markdown]
 # ## What to remember

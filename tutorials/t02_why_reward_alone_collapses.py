@@ -21,7 +21,17 @@
 # %%
 import math
 
-from klrl_edu import RecurrentModel, compare, four_sentences, losses, plots, posterior, restrict_to_support, seeded_draw, train
+from klrl_edu import (
+    RecurrentModel,
+    compare,
+    four_sentences,
+    losses,
+    plots,
+    posterior,
+    restrict_to_support,
+    seeded_draw,
+    train,
+)
 from klrl_edu.core.display import text_table
 from klrl_edu.exercises import check
 from klrl_edu.exercises.t02 import TIED_REWARDS
@@ -63,7 +73,11 @@ mean = sum(r.values()) / len(r)
 for k in range(1, 8):
     added = {y: added[y] + 0.1 * (r[y] - mean) for y in added}
     if k in (1, 2, 7):
-        print(f"after {k} step{'s' * (k > 1)}: " + ", ".join(f"{y} {p:+.3f}" for y, p in added.items()) + f"   (sum {sum(added.values()):.3f})")
+        print(
+            f"after {k} step{'s' * (k > 1)}: "
+            + ", ".join(f"{y} {p:+.3f}" for y, p in added.items())
+            + f"   (sum {sum(added.values()):.3f})"
+        )
 
 # %% [markdown]
 # Negative after two steps, above one after seven. Probabilities should be *multiplied*:
@@ -114,8 +128,31 @@ def multiplicative_steps(r, count, eta=0.1):
 
 
 path = multiplicative_steps(r, 200)
-rows = [[k, path[k]["the cat"], path[k]["a dog"], mean_reward(path[k]), kl(path[k], q), entropy(path[k])] for k in (0, 5, 10, 20, 50, 100, 200)]
-print(text_table(["step k", "P('the cat')", "P('a dog')", "E[r]", "KL(π‖q) in nats", "entropy in nats"], rows, digits=5))
+rows = [
+    [
+        k,
+        path[k]["the cat"],
+        path[k]["a dog"],
+        mean_reward(path[k]),
+        kl(path[k], q),
+        entropy(path[k]),
+    ]
+    for k in (0, 5, 10, 20, 50, 100, 200)
+]
+print(
+    text_table(
+        [
+            "step k",
+            "P('the cat')",
+            "P('a dog')",
+            "E[r]",
+            "KL(π‖q) in nats",
+            "entropy in nats",
+        ],
+        rows,
+        digits=5,
+    )
+)
 print(f"\nafter 200 steps P('a dog') = {path[200]['a dog']:.12f}")
 
 # %% [markdown]
@@ -133,7 +170,10 @@ check("t02.steps", answer)
 answer = next(k for k, pi in enumerate(path) if pi["a dog"] > 0.99)
 check("t02.steps", answer)
 # The rival is 'the cat': P('a dog')/P('the cat') = (0.1/0.4)·e^(ηk), and 99 : 1 needs ηk = log(4·99) at least.
-print(f"{answer} steps; the ratio to 'the cat' alone would give k ≥ {math.log(4 * 99) / 0.1:.2f}")
+print(
+    f"{answer} steps; the ratio to 'the cat' alone would give k ≥"
+    f" {math.log(4 * 99) / 0.1:.2f}"
+)
 
 # %% [markdown]
 # ## Every stop on the way is a posterior
@@ -152,7 +192,9 @@ for k in range(1, 201):
     worst = max(worst, *(abs(bayes[y] - path[k][y]) for y in q))
 bayes, _ = exact_posterior(q, r, 1 / (0.1 * 200))
 print(f"posterior at λ = {1 / (0.1 * 200):g}: P('a dog') = {bayes['a dog']:.12f}")
-print(f"largest difference between π_k and the posterior, over all 200 steps: {worst:.1e}")
+print(
+    f"largest difference between π_k and the posterior, over all 200 steps: {worst:.1e}"
+)
 assert worst < 1e-9
 
 # %% [markdown]
@@ -188,7 +230,11 @@ check("t02.tie", answer)
 best = [y for y in q if TIED_REWARDS[y] == max(TIED_REWARDS.values())]
 answer = {y: q[y] / sum(q[x] for x in best) if y in best else 0.0 for y in q}
 check("t02.tie", answer)
-print(", ".join(f"{y} {p:.3f}" for y, p in multiplicative_steps(TIED_REWARDS, 200)[-1].items()))
+print(
+    ", ".join(
+        f"{y} {p:.3f}" for y, p in multiplicative_steps(TIED_REWARDS, 200)[-1].items()
+    )
+)
 
 # %% [markdown]
 # ## An experiment: a network collapses
@@ -201,12 +247,43 @@ print(", ".join(f"{y} {p:.3f}" for y, p in multiplicative_steps(TIED_REWARDS, 20
 runs = {}
 for label, lam in (("reward alone, λ = 0", 0.0), ("with the KL term, λ = 1", 1.0)):
     problem = four_sentences(kl_coef=lam)
-    network = restrict_to_support(RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior)
-    options = {"steps": 120, "batch_size": 64, "lr": 1e-2, "schedule": cosine, "max_grad_norm": 1.0, "draw": seeded_draw(0)}
-    runs[label] = train(network, problem, losses.rloo, target=posterior(problem), evaluate_every=10, **options)
+    network = restrict_to_support(
+        RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior
+    )
+    options = {
+        "steps": 120,
+        "batch_size": 64,
+        "lr": 1e-2,
+        "schedule": cosine,
+        "max_grad_norm": 1.0,
+        "draw": seeded_draw(0),
+    }
+    runs[label] = train(
+        network,
+        problem,
+        losses.rloo,
+        target=posterior(problem),
+        evaluate_every=10,
+        **options,
+    )
 
-rows = [[label, run["expected_reward"][0], run["expected_reward"][-1], run["kl_to_prior"][0], run["kl_to_prior"][-1]] for label, run in runs.items()]
-print(text_table(["run", "E[r] before", "E[r] after", "KL(π‖q) before", "KL(π‖q) after"], rows, digits=5))
+rows = [
+    [
+        label,
+        run["expected_reward"][0],
+        run["expected_reward"][-1],
+        run["kl_to_prior"][0],
+        run["kl_to_prior"][-1],
+    ]
+    for label, run in runs.items()
+]
+print(
+    text_table(
+        ["run", "E[r] before", "E[r] after", "KL(π‖q) before", "KL(π‖q) after"],
+        rows,
+        digits=5,
+    )
+)
 
 # %%
 table = []
@@ -217,7 +294,10 @@ for label, run in runs.items():
     table.append([label, *(pi[y] for y in q), entropy(pi)])
 print(text_table(["run", *q, "entropy in nats"], table, digits=4))
 kept = compare(runs["with the KL term, λ = 1"].policy, posterior(four_sentences()))
-print(f"\nwith the KL term: KL(π‖π*) = {kept.reverse_kl:.1e} nats from the exact posterior")
+print(
+    f"\nwith the KL term: KL(π‖π*) = {kept.reverse_kl:.1e} nats from the exact"
+    " posterior"
+)
 
 # %% [markdown]
 # On reward alone the network gets nearly the largest reward there is, 2, and its KL to the prior climbs to the limit of exercise 3. With the KL
@@ -226,10 +306,23 @@ print(f"\nwith the KL term: KL(π‖π*) = {kept.reverse_kl:.1e} nats from the e
 # %% mystnb={"image": {"alt": "Left: step by step 'a dog' rises to 1. Right: an LSTM's KL to the prior climbs to log 10 on reward alone."}}
 with plots.publication_style():
     figure, (exact, network_axes) = plots.new_figure(2, 3.8, 2.9)
-    plots.plot_lines({y: (range(101), [pi[y] for pi in path[:101]]) for y in q}, exact, xlabel="step k, of size η = 0.1", ylabel="probability")
+    plots.plot_lines(
+        {y: (range(101), [pi[y] for pi in path[:101]]) for y in q},
+        exact,
+        xlabel="step k, of size η = 0.1",
+        ylabel="probability",
+    )
     exact.set_title("Each step: the posterior at λ = 1/(ηk)")
-    plots.plot_runs(runs, "kl_to_prior", network_axes, ylabel="KL(π‖q) in nats", log=False)
-    network_axes.axhline(math.log(10), color=plots.BLACK, linestyle=":", linewidth=1, label="one sentence left: log 10")
+    plots.plot_runs(
+        runs, "kl_to_prior", network_axes, ylabel="KL(π‖q) in nats", log=False
+    )
+    network_axes.axhline(
+        math.log(10),
+        color=plots.BLACK,
+        linestyle=":",
+        linewidth=1,
+        label="one sentence left: log 10",
+    )
     network_axes.legend(loc="center right")
     network_axes.set(title="An LSTM learns from samples", ylim=(0, 2.5))
 plots.picture(figure, "runs/tutorials/t02")

@@ -27,7 +27,16 @@ import random
 
 import torch
 
-from klrl_edu import RecurrentModel, compare, four_sentences, losses, plots, restrict_to_support, seeded_draw, train
+from klrl_edu import (
+    RecurrentModel,
+    compare,
+    four_sentences,
+    losses,
+    plots,
+    restrict_to_support,
+    seeded_draw,
+    train,
+)
 from klrl_edu import posterior as posterior_of
 from klrl_edu.core.display import text_table
 from klrl_edu.exercises import check
@@ -61,7 +70,13 @@ lam = 1.0  # λ, in reward units per nat: the price of one nat
 weight = {y: q[y] * math.exp(r[y] / lam) for y in q}
 z = sum(weight.values())
 star = {y: weight[y] / z for y in q}
-print(text_table(["sentence", "prior q", "reward r", "q·exp(r/λ)", "posterior π*"], [[y, q[y], r[y], weight[y], star[y]] for y in q], digits=12))
+print(
+    text_table(
+        ["sentence", "prior q", "reward r", "q·exp(r/λ)", "posterior π*"],
+        [[y, q[y], r[y], weight[y], star[y]] for y in q],
+        digits=12,
+    )
+)
 print(f"\nZ = {z:.12f}, λ log Z = {lam * math.log(z):.12f}")
 
 # %% [markdown]
@@ -96,7 +111,10 @@ print(f"KL(π*‖q): {kl(star, q):.6f} nats at λ = 1, {kl(answer, q):.6f} nats 
 
 # %%
 value = lam * log_z
-print(f"λ log Z − J(π) = {value:.12f} − {objective(pi, q, r, lam):.12f} = {value - objective(pi, q, r, lam):.12f}")
+print(
+    f"λ log Z − J(π) = {value:.12f} − {objective(pi, q, r, lam):.12f} ="
+    f" {value - objective(pi, q, r, lam):.12f}"
+)
 print(f"λ KL(π‖π*)     = {lam * kl(pi, star):.12f}")
 assert abs(value - objective(pi, q, r, lam) - lam * kl(pi, star)) < 1e-9
 
@@ -109,7 +127,14 @@ for _ in range(1000):
     some = softmax({y: generator.gauss(0, 2) for y in q})
     some_lam = math.exp(generator.uniform(-2, 2))
     some_star, some_log_z = posterior(q, r, some_lam)
-    worst = max(worst, abs(some_lam * some_log_z - objective(some, q, r, some_lam) - some_lam * kl(some, some_star)))
+    worst = max(
+        worst,
+        abs(
+            some_lam * some_log_z
+            - objective(some, q, r, some_lam)
+            - some_lam * kl(some, some_star)
+        ),
+    )
 print(f"largest difference between the two sides, over 1000 policies: {worst:.1e}")
 assert worst < 1e-9
 
@@ -126,7 +151,10 @@ check("t03.gap", answer)
 half_star, half_log_z = posterior(q, r, 0.5)
 answer = 0.5 * kl(pi, half_star)
 check("t03.gap", answer)
-print(f"λ KL(π‖π*) = {answer:.12f}; λ log Z − J(π) = {0.5 * half_log_z - objective(pi, q, r, 0.5):.12f}")
+print(
+    f"λ KL(π‖π*) = {answer:.12f}; λ log Z − J(π) ="
+    f" {0.5 * half_log_z - objective(pi, q, r, 0.5):.12f}"
+)
 
 # %% [markdown]
 # ## The evidence knows the rewards
@@ -163,7 +191,9 @@ mean = expectation(star, lambda y: r[y])
 answer = expectation(star, lambda y: (r[y] - mean) ** 2)
 check("t03.variance", answer)
 (curvature,) = torch.autograd.grad(slope, beta)
-print(f"Var_π*(r) = {answer:.12f}; autograd's second derivative = {curvature.item():.12f}")
+print(
+    f"Var_π*(r) = {answer:.12f}; autograd's second derivative = {curvature.item():.12f}"
+)
 # A variance is not negative: the expected reward never falls when λ gets smaller.
 
 # %% [markdown]
@@ -203,7 +233,11 @@ def reward_of(pi, q, lam):
 answer = reward_of
 check("t03.reward", answer)
 back, back_log_z = posterior(q, reward_of(pi, q, 1.0), 1.0)
-print("and back again: " + ", ".join(f"{y} {p:.3f}" for y, p in back.items()) + f"; log Z = {abs(back_log_z):.3f}")
+print(
+    "and back again: "
+    + ", ".join(f"{y} {p:.3f}" for y, p in back.items())
+    + f"; log Z = {abs(back_log_z):.3f}"
+)
 # Every policy is optimal for some reward. Direct preference optimisation starts from this line.
 
 # %% [markdown]
@@ -215,13 +249,35 @@ print("and back again: " + ", ".join(f"{y} {p:.3f}" for y, p in back.items()) + 
 # %%
 problem = four_sentences(kl_coef=1.0)
 target = posterior_of(problem)
-network = restrict_to_support(RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior)
-options = {"steps": 200, "batch_size": 64, "lr": 1e-2, "schedule": cosine, "max_grad_norm": 1.0}
-history = train(network, problem, losses.rloo, draw=seeded_draw(0), target=target, evaluate_every=10, **options)
+network = restrict_to_support(
+    RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior
+)
+options = {
+    "steps": 200,
+    "batch_size": 64,
+    "lr": 1e-2,
+    "schedule": cosine,
+    "max_grad_norm": 1.0,
+}
+history = train(
+    network,
+    problem,
+    losses.rloo,
+    draw=seeded_draw(0),
+    target=target,
+    evaluate_every=10,
+    **options,
+)
 before, after = history["reverse_kl"][0], history["reverse_kl"][-1]
 final = compare(network, target)
-print(f"KL(π‖π*): {before:.4f} nats before, {after:.1e} nats after {options['steps']} steps")
-print(f"J(π) = {final.objective:.12f}, and λ log Z = {float(target.value):.12f} is the best there is")
+print(
+    f"KL(π‖π*): {before:.4f} nats before, {after:.1e} nats after {options['steps']}"
+    " steps"
+)
+print(
+    f"J(π) = {final.objective:.12f}, and λ log Z = {float(target.value):.12f} is the"
+    " best there is"
+)
 
 # %% [markdown]
 # So close? With the KL term in the reward, the quantity $r - \lambda \log \pi/q$ that the gradient weighs sentences with becomes the *same*
@@ -229,9 +285,19 @@ print(f"J(π) = {final.objective:.12f}, and λ log Z = {float(target.value):.12f
 
 # %%
 tokens = target.enumerated().tokens
-learned = dict(zip(problem.space.decode(tokens), network.log_prob(tokens).exp().tolist(), strict=True))
+learned = dict(
+    zip(
+        problem.space.decode(tokens),
+        network.log_prob(tokens).exp().tolist(),
+        strict=True,
+    )
+)
 rows = [[y, star[y], learned[y], r[y] - lam * math.log(learned[y] / q[y])] for y in q]
-print(text_table(["sentence", "posterior π*", "network π", "r − λ log π/q"], rows, digits=9))
+print(
+    text_table(
+        ["sentence", "posterior π*", "network π", "r − λ log π/q"], rows, digits=9
+    )
+)
 
 # %% mystnb={"image": {"alt": "Left: the trained LSTM agrees with π*. Middle: its gap falls by ten orders of magnitude. Right: its path ends on the frontier."}}
 with plots.publication_style():
@@ -239,15 +305,31 @@ with plots.publication_style():
     plots.plot_posterior(target, {"trained LSTM": network}, bars)
     bars.set_title("The LSTM ends on π*")
     gaps = {"LSTM, RLOO": (history.steps("objective_gap"), history["objective_gap"])}
-    plots.plot_lines(gaps, curve, xlabel="training step", ylabel="λ log Z − J(π) = λ KL(π‖π*)", log=True)
+    plots.plot_lines(
+        gaps,
+        curve,
+        xlabel="training step",
+        ylabel="λ log Z − J(π) = λ KL(π‖π*)",
+        log=True,
+    )
     curve.set_title("What it lacks, exactly")
     optima = [posterior(q, r, math.exp(x / 10))[0] for x in range(-35, 41)]
     lines = {
         "LSTM while it learns": (history["kl_to_prior"], history["expected_reward"]),
-        "π* of every λ": ([kl(p, q) for p in optima], [expectation(p, lambda y: r[y]) for p in optima]),
+        "π* of every λ": (
+            [kl(p, q) for p in optima],
+            [expectation(p, lambda y: r[y]) for p in optima],
+        ),
     }
     plots.plot_lines(lines, frontier, xlabel="KL(π‖q) in nats", ylabel="E[r]")
-    frontier.plot(kl(star, q), expectation(star, lambda y: r[y]), "*", color=plots.BLACK, markersize=10, label="π* at λ = 1")
+    frontier.plot(
+        kl(star, q),
+        expectation(star, lambda y: r[y]),
+        "*",
+        color=plots.BLACK,
+        markersize=10,
+        label="π* at λ = 1",
+    )
     frontier.legend(loc="lower right")
     frontier.set_title("Reward is bought with nats")
 plots.picture(figure, "runs/tutorials/t03")

@@ -51,9 +51,21 @@ lam = 1.0  # λ, in reward units per nat
 
 # %%
 star, log_z = posterior_of(q, r, lam)
-first = {word: sum(p for y, p in star.items() if y.startswith(word + " ")) for word in ("the", "a")}
-prior_first = {word: sum(p for y, p in q.items() if y.startswith(word + " ")) for word in ("the", "a")}
-print(text_table(["first word", "prior", "posterior"], [[word, prior_first[word], first[word]] for word in first], digits=12))
+first = {
+    word: sum(p for y, p in star.items() if y.startswith(word + " "))
+    for word in ("the", "a")
+}
+prior_first = {
+    word: sum(p for y, p in q.items() if y.startswith(word + " "))
+    for word in ("the", "a")
+}
+print(
+    text_table(
+        ["first word", "prior", "posterior"],
+        [[word, prior_first[word], first[word]] for word in first],
+        digits=12,
+    )
+)
 
 # %% [markdown]
 # 'a' has become more likely: 'a dog' earns 2. But how does a model know that at the first word, before there is any dog? On 26 letters and
@@ -87,7 +99,10 @@ def soft_value(prior, values, lam):
 answer = soft_value
 check("t04.value", answer)
 for each in (100.0, 1.0, 0.01):
-    print(f"λ = {each:g}: the soft value of rewards 0 and 1 at even odds is {soft_value({'x': 0.5, 'y': 0.5}, {'x': 0.0, 'y': 1.0}, each):.4f}")
+    print(
+        f"λ = {each:g}: the soft value of rewards 0 and 1 at even odds is"
+        f" {soft_value({'x': 0.5, 'y': 0.5}, {'x': 0.0, 'y': 1.0}, each):.4f}"
+    )
 # From the mean (λ large) to the maximum (λ small): a maximum that hedges.
 
 # %% [markdown]
@@ -103,12 +118,20 @@ for each in (100.0, 1.0, 0.01):
 # %%
 value = {}
 for word in prior_first:
-    after = {y: q[y] / prior_first[word] for y in q if y.startswith(word + " ")}  # q(second word | first)
-    value[word] = lam * math.log(sum(p * math.exp(r[y] / lam) for y, p in after.items()))
-root = lam * math.log(sum(prior_first[word] * math.exp(value[word] / lam) for word in value))
+    after = {
+        y: q[y] / prior_first[word] for y in q if y.startswith(word + " ")
+    }  # q(second word | first)
+    value[word] = lam * math.log(
+        sum(p * math.exp(r[y] / lam) for y, p in after.items())
+    )
+root = lam * math.log(
+    sum(prior_first[word] * math.exp(value[word] / lam) for word in value)
+)
 print(", ".join(f"V({word}) = {v:.12f}" for word, v in value.items()))
 print(f"V(∅) = {root:.12f}, λ log Z = {lam * log_z:.12f}")
-by_values = {word: prior_first[word] * math.exp((value[word] - root) / lam) for word in value}
+by_values = {
+    word: prior_first[word] * math.exp((value[word] - root) / lam) for word in value
+}
 print(", ".join(f"π*({word}) = {p:.12f}" for word, p in by_values.items()))
 assert abs(root - lam * log_z) < 1e-9
 assert all(abs(by_values[word] - first[word]) < 1e-9 for word in first)
@@ -126,7 +149,9 @@ check("t04.prefixes", answer)
 answer = {}
 for word in ("the", "a"):
     after = {y: q[y] / prior_first[word] for y in q if y.startswith(word + " ")}
-    answer[word] = 0.5 * math.log(sum(p * math.exp(r[y] / 0.5) for y, p in after.items()))
+    answer[word] = 0.5 * math.log(
+        sum(p * math.exp(r[y] / 0.5) for y, p in after.items())
+    )
 check("t04.prefixes", answer)
 # Both rose towards the best reward in reach, 1 after 'the' and 2 after 'a':
 print(", ".join(f"V({word}) at λ = ½ is {v:.6f}" for word, v in answer.items()))
@@ -158,12 +183,17 @@ check("t04.first", answer)
 # %%
 rows = []
 for name, look_ahead in {
-    "mean reward under q": {w: sum(q[y] * r[y] for y in q if y.startswith(w + " ")) / prior_first[w] for w in value},
+    "mean reward under q": {
+        w: sum(q[y] * r[y] for y in q if y.startswith(w + " ")) / prior_first[w]
+        for w in value
+    },
     "soft value V": value,
     "best reward": {w: max(r[y] for y in q if y.startswith(w + " ")) for w in value},
 }.items():
     tilted = {w: prior_first[w] * math.exp(look_ahead[w] / lam) for w in value}
-    rows.append([name, look_ahead["the"], look_ahead["a"], tilted["a"] / sum(tilted.values())])
+    rows.append(
+        [name, look_ahead["the"], look_ahead["a"], tilted["a"] / sum(tilted.values())]
+    )
 print(text_table(["tilt by", "the", "a", "probability of 'a'"], rows, digits=6))
 
 # %% [markdown]
@@ -199,10 +229,20 @@ tokens = names.problem.space.encode(["johnson"])
 node, edge = values.trie.find(tokens)
 length = len("johnson") + 1
 prefix_values = values.state_values[node[0, :length]].tolist()
-prior_steps, posterior_steps = (part[edge[0, :length]].exp().tolist() for part in (values.log_prior, values.log_policy))
+prior_steps, posterior_steps = (
+    part[edge[0, :length]].exp().tolist()
+    for part in (values.log_prior, values.log_policy)
+)
 letters = [*"johnson", "end"]
-rows = [["johnson"[:t] or "∅", v, letters[t], a, b] for t, (v, a, b) in enumerate(zip(prefix_values, prior_steps, posterior_steps, strict=True))]
-print(text_table(["prefix", "V(prefix)", "next", "q(next)", "π*(next)"], rows, digits=4))
+rows = [
+    ["johnson"[:t] or "∅", v, letters[t], a, b]
+    for t, (v, a, b) in enumerate(
+        zip(prefix_values, prior_steps, posterior_steps, strict=True)
+    )
+]
+print(
+    text_table(["prefix", "V(prefix)", "next", "q(next)", "π*(next)"], rows, digits=4)
+)
 assert abs(prefix_values[0] - float(names.value)) < 1e-9
 
 # %% [markdown]
@@ -218,14 +258,22 @@ assert abs(prefix_values[0] - float(names.value)) < 1e-9
 # %%
 problem = four_sentences(kl_coef=lam)
 target = posterior(problem)
-network = restrict_to_support(RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior)
+network = restrict_to_support(
+    RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior
+)
 lines = {"first word": ([], []), "after 'the'": ([], []), "after 'a'": ([], [])}
 read = problem.space.encode(["the cat", "a cat"])
 
 
 def look(step):
-    mine, best = (conditional_log_probs(model, read).detach() for model in (network, target.model))
-    for name, (row, t) in {"first word": (0, 0), "after 'the'": (0, 1), "after 'a'": (1, 1)}.items():
+    mine, best = (
+        conditional_log_probs(model, read).detach() for model in (network, target.model)
+    )
+    for name, (row, t) in {
+        "first word": (0, 0),
+        "after 'the'": (0, 1),
+        "after 'a'": (1, 1),
+    }.items():
         lines[name][0].append(step)
         lines[name][1].append(float(logspace.kl_divergence(mine[row, t], best[row, t])))
 
@@ -233,28 +281,70 @@ def look(step):
 look(0)
 draw = seeded_draw(0)
 for block in range(20):  # 20 × 10 steps, so that we can look in between
-    train(network, problem, losses.rloo, steps=10, batch_size=64, lr=1e-2 * cosine(block / 20), max_grad_norm=1.0, draw=draw)
+    train(
+        network,
+        problem,
+        losses.rloo,
+        steps=10,
+        batch_size=64,
+        lr=1e-2 * cosine(block / 20),
+        max_grad_norm=1.0,
+        draw=draw,
+    )
     look(10 * (block + 1))
-print(text_table(["where", "KL before", "KL after 200 steps"], [[name, y[0], y[-1]] for name, (_, y) in lines.items()], digits=3))
+print(
+    text_table(
+        ["where", "KL before", "KL after 200 steps"],
+        [[name, y[0], y[-1]] for name, (_, y) in lines.items()],
+        digits=3,
+    )
+)
 
 # %% mystnb={"image": {"alt": "Left: the first word under the prior, three look-aheads and the posterior. Middle: the value of each prefix of johnson rises. Right: the LSTM's conditionals reach the posterior's."}}
 with plots.publication_style():
     figure, (words, climb, learned) = plots.new_figure(3, 3.5, 3.0)
-    shown = {"prior": prior_first["a"], "mean reward": None, "soft value": first["a"], "best reward": None}
+    shown = {
+        "prior": prior_first["a"],
+        "mean reward": None,
+        "soft value": first["a"],
+        "best reward": None,
+    }
     for name, column in (("mean reward", 0.0), ("best reward", 1.0)):
         reach = {w: [r[y] for y in q if y.startswith(w + " ")] for w in value}
-        means = {w: sum(q[y] * r[y] for y in q if y.startswith(w + " ")) / prior_first[w] for w in value}
+        means = {
+            w: sum(q[y] * r[y] for y in q if y.startswith(w + " ")) / prior_first[w]
+            for w in value
+        }
         ahead = {w: max(reach[w]) if column else means[w] for w in value}
         tilted = {w: prior_first[w] * math.exp(ahead[w] / lam) for w in value}
         shown[name] = tilted["a"] / sum(tilted.values())
-    colours = [plots.PRIOR_COLOUR, plots.ORANGE, plots.POSTERIOR_COLOUR, plots.VERMILION]
+    colours = [
+        plots.PRIOR_COLOUR,
+        plots.ORANGE,
+        plots.POSTERIOR_COLOUR,
+        plots.VERMILION,
+    ]
     words.bar(list(shown), list(shown.values()), color=colours)
-    words.set(xlabel="tilted by", ylabel="probability of 'a' first", title="Only the soft value is right")
+    words.set(
+        xlabel="tilted by",
+        ylabel="probability of 'a' first",
+        title="Only the soft value is right",
+    )
     words.tick_params(axis="x", labelrotation=20)
     climb.plot(range(length), prefix_values, "o-", color=plots.POSTERIOR_COLOUR)
     climb.set_xticks(range(length), ["∅", *"johnson"])
-    climb.set(xlabel="prefix up to this letter", ylabel="V(prefix) in reward units", title="A name's value while it is spelled")
-    plots.plot_lines(lines, learned, xlabel="training step", ylabel="KL(π‖π*) at this prefix", log=True)
+    climb.set(
+        xlabel="prefix up to this letter",
+        ylabel="V(prefix) in reward units",
+        title="A name's value while it is spelled",
+    )
+    plots.plot_lines(
+        lines,
+        learned,
+        xlabel="training step",
+        ylabel="KL(π‖π*) at this prefix",
+        log=True,
+    )
     learned.set_title("The LSTM finds it at every prefix")
 plots.picture(figure, "runs/tutorials/t04")
 

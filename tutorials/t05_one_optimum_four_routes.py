@@ -25,14 +25,27 @@ from dataclasses import replace
 
 import torch
 
-from klrl_edu import RecurrentModel, four_sentences, losses, plots, posterior, restrict_to_support, seeded_draw, train
+from klrl_edu import (
+    RecurrentModel,
+    four_sentences,
+    losses,
+    plots,
+    posterior,
+    restrict_to_support,
+    seeded_draw,
+    train,
+)
 from klrl_edu.core.display import text_table
 from klrl_edu.exact.decision_process import token_process
 from klrl_edu.exact.dialogue import compare_plans, dialogue
 from klrl_edu.exact.model_error import trajectory_value
 from klrl_edu.exact.soft_control import objective_gap, value_iteration
 from klrl_edu.exercises import check
-from klrl_edu.learning.decision_learning import plan_on_estimate, policy_gradient_learning, soft_q_learning
+from klrl_edu.learning.decision_learning import (
+    plan_on_estimate,
+    policy_gradient_learning,
+    soft_q_learning,
+)
 from klrl_edu.learning.training import cosine
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
 from klrl_edu.reference import kl, objective
@@ -63,7 +76,12 @@ writing = token_process(problem)
 by_values = value_iteration(writing, lam)
 print(by_values)
 print(f"V(∅) = {by_values.value:.12f}, λ log Z = {lam * log_z:.12f}")
-steps = {state: dict(zip(writing.actions, row, strict=True)) for state, row in zip(writing.states, by_values.log_policy.exp().tolist(), strict=True)}
+steps = {
+    state: dict(zip(writing.actions, row, strict=True))
+    for state, row in zip(
+        writing.states, by_values.log_policy.exp().tolist(), strict=True
+    )
+}
 written = {y: steps["∅"][y.split()[0]] * steps[y.split()[0]][y.split()[1]] for y in q}
 assert abs(by_values.value - lam * log_z) < 1e-9
 assert all(abs(written[y] - star[y]) < 1e-9 for y in q)
@@ -106,12 +124,22 @@ check("t05.update", answer)
 # policy $q\,e^{Q/\lambda}$ off, and measure what it lacks.
 
 # %%
-first_words = {a: sum(p for y, p in q.items() if y.startswith(a + " ")) for a in ("the", "a")}
-prior_after = {"": first_words, **{a: {y.split()[1]: q[y] / first_words[a] for y in q if y.startswith(a + " ")} for a in first_words}}
+first_words = {
+    a: sum(p for y, p in q.items() if y.startswith(a + " ")) for a in ("the", "a")
+}
+prior_after = {
+    "": first_words,
+    **{
+        a: {y.split()[1]: q[y] / first_words[a] for y in q if y.startswith(a + " ")}
+        for a in first_words
+    },
+}
 
 
 def soft(state, values):
-    return lam * math.log(sum(p * math.exp(values[a] / lam) for a, p in prior_after[state].items()))
+    return lam * math.log(
+        sum(p * math.exp(values[a] / lam) for a, p in prior_after[state].items())
+    )
 
 
 def hard(state, values):
@@ -132,15 +160,26 @@ def settle(rule, look_ahead, alpha=0.5, rounds=200):
 
 def policy_of(table):
     def step(state, action):
-        return prior_after[state][action] * math.exp((table[state][action] - soft(state, table[state])) / lam)
+        return prior_after[state][action] * math.exp(
+            (table[state][action] - soft(state, table[state])) / lam
+        )
 
     return {y: step("", y.split()[0]) * step(*y.split()) for y in q}
 
 
 updates = {
-    "soft value (ours)": (lambda old, reward, ahead, alpha: (1 - alpha) * old + alpha * (reward + ahead), soft),
-    "maximum (textbook)": (lambda old, reward, ahead, alpha: (1 - alpha) * old + alpha * (reward + ahead), hard),
-    "α r + (1 − α) max": (lambda old, reward, ahead, alpha: alpha * reward + (1 - alpha) * ahead, hard),
+    "soft value (ours)": (
+        lambda old, reward, ahead, alpha: (1 - alpha) * old + alpha * (reward + ahead),
+        soft,
+    ),
+    "maximum (textbook)": (
+        lambda old, reward, ahead, alpha: (1 - alpha) * old + alpha * (reward + ahead),
+        hard,
+    ),
+    "α r + (1 − α) max": (
+        lambda old, reward, ahead, alpha: alpha * reward + (1 - alpha) * ahead,
+        hard,
+    ),
     "no reward": (lambda old, reward, ahead, alpha: ahead, hard),
 }
 rows, lacking = [], {}
@@ -148,11 +187,28 @@ for name, (rule, look_ahead) in updates.items():
     table = settle(rule, look_ahead)
     found = policy_of(table)
     lacking[name] = lam * log_z - objective(found, q, r, lam)
-    rows.append([name, table[""]["the"], table[""]["a"], found["a dog"], f"{lacking[name]:.12f}"])
-print(text_table(["target", "Q(∅, the)", "Q(∅, a)", "P('a dog')", "lacks"], rows, digits=9))
-print(f"V(the) = {float(by_values.state_values[1]):.9f}, V(a) = {float(by_values.state_values[2]):.9f}; π*('a dog') = {star['a dog']:.9f}")
+    rows.append(
+        [
+            name,
+            table[""]["the"],
+            table[""]["a"],
+            found["a dog"],
+            f"{lacking[name]:.12f}",
+        ]
+    )
+print(
+    text_table(
+        ["target", "Q(∅, the)", "Q(∅, a)", "P('a dog')", "lacks"], rows, digits=9
+    )
+)
+print(
+    f"V(the) = {float(by_values.state_values[1]):.9f}, V(a) ="
+    f" {float(by_values.state_values[2]):.9f}; π*('a dog') = {star['a dog']:.9f}"
+)
 assert abs(lacking["soft value (ours)"]) < 1e-9 < 1e-3 < lacking["maximum (textbook)"]
-assert abs(lacking["no reward"] - lam * kl(q, star)) < 1e-9  # from Q = 0 it never leaves the prior
+assert (
+    abs(lacking["no reward"] - lam * kl(q, star)) < 1e-9
+)  # from Q = 0 it never leaves the prior
 
 # %% [markdown]
 # **Route 2 arrives with the soft value, and only with it.** The maximum expects a perfect second word, which $\pi^*$ does not choose. The update
@@ -192,7 +248,10 @@ print(f"{answer:.12f}, and the table above says {lacking['maximum (textbook)']:.
 # %%
 checkpoints = [16, 64, 256, 1_024, 4_096, 16_384]
 planned = plan_on_estimate(writing, lam, checkpoints, seeded_draw(0))
-rows = [list(row) for row in zip(planned.transitions, planned.gaps, planned.model_bounds, strict=True)]
+rows = [
+    list(row)
+    for row in zip(planned.transitions, planned.gaps, planned.model_bounds, strict=True)
+]
 print(text_table(["words read", "the plan lacks", "at most (bound)"], rows, digits=3))
 assert all(gap <= bound for _, gap, bound in rows)
 
@@ -211,13 +270,27 @@ assert all(gap <= bound for _, gap, bound in rows)
 # The left side needs only rewards and log-probabilities. We take it, and let autograd differentiate the KL on the right, for $\pi = (.5, .2, .1, .2)$:
 
 # %%
-gradient = {y: pi[y] * (r[y] - lam * math.log(pi[y] / q[y]) - objective(pi, q, r, lam)) for y in q}
-theta = torch.tensor([math.log(pi[y]) for y in q], dtype=torch.float64, requires_grad=True)
-log_pi, log_star = torch.log_softmax(theta, 0), torch.tensor([math.log(star[y]) for y in q], dtype=torch.float64)
+gradient = {
+    y: pi[y] * (r[y] - lam * math.log(pi[y] / q[y]) - objective(pi, q, r, lam))
+    for y in q
+}
+theta = torch.tensor(
+    [math.log(pi[y]) for y in q], dtype=torch.float64, requires_grad=True
+)
+log_pi, log_star = (
+    torch.log_softmax(theta, 0),
+    torch.tensor([math.log(star[y]) for y in q], dtype=torch.float64),
+)
 (kl_gradient,) = torch.autograd.grad((log_pi.exp() * (log_pi - log_star)).sum(), theta)
-rows = [[y, f"{gradient[y]:.12f}", f"{-lam * slope:.12f}"] for y, slope in zip(q, kl_gradient.tolist(), strict=True)]
+rows = [
+    [y, f"{gradient[y]:.12f}", f"{-lam * slope:.12f}"]
+    for y, slope in zip(q, kl_gradient.tolist(), strict=True)
+]
 print(text_table(["sentence", "∂J/∂θ", "−λ ∂KL(π‖π*)/∂θ"], rows))
-assert all(abs(gradient[y] + lam * slope) < 1e-9 for y, slope in zip(q, kl_gradient.tolist(), strict=True))
+assert all(
+    abs(gradient[y] + lam * slope) < 1e-9
+    for y, slope in zip(q, kl_gradient.tolist(), strict=True)
+)
 
 # %% [markdown]
 # To climb $J$ *is* to approach $\pi^*$: the gradient vanishes there and nowhere else inside. **Route 4 arrives.**
@@ -242,7 +315,10 @@ def gradient_of(pi, q, r, lam):
 
 answer = gradient_of
 check("t05.gradient", answer)
-print("at π*: " + ", ".join(f"{abs(slope):.0e}" for slope in gradient_of(star, q, r, lam).values()))
+print(
+    "at π*: "
+    + ", ".join(f"{abs(slope):.0e}" for slope in gradient_of(star, q, r, lam).values())
+)
 
 # %% [markdown]
 # How many steps? That depends on what a step is. The *natural* gradient measures steps in the policy instead of in the logits; for a softmax that
@@ -259,20 +335,28 @@ print("at π*: " + ", ".join(f"{abs(slope):.0e}" for slope in gradient_of(star, 
 
 
 # %% tags=["exercise"]
-answer = ...  # def natural_step(pi, q, r, lam, eta): ..., and then answer = natural_step
+answer = (
+    ...
+)  # def natural_step(pi, q, r, lam, eta): ..., and then answer = natural_step
 check("t05.natural", answer)
 
 
 # %% tags=["solution", "hide-cell"]
 def natural_step(pi, q, r, lam, eta):
-    weight = {y: pi[y] * math.exp(eta * (r[y] - lam * math.log(pi[y] / q[y]))) for y in pi}
+    weight = {
+        y: pi[y] * math.exp(eta * (r[y] - lam * math.log(pi[y] / q[y]))) for y in pi
+    }
     return {y: w / sum(weight.values()) for y, w in weight.items()}
 
 
 answer = natural_step
 check("t05.natural", answer)
 for eta in (0.1, 0.5, 1.0):
-    print(f"KL to π* after one natural step of η = {eta:g}: {abs(kl(natural_step(pi, q, r, lam, eta), star)):.6f}; before {kl(pi, star):.6f}")
+    print(
+        f"KL to π* after one natural step of η = {eta:g}:"
+        f" {abs(kl(natural_step(pi, q, r, lam, eta), star)):.6f}; before"
+        f" {kl(pi, star):.6f}"
+    )
 
 # %% [markdown]
 # Autograd agrees, with the Fisher matrix $F = \mathrm{diag}(\pi) - \pi\pi^\top$ and one step $\theta + F^{+}\nabla J/\lambda$:
@@ -280,8 +364,13 @@ for eta in (0.1, 0.5, 1.0):
 # %%
 p = log_pi.detach().exp()
 fisher = torch.diag(p) - torch.outer(p, p)
-stepped = torch.softmax(theta.detach() + torch.linalg.pinv(fisher) @ (-lam * kl_gradient) / lam, 0)
-print(f"largest difference to π* after one step: {float((stepped - log_star.exp()).abs().max()):.0e}")
+stepped = torch.softmax(
+    theta.detach() + torch.linalg.pinv(fisher) @ (-lam * kl_gradient) / lam, 0
+)
+print(
+    "largest difference to π* after one step:"
+    f" {float((stepped - log_star.exp()).abs().max()):.0e}"
+)
 assert float((stepped - log_star.exp()).abs().max()) < 1e-9
 
 # %% [markdown]
@@ -320,15 +409,38 @@ check("t05.replies", answer)
 # %%
 talk, price = dialogue(discount=0.95), 0.1  # the process, and its λ
 plans = compare_plans(talk, price)
-rows = [[name, f"{row['promised']:.9f}", f"{row['earned']:.9f}", f"{row['lost']:.9f}"] for name, row in plans.to_dict().items()]
+rows = [
+    [name, f"{row['promised']:.9f}", f"{row['earned']:.9f}", f"{row['lost']:.9f}"]
+    for name, row in plans.to_dict().items()
+]
 print(text_table(["plan", "promised", "earned", "lost"], rows))
 start = talk.states.index("vague")
-first = {name: dict(zip(talk.actions, row[start].exp().tolist(), strict=True)) for name, row in plans.log_policies.items()}
+first = {
+    name: dict(zip(talk.actions, row[start].exp().tolist(), strict=True))
+    for name, row in plans.log_policies.items()
+}
 print()
-print(text_table(["plan", "answer", "ask", "guess"], [[name, p["answer"], p["ask"], p["guess"]] for name, p in first.items()], digits=4))
-for name, log_policy in plans.log_policies.items():  # the gap again, as λ Σ d(s) KL(π(·|s)‖π*(·|s))
-    assert abs(objective_gap(value_iteration(talk, price), log_policy) - plans.loss(name)) < 1e-9
-assert plans.promised["chosen replies"] > plans.earned["optimal"] > plans.earned["prior"] > plans.earned["chosen replies"]
+print(
+    text_table(
+        ["plan", "answer", "ask", "guess"],
+        [[name, p["answer"], p["ask"], p["guess"]] for name, p in first.items()],
+        digits=4,
+    )
+)
+for (
+    name,
+    log_policy,
+) in plans.log_policies.items():  # the gap again, as λ Σ d(s) KL(π(·|s)‖π*(·|s))
+    assert (
+        abs(objective_gap(value_iteration(talk, price), log_policy) - plans.loss(name))
+        < 1e-9
+    )
+assert (
+    plans.promised["chosen replies"]
+    > plans.earned["optimal"]
+    > plans.earned["prior"]
+    > plans.earned["chosen replies"]
+)
 
 # %% [markdown]
 # The good plan asks. The impatient one answers, because an answer pays now, and earns less than the untrained prior. The plan on most likely
@@ -337,7 +449,10 @@ assert plans.promised["chosen replies"] > plans.earned["optimal"] > plans.earned
 # nothing to choose in its place, and the two agree:
 
 # %%
-print(f"posterior over texts: {trajectory_value(writing, lam).value:.12f}, attainable: {by_values.value:.12f}")
+print(
+    f"posterior over texts: {trajectory_value(writing, lam).value:.12f}, attainable:"
+    f" {by_values.value:.12f}"
+)
 assert abs(trajectory_value(writing, lam).value - by_values.value) < 1e-9
 
 # %% [markdown]
@@ -347,10 +462,21 @@ assert abs(trajectory_value(writing, lam).value - by_values.value) < 1e-9
 patience = [k / 20 for k in range(21)]
 opening = {name: [] for name in ("answer", "ask", "guess")}
 for gamma in patience:
-    row = value_iteration(replace(talk, discount=gamma), price).log_policy[start].exp().tolist()
+    row = (
+        value_iteration(replace(talk, discount=gamma), price)
+        .log_policy[start]
+        .exp()
+        .tolist()
+    )
     for name, shares in opening.items():
         shares.append(row[talk.actions.index(name)])
-turn = next(gamma for gamma, ask, answers in zip(patience, opening["ask"], opening["answer"], strict=True) if ask > answers)
+turn = next(
+    gamma
+    for gamma, ask, answers in zip(
+        patience, opening["ask"], opening["answer"], strict=True
+    )
+    if ask > answers
+)
 print(f"from γ = {turn:g} on the best policy asks more often than it answers")
 
 # %% [markdown]
@@ -365,16 +491,40 @@ gradient_steps = {"episodes": 32, "learning_rate": 1.0}
 curves = {
     "soft Q-learning": soft_q_learning(writing, lam, words_seen, seeded_draw(0)),
     "planning": plan_on_estimate(writing, lam, words_seen, seeded_draw(0)),
-    "policy gradient": policy_gradient_learning(writing, lam, words_seen, seeded_draw(0), **gradient_steps),
+    "policy gradient": policy_gradient_learning(
+        writing, lam, words_seen, seeded_draw(0), **gradient_steps
+    ),
 }
 lines = {name: (curve.transitions, curve.gaps) for name, curve in curves.items()}
-network = restrict_to_support(RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior)
-options = {"steps": 160, "batch_size": 64, "lr": 1e-2, "schedule": cosine, "max_grad_norm": 1.0}
-history = train(network, problem, losses.rloo, draw=seeded_draw(0), target=target, evaluate_every=10, **options)
+network = restrict_to_support(
+    RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior
+)
+options = {
+    "steps": 160,
+    "batch_size": 64,
+    "lr": 1e-2,
+    "schedule": cosine,
+    "max_grad_norm": 1.0,
+}
+history = train(
+    network,
+    problem,
+    losses.rloo,
+    draw=seeded_draw(0),
+    target=target,
+    evaluate_every=10,
+    **options,
+)
 words = [2 * options["batch_size"] * step for step in history.steps("objective_gap")]
 lines["LSTM (RLOO)"] = (words[1:], history["objective_gap"][1:])
 rows = [[name, x[0], y[0], x[-1], y[-1]] for name, (x, y) in lines.items()]
-print(text_table(["learner", "words", "lacks", "words in the end", "lacks in the end"], rows, digits=3))
+print(
+    text_table(
+        ["learner", "words", "lacks", "words in the end", "lacks in the end"],
+        rows,
+        digits=3,
+    )
+)
 assert all(y[-1] < 1e-3 for _, y in lines.values())
 
 # %% [markdown]
@@ -385,20 +535,43 @@ assert all(y[-1] < 1e-3 for _, y in lines.values())
 # %% mystnb={"image": {"alt": "Left: four learners approach the posterior's value. Middle: what five plans promise and earn in the dialogue. Right: the first action of the best policy turns from answering to asking as γ rises."}}
 with plots.publication_style():
     figure, (learned, kept, patient) = plots.new_figure(3, 3.5, 3.0)
-    plots.plot_lines(lines, learned, xlabel="words seen", ylabel="λ log Z − J(π)", log=True)
+    plots.plot_lines(
+        lines, learned, xlabel="words seen", ylabel="λ log Z − J(π)", log=True
+    )
     learned.set(xscale="log", title="Four learners, one posterior", ylim=(1e-13, 10))
     names = list(plans.earned)
     for shift, label, values, colour in (
         (-0.2, "promised", plans.promised, plots.PRIOR_COLOUR),
         (0.2, "earned", plans.earned, plots.POSTERIOR_COLOUR),
     ):
-        kept.barh([k + shift for k in range(len(names))], [values[name] for name in names], 0.4, label=label, color=colour)
+        kept.barh(
+            [k + shift for k in range(len(names))],
+            [values[name] for name in names],
+            0.4,
+            label=label,
+            color=colour,
+        )
     kept.set_yticks(range(len(names)), names)
     kept.invert_yaxis()
-    kept.axvline(plans.earned["optimal"], color=plots.BLACK, linewidth=0.8, linestyle=":", label="the most there is")
-    kept.set(xlabel="reward units", ylabel="planned with", title="What plans promise and earn")
+    kept.axvline(
+        plans.earned["optimal"],
+        color=plots.BLACK,
+        linewidth=0.8,
+        linestyle=":",
+        label="the most there is",
+    )
+    kept.set(
+        xlabel="reward units",
+        ylabel="planned with",
+        title="What plans promise and earn",
+    )
     kept.legend(loc="center right")
-    plots.plot_lines({name: (patience, shares) for name, shares in opening.items()}, patient, xlabel="discount γ", ylabel="π*(action | vague)")
+    plots.plot_lines(
+        {name: (patience, shares) for name, shares in opening.items()},
+        patient,
+        xlabel="discount γ",
+        ylabel="π*(action | vague)",
+    )
     patient.set_title("Patience learns to ask")
 plots.picture(figure, "runs/tutorials/t05")
 

@@ -69,7 +69,10 @@ moments = {name: mean_and_variance(pi, k) for name, k in estimators.items()}
 negative = {name: sum(pi[y] for y in pi if k(y) < 0) for name, k in estimators.items()}
 print(f"KL(π‖q) = {kl(pi, q):.12f}")
 for name, (mean, variance) in moments.items():
-    print(f"{name}: mean {mean:.12f}, bias {round(mean - kl(pi, q), 14) + 0.0:+.12f}, variance {variance:.12f}, P(k < 0) = {negative[name]:.2g}")
+    print(
+        f"{name}: mean {mean:.12f}, bias {round(mean - kl(pi, q), 14) + 0.0:+.12f},"
+        f" variance {variance:.12f}, P(k < 0) = {negative[name]:.2g}"
+    )
 assert all(abs(moments[name][0] - kl(pi, q)) < 1e-12 for name in ("k1", "k3"))
 
 # %% [markdown]
@@ -78,7 +81,16 @@ assert all(abs(moments[name][0] - kl(pi, q)) < 1e-12 for name in ("k1", "k3"))
 
 # %%
 distances = (0.005, 0.1, 0.5, 1.0, 2.0)
-rows = [[d, *(float(getattr(gaussian_kl, name)(d).relative_std) for name in ("k1", "k2", "k3"))] for d in distances]
+rows = [
+    [
+        d,
+        *(
+            float(getattr(gaussian_kl, name)(d).relative_std)
+            for name in ("k1", "k2", "k3")
+        ),
+    ]
+    for d in distances
+]
 print(text_table(["KL in nats", "std/KL of k1", "of k2", "of k3"], rows, digits=3))
 print(f"k3 is noisier than k1 above {gaussian_kl.crossing():.3f} nats")
 
@@ -97,7 +109,10 @@ check("t06.noise", answer)
 # %% tags=["solution", "hide-cell"]
 answer = math.sqrt(moments["k1"][1] / 64) / kl(pi, q)
 check("t06.noise", answer)
-print(f"{100 * answer:.0f} % of the KL; with k3 it would be {100 * math.sqrt(moments['k3'][1] / 64) / kl(pi, q):.0f} %")
+print(
+    f"{100 * answer:.0f} % of the KL; with k3 it would be"
+    f" {100 * math.sqrt(moments['k3'][1] / 64) / kl(pi, q):.0f} %"
+)
 
 # %% [markdown]
 # ## Then somebody calls backward()
@@ -114,7 +129,11 @@ print(f"{100 * answer:.0f} % of the KL; with k3 it would be {100 * math.sqrt(mom
 # `gradient(p, f)` is $\mathrm{E}_p[f\,s]$ in sequence logits, so three lines settle it:
 
 # %%
-slopes = {"k1": lambda y: 1.0, "k2": lambda y: math.log(pi[y] / q[y]), "k3": lambda y: 1 - q[y] / pi[y]}
+slopes = {
+    "k1": lambda y: 1.0,
+    "k2": lambda y: math.log(pi[y] / q[y]),
+    "k3": lambda y: 1 - q[y] / pi[y],
+}
 from_loss = {name: gradient(pi, slope) for name, slope in slopes.items()}
 reverse = gradient(pi, lambda y: math.log(pi[y] / q[y]))  # ∇KL(π‖q)
 forward = {y: pi[y] - q[y] for y in q}  # ∇KL(q‖π)
@@ -156,7 +175,9 @@ check("t06.loss", answer)
 
 # %% tags=["solution", "hide-cell"]
 def k3_loss(pi, q):
-    return {y: pi[y] - q[y] for y in pi}  # E[(1 − q/π) s] = E_π[s] − E_q[s], and E_q[s] = q − π
+    return {
+        y: pi[y] - q[y] for y in pi
+    }  # E[(1 − q/π) s] = E_π[s] − E_q[s], and E_q[s] = q − π
 
 
 answer = k3_loss
@@ -181,8 +202,13 @@ def name_of(found):
 
 
 halves = {name: (gradient(pi, k), from_loss[name]) for name, k in estimators.items()}
-rows = [[name, name_of(a), name_of(b), name_of(add(a, b))] for name, (a, b) in halves.items()]
-print(text_table(["", "in the reward: E[k s]", "in the loss: E[∇k]", "both: ∇E[k]"], rows))
+rows = [
+    [name, name_of(a), name_of(b), name_of(add(a, b))]
+    for name, (a, b) in halves.items()
+]
+print(
+    text_table(["", "in the reward: E[k s]", "in the loss: E[∇k]", "both: ∇E[k]"], rows)
+)
 
 # %% [markdown]
 # Both unbiased values have the right gradient *as a whole*; the halves are what differ. $k_1$ has all of it in the reward, and that is where it belongs. $k_3$ is wrong in either
@@ -227,7 +253,9 @@ print(k3_audit)
 print()
 report = audit_gradient(my_kl_penalty, policy, problem)
 print(
-    f"{report.verdict} The standard deviation of one sample is {math.sqrt(report.variance):.3f}, that of loss_k3 {math.sqrt(k3_audit.variance):.3f}."
+    f"{report.verdict} The standard deviation of one sample is"
+    f" {math.sqrt(report.variance):.3f}, that of loss_k3"
+    f" {math.sqrt(k3_audit.variance):.3f}."
 )
 
 # %% [markdown]
@@ -246,17 +274,44 @@ print(
 
 # %%
 for word in ("the", "a"):
-    after_pi, after_q = ({y: p[y] / sum(p[x] for x in p if x.startswith(f"{word} ")) for y in p if y.startswith(f"{word} ")} for p in (pi, q))
+    after_pi, after_q = (
+        {
+            y: p[y] / sum(p[x] for x in p if x.startswith(f"{word} "))
+            for y in p
+            if y.startswith(f"{word} ")
+        }
+        for p in (pi, q)
+    )
     print(f"KL of the second word after '{word}': {kl(after_pi, after_q):.4f}")
 rows = []
-for name in ("loss_k2", "loss_k2_token", "loss_full_kl", "loss_k3_token", "rao_blackwell_to_go"):
+for name in (
+    "loss_k2",
+    "loss_k2_token",
+    "loss_full_kl",
+    "loss_k3_token",
+    "rao_blackwell_to_go",
+):
     report = audit_gradient(getattr(kl_gradients, name), policy, problem)
     push = dict(zip(q, report.mean.tolist(), strict=True))
     on_first = sum(push[y] for y in q if y.startswith("a "))
     rows.append(
-        [name, report.relative_bias["reverse_kl"] if report.relative_bias["reverse_kl"] > 1e-9 else 0.0, on_first if abs(on_first) > 1e-12 else 0.0]
+        [
+            name,
+            (
+                report.relative_bias["reverse_kl"]
+                if report.relative_bias["reverse_kl"] > 1e-9
+                else 0.0
+            ),
+            on_first if abs(on_first) > 1e-12 else 0.0,
+        ]
     )
-print(text_table(["loss", "bias for ∇KL(π‖q), relative", "derivative by the logit of 'a'"], rows, digits=3))
+print(
+    text_table(
+        ["loss", "bias for ∇KL(π‖q), relative", "derivative by the logit of 'a'"],
+        rows,
+        digits=3,
+    )
+)
 
 # %% [markdown]
 # Descending the whole KL lowers the odds of 'a'; the losses per token leave the first word alone, even the one with the exact KL at every
@@ -285,10 +340,25 @@ meant = {
 }
 rows = []
 for name, label in meant.items():
-    reports = [audit_gradient(getattr(kl_gradients, name), policy, problem, behaviour=drawn_by) for drawn_by in (policy, older)]
+    reports = [
+        audit_gradient(getattr(kl_gradients, name), policy, problem, behaviour=drawn_by)
+        for drawn_by in (policy, older)
+    ]
     biases = [one.relative_bias["reverse_kl"] for one in reports]
-    rows.append([label, *(bias if bias > 1e-9 else 0.0 for bias in biases), math.sqrt(reports[1].variance)])
-print(text_table(["in the loss", "bias on π's samples", "on μ's samples", "std on μ's samples"], rows, digits=3))
+    rows.append(
+        [
+            label,
+            *(bias if bias > 1e-9 else 0.0 for bias in biases),
+            math.sqrt(reports[1].variance),
+        ]
+    )
+print(
+    text_table(
+        ["in the loss", "bias on π's samples", "on μ's samples", "std on μ's samples"],
+        rows,
+        digits=3,
+    )
+)
 
 # %% [markdown]
 # On old samples even $k_2$ is wrong without a ratio, and $k_1$ is no longer nothing.
@@ -311,7 +381,9 @@ def stale_k1(pi, mu):
 
 answer = stale_k1
 check("t06.stale", answer)
-found = audit_gradient(kl_gradients.loss_k1, policy, problem, behaviour=older).mean.tolist()
+found = audit_gradient(
+    kl_gradients.loss_k1, policy, problem, behaviour=older
+).mean.tolist()
 assert same(answer(pi, mu), dict(zip(q, found, strict=True)))
 # E_μ[s] = −∇KL(μ‖π): descending it climbs KL(μ‖π). The 'penalty' drives π away from the policy that drew the samples, and q plays no part in it.
 
@@ -327,14 +399,19 @@ def with_kl_loss(penalty):
     def loss(batch):
         reward = batch.rewards.sum(-1)
         advantage = reward - leave_one_out_mean(reward, batch.group)
-        return -(advantage * batch.log_probs.sum(-1)).mean() + lam * penalty(batch.log_probs, batch.prior_log_probs)
+        return -(advantage * batch.log_probs.sum(-1)).mean() + lam * penalty(
+            batch.log_probs, batch.prior_log_probs
+        )
 
     loss.__name__ = f"reward with {penalty.__name__}"
     return loss
 
 
 placements = {"k1 in the reward": losses.rloo}
-placements |= {f"{k} in the loss": with_kl_loss(getattr(kl_gradients, f"loss_{k}")) for k in ("k2", "k3", "k1")}
+placements |= {
+    f"{k} in the loss": with_kl_loss(getattr(kl_gradients, f"loss_{k}"))
+    for k in ("k2", "k3", "k1")
+}
 for loss in placements.values():
     print(audit_gradient(loss, policy, problem, batch_size=2).verdict)
 
@@ -366,7 +443,10 @@ def forward_optimum(q, r, lam):
 
 answer = forward_optimum
 check("t06.end", answer)
-print(f"at λ = 1: {', '.join(f'{y} {p:.4f}' for y, p in forward_optimum(q, r, lam).items())}")
+print(
+    "at λ = 1:"
+    f" {', '.join(f'{y} {p:.4f}' for y, p in forward_optimum(q, r, lam).items())}"
+)
 
 # %% [markdown]
 # The package knows that optimum as `regularizers.optimum("forward_kl", …)`. Now train:
@@ -375,19 +455,48 @@ print(f"at λ = 1: {', '.join(f'{y} {p:.4f}' for y, p in forward_optimum(q, r, l
 target = posterior(problem)
 support = target.enumerated()
 sentences = problem.space.decode(support.tokens)
-k3_end = regularizers.optimum("forward_kl", support.log_prior, support.rewards, lam).log_probs
-options = {"steps": 300, "batch_size": 64, "lr": 1e-2, "schedule": cosine, "max_grad_norm": 1.0, "target": target, "evaluate_every": 10}
+k3_end = regularizers.optimum(
+    "forward_kl", support.log_prior, support.rewards, lam
+).log_probs
+options = {
+    "steps": 300,
+    "batch_size": 64,
+    "lr": 1e-2,
+    "schedule": cosine,
+    "max_grad_norm": 1.0,
+    "target": target,
+    "evaluate_every": 10,
+}
 curves, ends, rows = {}, {}, []
 for name, loss in placements.items():
-    network = restrict_to_support(RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior)
+    network = restrict_to_support(
+        RecurrentModel(problem.space, hidden_size=32, seed=0), problem.prior
+    )
     history = train(network, problem, loss, draw=seeded_draw(0), **options)
     curves[name] = (history.steps("reverse_kl"), history["reverse_kl"])
     log_pi = sequence_log_probs(network, support.tokens).detach()
     ends[name] = log_pi.exp().tolist()
     final = compare(network, target)
-    rows.append([name, final.reverse_kl, float(logspace.kl_divergence(log_pi, k3_end)), final.objective_gap, final.kl_to_prior])
-print(text_table(["KL term", "KL(π‖π*)", "KL(π‖k3's end)", "λ log Z − J(π)", "KL(π‖q)"], rows, digits=3))
-print(f"and k3's end itself lacks λ KL(k3's end‖π*) = {lam * float(logspace.kl_divergence(k3_end, target.log_probs)):.6f}")
+    rows.append(
+        [
+            name,
+            final.reverse_kl,
+            float(logspace.kl_divergence(log_pi, k3_end)),
+            final.objective_gap,
+            final.kl_to_prior,
+        ]
+    )
+print(
+    text_table(
+        ["KL term", "KL(π‖π*)", "KL(π‖k3's end)", "λ log Z − J(π)", "KL(π‖q)"],
+        rows,
+        digits=3,
+    )
+)
+print(
+    "and k3's end itself lacks λ KL(k3's end‖π*) ="
+    f" {lam * float(logspace.kl_divergence(k3_end, target.log_probs)):.6f}"
+)
 
 # %% [markdown]
 # - With $k_1$ in the reward the LSTM ends on $\pi^*$ to the last digits: all advantages become equal there, and the noise vanishes with them (tutorial 3).
@@ -399,18 +508,47 @@ print(f"and k3's end itself lacks λ KL(k3's end‖π*) = {lam * float(logspace.
 # %% mystnb={"image": {"alt": "Left: expected gradients of k1, k2 and k3 as a loss; k1's is zero. Middle: KL(π‖π*) while training; only k1 in the reward and k2 in the loss fall to zero. Right: where each ends."}}
 with plots.publication_style():
     figure, (pushes, course, end) = plots.new_figure(3, 3.6, 3.1)
-    colours = dict(zip(placements, (plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE), strict=True))
-    shown = {"k1: nothing": ("k1", "k1 in the loss"), "k2: ∇KL(π‖q)": ("k2", "k2 in the loss"), "k3: ∇KL(q‖π)": ("k3", "k3 in the loss")}
+    colours = dict(
+        zip(
+            placements,
+            (plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE),
+            strict=True,
+        )
+    )
+    shown = {
+        "k1: nothing": ("k1", "k1 in the loss"),
+        "k2: ∇KL(π‖q)": ("k2", "k2 in the loss"),
+        "k3: ∇KL(q‖π)": ("k3", "k3 in the loss"),
+    }
     for index, (label, (name, placement)) in enumerate(shown.items()):
         places = [x + 0.27 * (index - 1) for x in range(len(q))]
-        pushes.bar(places, list(from_loss[name].values()), 0.27, color=colours[placement], label=label)
+        pushes.bar(
+            places,
+            list(from_loss[name].values()),
+            0.27,
+            color=colours[placement],
+            label=label,
+        )
         if name == "k1":
-            pushes.plot(places, [0.0] * len(q), "_", color=colours[placement], markersize=9, markeredgewidth=3)
+            pushes.plot(
+                places,
+                [0.0] * len(q),
+                "_",
+                color=colours[placement],
+                markersize=9,
+                markeredgewidth=3,
+            )
     pushes.axhline(0, color=plots.BLACK, linewidth=0.8)
     pushes.set_xticks(range(len(q)), list(q))
-    pushes.set(ylabel="expected gradient", xlabel="logit of", title="As a loss: three different things")
+    pushes.set(
+        ylabel="expected gradient",
+        xlabel="logit of",
+        title="As a loss: three different things",
+    )
     pushes.legend(loc="upper center")
-    plots.plot_lines(curves, course, xlabel="training step", ylabel="KL(π‖π*) in nats", log=True)
+    plots.plot_lines(
+        curves, course, xlabel="training step", ylabel="KL(π‖π*) in nats", log=True
+    )
     course.set_title("Two of four reach π*")
     course.legend(loc="lower left")
     star = dict(zip(sentences, target.log_probs.exp().tolist(), strict=True))
@@ -418,17 +556,40 @@ with plots.publication_style():
         (-0.2, 0.2),
         (
             ("π*", star, plots.POSTERIOR_COLOUR),
-            ("optimum with KL(q‖π)", dict(zip(sentences, k3_end.exp().tolist(), strict=True)), plots.PRIOR_COLOUR),
+            (
+                "optimum with KL(q‖π)",
+                dict(zip(sentences, k3_end.exp().tolist(), strict=True)),
+                plots.PRIOR_COLOUR,
+            ),
         ),
         strict=True,
     ):
-        end.bar([x + shift for x in range(len(q))], [values[y] for y in q], 0.38, color=colour, label=label)
-    for (name, values), marker, shift in zip(ends.items(), "os^D", (-0.28, -0.12, 0.2, 0.4), strict=True):
+        end.bar(
+            [x + shift for x in range(len(q))],
+            [values[y] for y in q],
+            0.38,
+            color=colour,
+            label=label,
+        )
+    for (name, values), marker, shift in zip(
+        ends.items(), "os^D", (-0.28, -0.12, 0.2, 0.4), strict=True
+    ):
         by_sentence = dict(zip(sentences, values, strict=True))
         places = [x + shift for x in range(len(q))]
-        end.plot(places, [by_sentence[y] for y in q], marker, color=colours[name], markeredgecolor="white", markersize=6, label=name, clip_on=False)
+        end.plot(
+            places,
+            [by_sentence[y] for y in q],
+            marker,
+            color=colours[name],
+            markeredgecolor="white",
+            markersize=6,
+            label=name,
+            clip_on=False,
+        )
     end.set_xticks(range(len(q)), list(q))
-    end.set(ylabel="probability", xlabel="sentence", title="Where each ends", ylim=(0, 1.05))
+    end.set(
+        ylabel="probability", xlabel="sentence", title="Where each ends", ylim=(0, 1.05)
+    )
     end.legend(loc="upper left", fontsize=7)
 plots.picture(figure, "runs/tutorials/t06")
 

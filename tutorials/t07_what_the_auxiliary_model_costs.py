@@ -48,7 +48,12 @@ from klrl_edu.core.display import text_table
 from klrl_edu.exercises import check
 from klrl_edu.exercises.t07 import AUXILIARY
 from klrl_edu.learning.training import cosine
-from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES, four_sentences_policy
+from klrl_edu.problems.examples import (
+    FOUR_POLICY,
+    FOUR_REWARDS,
+    FOUR_SENTENCES,
+    four_sentences_policy,
+)
 from klrl_edu.reference import expectation, gradient, kl, mean_and_variance, objective
 from klrl_edu.reference import posterior as posterior_of
 
@@ -66,14 +71,23 @@ lam = 1.0  # λ, in reward units per nat
 
 # %%
 w = {y: q[y] / p[y] for y in q}
-print(text_table(["sentence", "q", "p", "weight q/p", "reward r", "p·w·r"], [[y, q[y], p[y], w[y], r[y], p[y] * w[y] * r[y]] for y in q]))
+print(
+    text_table(
+        ["sentence", "q", "p", "weight q/p", "reward r", "p·w·r"],
+        [[y, q[y], p[y], w[y], r[y], p[y] * w[y] * r[y]] for y in q],
+    )
+)
 right = expectation(q, lambda y: r[y])
 print(
-    f"\nE_q[r] = {right:.12f}, E_p[w·r] = {expectation(p, lambda y: w[y] * r[y]):.12f}; without weights E_p[r] = {expectation(p, lambda y: r[y]):.12f}"
+    f"\nE_q[r] = {right:.12f}, E_p[w·r] = {expectation(p, lambda y: w[y] * r[y]):.12f};"
+    f" without weights E_p[r] = {expectation(p, lambda y: r[y]):.12f}"
 )
 hole = {y: p[y] / (1 - p["a dog"]) if y != "a dog" else 0.0 for y in p}
 missed = expectation(hole, lambda y: q[y] / hole[y] * r[y])
-print(f"a p that never says 'a dog': E_p[w·r] = {missed:.12f}, for ever, with any number of draws")
+print(
+    f"a p that never says 'a dog': E_p[w·r] = {missed:.12f}, for ever, with any number"
+    " of draws"
+)
 assert abs(expectation(p, lambda y: w[y] * r[y]) - right) < 1e-9
 
 # %% [markdown]
@@ -84,7 +98,9 @@ assert abs(expectation(p, lambda y: w[y] * r[y]) - right) < 1e-9
 ess = 1 / expectation(p, lambda y: w[y] ** 2)
 print(f"ESS/n = {ess:.12f}: a hundred draws of p are worth {100 * ess:.0f} of q")
 auxiliary = SequenceTable.from_texts(p, space=four_sentences().space)
-to_prior = compare(auxiliary, posterior(four_sentences(kl_coef=math.inf)))  # at λ = ∞ the posterior is the prior
+to_prior = compare(
+    auxiliary, posterior(four_sentences(kl_coef=math.inf))
+)  # at λ = ∞ the posterior is the prior
 assert abs(to_prior.effective_sample_size - ess) < 1e-9
 
 # %% [markdown]
@@ -97,10 +113,16 @@ answer = ...
 check("t07.variance", answer)
 
 # %% tags=["solution", "hide-cell"]
-answer = expectation(p, lambda y: (w[y] * r[y]) ** 2) - expectation(p, lambda y: w[y] * r[y]) ** 2
+answer = (
+    expectation(p, lambda y: (w[y] * r[y]) ** 2)
+    - expectation(p, lambda y: w[y] * r[y]) ** 2
+)
 check("t07.variance", answer)
 direct = mean_and_variance(q, lambda y: r[y])[1]
-print(f"variance of a draw: {answer:.6f} weighted, {direct:.6f} from q itself; for this mean a hundred draws are worth {100 * direct / answer:.0f}")
+print(
+    f"variance of a draw: {answer:.6f} weighted, {direct:.6f} from q itself; for this"
+    f" mean a hundred draws are worth {100 * direct / answer:.0f}"
+)
 # ESS is a rule of thumb: it knows the weights and not f. Here it is too kind.
 
 # %% [markdown]
@@ -115,13 +137,30 @@ print(f"variance of a draw: {answer:.6f} weighted, {direct:.6f} from q itself; f
 
 # %%
 rewards = torch.tensor([r[y] for y in q], dtype=torch.float64)
-log_q, log_p = (torch.tensor([math.log(x[y]) for y in q], dtype=torch.float64) for x in (q, p))
+log_q, log_p = (
+    torch.tensor([math.log(x[y]) for y in q], dtype=torch.float64) for x in (q, p)
+)
 for n in (1, 2, 4):
-    lists = torch.tensor(list(itertools.product(range(4), repeat=n)))  # every list of n draws
+    lists = torch.tensor(
+        list(itertools.product(range(4), repeat=n))
+    )  # every list of n draws
     probability = log_p[lists].sum(-1).exp()
-    bias = float(probability @ evidence.self_normalised(rewards[lists], (log_q - log_p)[lists])) - right
+    bias = (
+        float(
+            probability
+            @ evidence.self_normalised(rewards[lists], (log_q - log_p)[lists])
+        )
+        - right
+    )
     print(f"n = {n}: {len(lists):3} lists, bias {bias:+.12f}, n·bias {n * bias:+.6f}")
-    assert abs(bias + right - acceptance.importance_sampling_mean(log_p, log_q - log_p, 1.0, rewards, n)) < 1e-9
+    assert (
+        abs(
+            bias
+            + right
+            - acceptance.importance_sampling_mean(log_p, log_q - log_p, 1.0, rewards, n)
+        )
+        < 1e-9
+    )
 first_order = -expectation(p, lambda y: w[y] ** 2 * (r[y] - right))
 print(f"the limit of n·bias, −E_p[w²(f − E_q f)] = {first_order:+.6f}")
 
@@ -141,12 +180,17 @@ check("t07.pair", answer)
 # %% tags=["solution", "hide-cell"]
 def pair_mean(p, q, f):
     w = {y: q[y] / p[y] for y in p}
-    return sum(p[x] * p[y] * (w[x] * f[x] + w[y] * f[y]) / (w[x] + w[y]) for x in p for y in p)
+    return sum(
+        p[x] * p[y] * (w[x] * f[x] + w[y] * f[y]) / (w[x] + w[y]) for x in p for y in p
+    )
 
 
 answer = pair_mean
 check("t07.pair", answer)
-print(f"at n = 2: {pair_mean(p, q, r):.6f}; {expectation(p, lambda y: r[y]):.6f} under p and {right:.6f} under q")
+print(
+    f"at n = 2: {pair_mean(p, q, r):.6f}; {expectation(p, lambda y: r[y]):.6f} under p"
+    f" and {right:.6f} under q"
+)
 
 # %% [markdown]
 # One thing must be said before we go on. **The weights contain $q$.** Importance sampling helps where one can *evaluate* $q$ and not sample from it. Our
@@ -170,9 +214,18 @@ print(f"at n = 2: {pair_mean(p, q, r):.6f}; {expectation(p, lambda y: r[y]):.6f}
 right_gradient = gradient(pi, lambda y: math.log(pi[y] / q[y]))
 followed = gradient(pi, lambda y: math.log(pi[y] / p[y]))
 bias = gradient(pi, lambda y: math.log(q[y] / p[y]))
-print(text_table(["sentence", "∇KL(π‖q)", "what is followed", "bias"], [[y, right_gradient[y], followed[y], bias[y]] for y in q], digits=6))
+print(
+    text_table(
+        ["sentence", "∇KL(π‖q)", "what is followed", "bias"],
+        [[y, right_gradient[y], followed[y], bias[y]] for y in q],
+        digits=6,
+    )
+)
 error = kl(pi, p) - kl(pi, q)
-print(f"\nKL(π‖p) = {kl(pi, p):.12f} where KL(π‖q) = {kl(pi, q):.12f}: an error of {error:+.12f} nats, E_π[log q/p] exactly")
+print(
+    f"\nKL(π‖p) = {kl(pi, p):.12f} where KL(π‖q) = {kl(pi, q):.12f}: an error of"
+    f" {error:+.12f} nats, E_π[log q/p] exactly"
+)
 assert abs(error - expectation(pi, lambda y: math.log(q[y] / p[y]))) < 1e-9
 assert all(abs(followed[y] - right_gradient[y] - bias[y]) < 1e-9 for y in q)
 
@@ -187,7 +240,10 @@ policy, problem = four_sentences_policy(), four_sentences(kl_coef=lam)
 def article(c):
     def substituted(batch):  # log π/p + c in the place of log π/q
         with_p = token_log_probs(auxiliary, batch.tokens)
-        return kl_gradients.reward_k1(batch.log_probs, with_p) + c * batch.log_probs.sum(-1).mean()
+        return (
+            kl_gradients.reward_k1(batch.log_probs, with_p)
+            + c * batch.log_probs.sum(-1).mean()
+        )
 
     return substituted
 
@@ -196,9 +252,19 @@ reports = {
     "π, log π/q": audit_gradient(kl_gradients.reward_k1, policy, problem),
     "π, log π/p": audit_gradient(article(0.0), policy, problem),
     "π, log π/p + 1": audit_gradient(article(1.0), policy, problem),
-    "p, (π/p) log π/q": audit_gradient(kl_gradients.off_policy_sequence, policy, problem, behaviour=auxiliary),
+    "p, (π/p) log π/q": audit_gradient(
+        kl_gradients.off_policy_sequence, policy, problem, behaviour=auxiliary
+    ),
 }
-rows = [[name, *report.mean.tolist(), round(100 * report.relative_bias["reverse_kl"], 1), report.variance] for name, report in reports.items()]
+rows = [
+    [
+        name,
+        *report.mean.tolist(),
+        round(100 * report.relative_bias["reverse_kl"], 1),
+        report.variance,
+    ]
+    for name, report in reports.items()
+]
 print(text_table(["draws, weight of s", *q, "bias in %", "variance"], rows, digits=4))
 
 # %% [markdown]
@@ -214,12 +280,20 @@ check("t07.constant", answer)
 # %% tags=["solution", "hide-cell"]
 squares = sum(x * x for x in pi.values())
 size = {y: 1 - 2 * pi[y] + squares for y in pi}  # ‖s‖²
-answer = -expectation(pi, lambda y: size[y] * math.log(pi[y] / p[y])) / expectation(pi, lambda y: size[y])
+answer = -expectation(pi, lambda y: size[y] * math.log(pi[y] / p[y])) / expectation(
+    pi, lambda y: size[y]
+)
 check("t07.constant", answer)
 best = audit_gradient(article(answer), policy, problem)
-others = ", ".join(f"{reports[name].variance:.6f} at c = {c}" for c, name in enumerate(("π, log π/p", "π, log π/p + 1")))
+others = ", ".join(
+    f"{reports[name].variance:.6f} at c = {c}"
+    for c, name in enumerate(("π, log π/p", "π, log π/p + 1"))
+)
 print(f"c = {answer:.6f}: variance {best.variance:.6f}; {others}")
-print(f"the bias: {100 * best.relative_bias['reverse_kl']:.4f} % with it, {100 * reports['π, log π/p'].relative_bias['reverse_kl']:.4f} % without")
+print(
+    f"the bias: {100 * best.relative_bias['reverse_kl']:.4f} % with it,"
+    f" {100 * reports['π, log π/p'].relative_bias['reverse_kl']:.4f} % without"
+)
 # A baseline under another name. At its best it quietens the estimate of the wrong thing, and the 1 that differentiating π log π leaves behind is loud.
 
 # %% [markdown]
@@ -234,11 +308,21 @@ print(f"the bias: {100 * best.relative_bias['reverse_kl']:.4f} % with it, {100 *
 # %%
 star, log_z = posterior_of(q, r, lam)
 misled, misled_log_z = posterior_of(p, r, lam)
-print(text_table(["sentence", "q", "p", "π* of q", "π* of p"], [[y, q[y], p[y], star[y], misled[y]] for y in q], digits=6))
-regret = lam * kl(misled, star)
-print(f"\nregret = λ KL(π*_p‖π*_q) = {regret:.12f}, λ log Z − J(π*_p) = {lam * log_z - objective(misled, q, r, lam):.12f}")
 print(
-    f"the learner believes in λ log Z_p = {lam * misled_log_z:.6f}, gets J(π*_p) = {objective(misled, q, r, lam):.6f}, and could have had {lam * log_z:.6f}"
+    text_table(
+        ["sentence", "q", "p", "π* of q", "π* of p"],
+        [[y, q[y], p[y], star[y], misled[y]] for y in q],
+        digits=6,
+    )
+)
+regret = lam * kl(misled, star)
+print(
+    f"\nregret = λ KL(π*_p‖π*_q) = {regret:.12f}, λ log Z − J(π*_p) ="
+    f" {lam * log_z - objective(misled, q, r, lam):.12f}"
+)
+print(
+    f"the learner believes in λ log Z_p = {lam * misled_log_z:.6f}, gets J(π*_p) ="
+    f" {objective(misled, q, r, lam):.6f}, and could have had {lam * log_z:.6f}"
 )
 assert abs(regret - lam * log_z + objective(misled, q, r, lam)) < 1e-9
 
@@ -264,7 +348,10 @@ def regret_of(p, q, r, lam):
 answer = regret_of
 check("t07.regret", answer)
 for each in (0.1, 0.3, 1.0, 3.0, 10.0):
-    print(f"λ = {each:4g}: regret {regret_of(p, q, r, each):.6f}; of the priors alone, λ KL(p‖q) = {each * kl(p, q):.6f}")
+    print(
+        f"λ = {each:4g}: regret {regret_of(p, q, r, each):.6f}; of the priors alone, λ"
+        f" KL(p‖q) = {each * kl(p, q):.6f}"
+    )
 # The firmer the leash, the more it matters where it is tied.
 
 # %% [markdown]
@@ -298,7 +385,11 @@ print(", ".join(f"r'({y}) = {x:.6f}" for y, x in corrected(p, q, r, lam).items()
 # %%
 fixed_reward = {y: r[y] + lam * math.log(q[y] / p[y]) for y in q}
 fixed, fixed_log_z = posterior_of(p, fixed_reward, lam)
-print(f"largest |π* of (p, r') − π* of (q, r)|: {max(abs(fixed[y] - star[y]) for y in q):.0e}; |difference of log Z|: {abs(fixed_log_z - log_z):.0e}")
+print(
+    "largest |π* of (p, r') − π* of (q, r)|:"
+    f" {max(abs(fixed[y] - star[y]) for y in q):.0e}; |difference of log Z|:"
+    f" {abs(fixed_log_z - log_z):.0e}"
+)
 assert max(abs(fixed[y] - star[y]) for y in q) < 1e-9
 
 # %% [markdown]
@@ -313,20 +404,42 @@ trusting = Problem(auxiliary, table_reward(r, space), lam)
 repaired = Problem(auxiliary, table_reward(fixed_reward, space), lam)
 target, believed = posterior(problem), posterior(trusting)
 options = {"steps": 10, "batch_size": 64, "max_grad_norm": 1.0}
-lines = {"trained with p, to π* of q": ([], []), "trained with p, to π* of p": ([], []), "reward corrected, to π* of q": ([], [])}
+lines = {
+    "trained with p, to π* of q": ([], []),
+    "trained with p, to π* of p": ([], []),
+    "reward corrected, to π* of q": ([], []),
+}
 for tilted, measured in (
-    (trusting, {"trained with p, to π* of q": target, "trained with p, to π* of p": believed}),
+    (
+        trusting,
+        {"trained with p, to π* of q": target, "trained with p, to π* of p": believed},
+    ),
     (repaired, {"reward corrected, to π* of q": target}),
 ):
-    network = restrict_to_support(RecurrentModel(space, hidden_size=32, seed=0), auxiliary)
+    network = restrict_to_support(
+        RecurrentModel(space, hidden_size=32, seed=0), auxiliary
+    )
     draw = seeded_draw(0)
     for block in range(21):  # 20 × 10 steps, so that we can look in between
         if block:
-            train(network, tilted, losses.rloo, lr=1e-2 * cosine((block - 1) / 20), draw=draw, **options)
+            train(
+                network,
+                tilted,
+                losses.rloo,
+                lr=1e-2 * cosine((block - 1) / 20),
+                draw=draw,
+                **options,
+            )
         for name, one in measured.items():
             lines[name][0].append(10 * block)
             lines[name][1].append(compare(network, one).reverse_kl)
-print(text_table(["run, and distance", "KL before", "KL after 200 steps"], [[name, y[0], y[-1]] for name, (_, y) in lines.items()], digits=6))
+print(
+    text_table(
+        ["run, and distance", "KL before", "KL after 200 steps"],
+        [[name, y[0], y[-1]] for name, (_, y) in lines.items()],
+        digits=6,
+    )
+)
 print(f"the regret found above, over λ: {regret / lam:.6f}")
 assert abs(lines["trained with p, to π* of q"][1][-1] - regret / lam) < 1e-3
 
@@ -346,14 +459,33 @@ assert abs(lines["trained with p, to π* of q"][1][-1] - regret / lam) < 1e-3
 # %%
 rows = []
 for y in q:
-    chance = [q[y] * (1 - q[y]) ** (k - 1) for k in range(1, 1001)]  # P(K = k); what comes later is below 1e-40
+    chance = [
+        q[y] * (1 - q[y]) ** (k - 1) for k in range(1, 1001)
+    ]  # P(K = k); what comes later is below 1e-40
     estimate = [0.0, *(-x for x in itertools.accumulate(1 / k for k in range(1, 1000)))]
     mean = sum(a * b for a, b in zip(chance, estimate, strict=True))
     variance = sum(a * (b - mean) ** 2 for a, b in zip(chance, estimate, strict=True))
-    rows.append([y, math.log(q[y]), mean, variance, sum(k * a for k, a in enumerate(chance, 1))])
+    rows.append(
+        [y, math.log(q[y]), mean, variance, sum(k * a for k, a in enumerate(chance, 1))]
+    )
     assert abs(mean - math.log(q[y])) < 1e-9
-print(text_table(["sentence", "log q", "mean of the estimate", "variance", "sentences to wait, 1/q"], rows, digits=9))
-print(f"\nto wait for a sentence of π: {expectation(pi, lambda y: 1 / q[y]):.4f} sentences of q, on average")
+print(
+    text_table(
+        [
+            "sentence",
+            "log q",
+            "mean of the estimate",
+            "variance",
+            "sentences to wait, 1/q",
+        ],
+        rows,
+        digits=9,
+    )
+)
+print(
+    f"\nto wait for a sentence of π: {expectation(pi, lambda y: 1 / q[y]):.4f}"
+    " sentences of q, on average"
+)
 
 # %% [markdown]
 # For four sentences that is cheap. Among all the sentences of a language, $1/q(y)$ of them take longer than anyone lives.
@@ -379,27 +511,66 @@ def fitted(counts, order):
     """An n-gram of the heard sentences, on the four."""
     heard = {y: n for y, n in zip(sentences, counts, strict=True) if n}
     with torch.no_grad():
-        mass = NGramModel.fit(space, list(heard), order, weights=list(heard.values())).log_prob(space.encode(sentences)).exp()
+        mass = (
+            NGramModel.fit(space, list(heard), order, weights=list(heard.values()))
+            .log_prob(space.encode(sentences))
+            .exp()
+        )
     return dict(zip(sentences, (mass / mass.sum()).tolist(), strict=True))
 
 
 costs, errors = {1: [], 2: []}, {1: [], 2: []}
 for n in sizes:
-    heard = draw(log_q[None], torch.zeros(corpora * n, dtype=torch.long)).view(corpora, n)
+    heard = draw(log_q[None], torch.zeros(corpora * n, dtype=torch.long)).view(
+        corpora, n
+    )
     counts = [torch.bincount(row, minlength=4).tolist() for row in heard]
     for order in (1, 2):
         models = [fitted(row, order) for row in counts]
-        costs[order].append(sum(lam * kl(posterior_of(one, r, lam)[0], star) for one in models) / corpora)
-        errors[order].append(math.sqrt(sum((kl(pi, one) - kl(pi, q)) ** 2 for one in models) / corpora))
+        costs[order].append(
+            sum(lam * kl(posterior_of(one, r, lam)[0], star) for one in models)
+            / corpora
+        )
+        errors[order].append(
+            math.sqrt(sum((kl(pi, one) - kl(pi, q)) ** 2 for one in models) / corpora)
+        )
 price = lam / 2 * sum(star[y] * (1 - star[y]) / q[y] for y in q)
 spread = math.sqrt(expectation(pi, lambda y: pi[y] / q[y]) - 1)
-rows = [[n, costs[1][i], costs[2][i], price / n, errors[1][i], errors[2][i], spread / math.sqrt(n)] for i, n in enumerate(sizes)]
-header = ["sentences", "regret, unigram", "bigram", "expected", "KL error, unigram", "bigram", "expected"]
+rows = [
+    [
+        n,
+        costs[1][i],
+        costs[2][i],
+        price / n,
+        errors[1][i],
+        errors[2][i],
+        spread / math.sqrt(n),
+    ]
+    for i, n in enumerate(sizes)
+]
+header = [
+    "sentences",
+    "regret, unigram",
+    "bigram",
+    "expected",
+    "KL error, unigram",
+    "bigram",
+    "expected",
+]
 print(text_table(header, rows, digits=3))
-first, second = ({word: sum(q[y] for y in q if y.split()[t] == word) for word in ("the", "a", "cat", "dog")} for t in (0, 1))
+first, second = (
+    {
+        word: sum(q[y] for y in q if y.split()[t] == word)
+        for word in ("the", "a", "cat", "dog")
+    }
+    for t in (0, 1)
+)
 independent = {y: first[y.split()[0]] * second[y.split()[1]] for y in q}
 floor = lam * kl(posterior_of(independent, r, lam)[0], star)
-print(f"\nwhat no corpus takes from the unigram: regret {floor:.6f}, KL error {kl(pi, independent) - kl(pi, q):+.6f}")
+print(
+    f"\nwhat no corpus takes from the unigram: regret {floor:.6f}, KL error"
+    f" {kl(pi, independent) - kl(pi, q):+.6f}"
+)
 assert costs[1][0] < costs[2][0]
 assert costs[2][-1] < floor / 3
 assert abs(costs[1][-1] / floor - 1) < 0.2
@@ -412,22 +583,61 @@ assert abs(costs[1][-1] / floor - 1) < 0.2
 with plots.publication_style():
     figure, (fading, astray, longer) = plots.new_figure(3, 3.5, 3.0)
     draws = [1, 2, 4, 8, 16, 32]
-    biases = [right - acceptance.importance_sampling_mean(log_p, log_q - log_p, 1.0, rewards, n) for n in draws]
-    spreads = [math.sqrt(expectation(p, lambda y: (w[y] * (r[y] - right)) ** 2) / n) for n in draws]
+    biases = [
+        right
+        - acceptance.importance_sampling_mean(log_p, log_q - log_p, 1.0, rewards, n)
+        for n in draws
+    ]
+    spreads = [
+        math.sqrt(expectation(p, lambda y: (w[y] * (r[y] - right)) ** 2) / n)
+        for n in draws
+    ]
     shown = {"bias, exact": (draws, biases), "spread, first order": (draws, spreads)}
-    plots.plot_lines(shown, fading, xlabel="draws n from p", ylabel="error of the mean of r", log=True)
-    fading.axhline(biases[0], color=plots.BLACK, linestyle="--", linewidth=1, label="bias without weights")
+    plots.plot_lines(
+        shown,
+        fading,
+        xlabel="draws n from p",
+        ylabel="error of the mean of r",
+        log=True,
+    )
+    fading.axhline(
+        biases[0],
+        color=plots.BLACK,
+        linestyle="--",
+        linewidth=1,
+        label="bias without weights",
+    )
     fading.set_xscale("log", base=2)
     fading.set_xticks(draws, draws)
     fading.legend()
     fading.set_title("Weights: a bias that fades")
-    plots.plot_lines(lines, astray, xlabel="training step", ylabel="KL in nats", log=True)
-    astray.axhline(regret / lam, color=plots.BLACK, linestyle="--", linewidth=1, label="regret/λ")
+    plots.plot_lines(
+        lines, astray, xlabel="training step", ylabel="KL in nats", log=True
+    )
+    astray.axhline(
+        regret / lam, color=plots.BLACK, linestyle="--", linewidth=1, label="regret/λ"
+    )
     astray.legend()
     astray.set_title("Substitution: one that stays")
-    shown = {"unigram": (sizes, costs[1]), "bigram": (sizes, costs[2]), "expected of counts": (sizes, [price / n for n in sizes])}
-    plots.plot_lines(shown, longer, xlabel="sentences heard", ylabel="mean regret in reward units", log=True)
-    longer.axhline(floor, color=plots.BLACK, linestyle="--", linewidth=1, label="the unigram's floor")
+    shown = {
+        "unigram": (sizes, costs[1]),
+        "bigram": (sizes, costs[2]),
+        "expected of counts": (sizes, [price / n for n in sizes]),
+    }
+    plots.plot_lines(
+        shown,
+        longer,
+        xlabel="sentences heard",
+        ylabel="mean regret in reward units",
+        log=True,
+    )
+    longer.axhline(
+        floor,
+        color=plots.BLACK,
+        linestyle="--",
+        linewidth=1,
+        label="the unigram's floor",
+    )
     longer.set_xscale("log")
     longer.legend()
     longer.set_title("A better p is paid in sentences")

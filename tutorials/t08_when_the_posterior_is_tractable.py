@@ -80,12 +80,23 @@ people = [1e3 * percent for percent in table.values()]  # of 100,000
 share = torch.tensor(people, dtype=torch.float64) / sum(people)
 spelled = space.encode(list(table))
 letters = float(share @ space.live(spelled).sum(-1).double())
-models = {f"{n}-gram": NGramModel.fit(space, list(table), n, weights=people) for n in (1, 2, 3)}
-models["hidden Markov, 8 states"] = HiddenMarkovModel.fit(space, list(table), 8, weights=[float(p) for p in share], steps=20).model
+models = {
+    f"{n}-gram": NGramModel.fit(space, list(table), n, weights=people)
+    for n in (1, 2, 3)
+}
+models["hidden Markov, 8 states"] = HiddenMarkovModel.fit(
+    space, list(table), 8, weights=[float(p) for p in share], steps=20
+).model
 rows = []
 for name, model in models.items():
     with torch.no_grad():
-        rows.append([name, len(model.emission_log_probs()), -float(share @ model.log_prob(spelled)) / letters])
+        rows.append(
+            [
+                name,
+                len(model.emission_log_probs()),
+                -float(share @ model.log_prob(spelled)) / letters,
+            ]
+        )
 print(text_table(["prior", "states", "nats a letter"], rows, digits=4))
 print(f"spellings in the space: {space.size:,}")
 
@@ -119,7 +130,10 @@ def even(p, length):
 
 answer = even
 check("t08.even", answer)
-print(f"p = ¼, 30 letters: {even(0.25, 30):.12f}, in closed form {(1 + (1 - 2 * 0.25) ** 30) / 2:.12f}")
+print(
+    f"p = ¼, 30 letters: {even(0.25, 30):.12f}, in closed form"
+    f" {(1 + (1 - 2 * 0.25) ** 30) / 2:.12f}"
+)
 
 # %% [markdown]
 # ## Prior times automaton
@@ -135,13 +149,23 @@ print(f"p = ¼, 30 letters: {even(0.25, 30):.12f}, in closed form {(1 + (1 - 2 *
 pattern = "(son|sen|man)$"
 machine = regular_expression(pattern, space)
 reward = automata.accept_reward(machine)
-print(f"the automaton of /{pattern}/ has {len(machine)} states; the trigram has {len(models['3-gram'].emission_log_probs())} contexts")
+print(
+    f"the automaton of /{pattern}/ has {len(machine)} states; the trigram has"
+    f" {len(models['3-gram'].emission_log_probs())} contexts"
+)
 target = posterior(Problem(models["3-gram"], reward, 0.2))
 print(target)
 small = SequenceSpace(tuple("abcde"), 5, separator="")
-tiny = Problem(NGramModel.fit(small, ["abe", "bab", "cab", "dad", "ada"], 2), automata.accept_reward(regular_expression("a.$", small)), 0.2)
+tiny = Problem(
+    NGramModel.fit(small, ["abe", "bab", "cab", "dad", "ada"], 2),
+    automata.accept_reward(regular_expression("a.$", small)),
+    0.2,
+)
 by_sum, by_list = posterior(tiny, "forward_backward"), posterior(tiny, "enumeration")
-print(f"a check on {small.size:,} texts: {float(by_sum.log_evidence):.12f} by states, {float(by_list.log_evidence):.12f} by listing")
+print(
+    f"a check on {small.size:,} texts: {float(by_sum.log_evidence):.12f} by states,"
+    f" {float(by_list.log_evidence):.12f} by listing"
+)
 assert abs(float(by_sum.log_evidence) - float(by_list.log_evidence)) < 1e-12
 
 # %% [markdown]
@@ -150,10 +174,21 @@ assert abs(float(by_sum.log_evidence) - float(by_list.log_evidence)) < 1e-12
 # %%
 model = target.model
 top = model.top_sequences(5)
-print("most probable: " + ", ".join(f"{name} {p:.4f}" for name, p in zip(space.decode(top.tokens), top.log_weights.exp().tolist(), strict=True)))
+print(
+    "most probable: "
+    + ", ".join(
+        f"{name} {p:.4f}"
+        for name, p in zip(
+            space.decode(top.tokens), top.log_weights.exp().tolist(), strict=True
+        )
+    )
+)
 print("samples: " + ", ".join(space.decode(model.sample(8, draw=seeded_draw(3)))))
 mean, variance = model.reward_moments()
-print(f"E[r] = {float(mean):.6f}, Var[r] = {float(variance):.6f}, KL(π*‖q) = {float(model.kl_to_prior()):.6f} nats")
+print(
+    f"E[r] = {float(mean):.6f}, Var[r] = {float(variance):.6f}, KL(π*‖q) ="
+    f" {float(model.kl_to_prior()):.6f} nats"
+)
 gap = float(mean) - 0.2 * float(model.kl_to_prior()) - float(target.value)
 print(f"E[r] − λ KL(π*‖q) − λ log Z = {abs(gap):.0e}")
 assert abs(gap) < 1e-12
@@ -175,7 +210,10 @@ check("t08.first", answer)
 left = {"baa": START["b"] * AFTER["b"]["a"] * AFTER["a"]["a"]}
 left["aba"] = START["a"] * AFTER["a"]["b"] * AFTER["b"]["a"]
 left["aab"] = START["a"] * AFTER["a"]["a"] * AFTER["a"]["b"]
-answer = {word: sum(q for text, q in left.items() if text[0] == word) / sum(left.values()) for word in "ab"}
+answer = {
+    word: sum(q for text, q in left.items() if text[0] == word) / sum(left.values())
+    for word in "ab"
+}
 check("t08.first", answer)
 print(", ".join(f"{word} {p:.6f}" for word, p in answer.items()))
 
@@ -188,12 +226,28 @@ print(", ".join(f"{word} {p:.6f}" for word, p in answer.items()))
 # %%
 prior = models["3-gram"].requires_grad_(False)
 problem = Problem(prior, reward, 0.2)
-history = train(None, problem, losses.rloo, steps=120, batch_size=256, lr=0.1, draw=seeded_draw(0), target=target, evaluate_every=20)
+history = train(
+    None,
+    problem,
+    losses.rloo,
+    steps=120,
+    batch_size=256,
+    lr=0.1,
+    draw=seeded_draw(0),
+    target=target,
+    evaluate_every=20,
+)
 policy = history.policy
 final = compare(policy, target)
-print(f"KL(π‖π*): {history['reverse_kl'][0]:.4f} nats at the start, {final.reverse_kl:.4f} after 120 steps; E[r] {final.expected_reward:.4f}")
+print(
+    f"KL(π‖π*): {history['reverse_kl'][0]:.4f} nats at the start,"
+    f" {final.reverse_kl:.4f} after 120 steps; E[r] {final.expected_reward:.4f}"
+)
 sampled = compare(policy, target, n=2000, draw=seeded_draw(1))
-print(f"by 2,000 samples instead: {sampled.reverse_kl:.4f} ± {sampled.standard_error['reverse_kl']:.4f}")
+print(
+    f"by 2,000 samples instead: {sampled.reverse_kl:.4f} ±"
+    f" {sampled.standard_error['reverse_kl']:.4f}"
+)
 
 # %% [markdown]
 # Why does it stop short? The posterior of a trigram under this pattern is *not* a trigram: near the end of a name it knows how many letters are left before
@@ -203,17 +257,29 @@ print(f"by 2,000 samples instead: {sampled.reverse_kl:.4f} ± {sampled.standard_
 with plots.publication_style():
     figure, (lengths, curve, frontier) = plots.new_figure(3, 3.5, 3.0)
     before = posterior(Problem(prior, reward, math.inf)).model
-    for name, side, colour in (("prior", before, plots.PRIOR_COLOUR), ("posterior", model, plots.POSTERIOR_COLOUR)):
-        lengths.plot(side.length_law().tolist(), "o-", color=colour, markersize=3, label=name)
-    lengths.set(xlabel="letters", ylabel="probability", title="The pattern lengthens names")
+    for name, side, colour in (
+        ("prior", before, plots.PRIOR_COLOUR),
+        ("posterior", model, plots.POSTERIOR_COLOUR),
+    ):
+        lengths.plot(
+            side.length_law().tolist(), "o-", color=colour, markersize=3, label=name
+        )
+    lengths.set(
+        xlabel="letters", ylabel="probability", title="The pattern lengthens names"
+    )
     lengths.legend()
-    plots.plot_runs({"trigram policy": history}, ax=curve, ylabel="KL(π‖π*) in nats, exact")
+    plots.plot_runs(
+        {"trigram policy": history}, ax=curve, ylabel="KL(π‖π*) in nats, exact"
+    )
     curve.set_title("Near, and not on it")
     points = []
     for each in (2.0, 0.5, 0.3, 0.2, 0.15, 0.1):
         star = posterior(Problem(prior, reward, each)).model
         points.append((float(star.kl_to_prior()), float(star.reward_moments()[0])))
-    lines = {"π* of every λ": tuple(zip(*points, strict=True)), "trigram policy": (history["kl_to_prior"], history["expected_reward"])}
+    lines = {
+        "π* of every λ": tuple(zip(*points, strict=True)),
+        "trigram policy": (history["kl_to_prior"], history["expected_reward"]),
+    }
     plots.plot_lines(lines, frontier, xlabel="KL(·‖q) in nats", ylabel="E[r]")
     frontier.set_title("Below the frontier")
     frontier.legend(loc="lower right")

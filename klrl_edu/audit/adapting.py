@@ -1,8 +1,10 @@
-"""A function of named tensors as a `Loss` or a value estimator: the names of its parameters say what it takes.
+"""A function of named tensors as a `Loss` or a value estimator: the names of its parameters say
+what it takes.
 
-A parameter with a default keeps it, unless `adapt` names it. Names of a Batch, of verl and of TRL are understood (`FIELDS`). What the
-libraries call `advantages` is the sequence's reward r(y), without KL penalty and without baseline: nothing is guessed; give
-`adapt={"advantages": …}` for another. N sequences, T tokens, V columns.
+A parameter with a default keeps it, unless `adapt` names it. Names of a Batch, of verl and of TRL
+are understood (`FIELDS`). What the libraries call `advantages` is the sequence's reward r(y),
+without KL penalty and without baseline: nothing is guessed; give `adapt={"advantages": …}` for
+another. N sequences, T tokens, V columns.
 """
 
 import inspect
@@ -52,7 +54,9 @@ _OWN: dict[str, Reader] = {
 _VERL: dict[str, Reader] = {
     **_fields(_attribute("log_probs"), "log_prob", "logprob"),
     **_fields(_attribute("prior_log_probs"), "ref_log_prob", "ref_logprob"),
-    **_fields(_attribute("behaviour_log_probs"), "old_log_prob", "old_log_probs", "rollout_log_probs"),
+    **_fields(
+        _attribute("behaviour_log_probs"), "old_log_prob", "old_log_probs", "rollout_log_probs"
+    ),
     **_fields(_attribute("rewards"), "token_level_rewards", "token_level_scores"),
     **_fields(_mask, "response_mask", "eos_mask"),
 }
@@ -64,12 +68,16 @@ _TRL: dict[str, Reader] = {
     "beta": lambda batch: batch.kl_coef[0],  # a number there
 }
 FIELDS: dict[str, Reader] = {**_OWN, **_VERL, **_TRL, "advantages": _sequence_reward}
-"""Parameter name -> what a function gets for it: [N,T] per token, with 0 after EOS; `rewards` has a whole-sequence reward on the last live
-token; `advantages` is r(y), [N] as in TRL, or [N,T] on every live token where another parameter has a name of verl's."""
+"""Parameter name -> what a function gets for it: [N,T] per token, with 0 after EOS; `rewards` has a
+whole-sequence reward on the last live token; `advantages` is r(y), [N] as in TRL, or [N,T] on every
+live token where another parameter has a name of verl's.
+"""
 
 
 def takes_a_batch(function: Callable[..., Any]) -> bool:
-    """Whether the first required parameter is a Batch: by annotation, or the only one and not the name of a field."""
+    """Whether the first required parameter is a Batch: by annotation, or the only one and not the
+    name of a field.
+    """
     required = _required(function)
     if not required:
         return True
@@ -80,10 +88,16 @@ def takes_a_batch(function: Callable[..., Any]) -> bool:
 
 
 def takes_a_log_ratio(function: Callable[..., Any]) -> bool:
-    """Whether the only required parameter stands for u [N]: it has no name of a field, and is not called or annotated a batch."""
+    """Whether the only required parameter stands for u [N]: it has no name of a field, and is not
+    called or annotated a batch.
+    """
     required = _required(function)
     only = required[0] if len(required) == 1 else None
-    return only is not None and only.name not in {*FIELDS, "batch"} and only.annotation not in (Batch, "Batch", "klrl_edu.Batch")
+    return (
+        only is not None
+        and only.name not in {*FIELDS, "batch"}
+        and only.annotation not in (Batch, "Batch", "klrl_edu.Batch")
+    )
 
 
 def draws_random_numbers(function: Callable[..., Any]) -> bool:
@@ -95,20 +109,29 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
     """The function with a Batch as its first parameter; `draw` is handed on.
 
     Args:
-        function: of named tensors; of a tuple that it returns the first counts (verl: loss, then statistics).
-        adapt: a mapping parameter -> name of a field or a value, or Batch -> keyword arguments; None goes by the names alone.
+        function: of named tensors; of a tuple that it returns the first counts (verl: loss, then
+            statistics).
+        adapt: a mapping parameter -> name of a field or a value, or Batch -> keyword arguments;
+            None goes by the names alone.
 
     Raises:
-        InputError: a parameter without default whose name is unknown; lists the names that are known.
+        InputError: a parameter without default whose name is unknown; lists the names that are
+            known.
     """
     readers = {} if callable(adapt) else _readers(function, adapt or {})
 
     def on_batch(batch: Batch, **draw: Draw) -> Any:
-        given = adapt(batch) if callable(adapt) else {name: reader(batch) for name, reader in readers.items()}
+        given = (
+            adapt(batch)
+            if callable(adapt)
+            else {name: reader(batch) for name, reader in readers.items()}
+        )
         result = function(**given, **draw)
         return result[0] if isinstance(result, tuple) else result
 
-    asked = set(needs_of(function)) | ({"distributions"} if {"log_dists", "prior_log_dists"} & set(readers) else set())
+    asked = set(needs_of(function)) | (
+        {"distributions"} if {"log_dists", "prior_log_dists"} & set(readers) else set()
+    )
     return needs(*asked)(on_batch)
 
 
@@ -123,7 +146,10 @@ def _readers(function: Callable[..., Any], adapt: Mapping[str, Any]) -> dict[str
     parameters = parameters_of(function)
     unknown = [name for name in adapt if name not in parameters]
     if unknown:
-        raise InputError(f"adapt names {unknown[0]!r}, which is no parameter of {name_of(function)}; it has {', '.join(parameters) or 'none'}.")
+        raise InputError(
+            f"adapt names {unknown[0]!r}, which is no parameter of {name_of(function)}; it has"
+            f" {', '.join(parameters) or 'none'}."
+        )
     verl = any(name in _VERL for name in parameters)
     readers: dict[str, Reader] = {}
     for name, parameter in parameters.items():
@@ -135,8 +161,9 @@ def _readers(function: Callable[..., Any], adapt: Mapping[str, Any]) -> dict[str
             readers[name] = _reward_at_each_token if name == "advantages" and verl else FIELDS[name]
         else:
             raise InputError(
-                f"{name_of(function)} takes {name!r}, which is not understood; rename it, give it a default, or say what it is: adapt={{{name!r}: a "
-                f"value or a name}}. Known names: {', '.join(FIELDS)}."
+                f"{name_of(function)} takes {name!r}, which is not understood; rename it, give it a"
+                f" default, or say what it is: adapt={{{name!r}: a value or a name}}. Known names:"
+                f" {', '.join(FIELDS)}."
             )
     return readers
 
@@ -156,4 +183,6 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _required(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return [p for name, p in parameters_of(function).items() if p.default is p.empty and name != "draw"]
+    return [
+        p for name, p in parameters_of(function).items() if p.default is p.empty and name != "draw"
+    ]

@@ -1,9 +1,10 @@
 """The exact mean, bias and variance of any estimator, by enumerating everything that can be drawn.
 
-    E[g] = Σ_batches P(batch) · ∇loss(batch),    Var g = E‖g − E g‖²                                              (1)
+    E[g] = Σ_batches P(batch) · ∇loss(batch),    Var g = E‖g − E g‖²                             (1)
 
-Batches are multisets with their multiplicities (`executions`); the loss is differentiated by its token log-probabilities, all batches at
-once where it allows (`differentiation`), and that is contracted with the policy's Jacobian in closed form (`coordinates`). B batch size.
+Batches are multisets with their multiplicities (`executions`); the loss is differentiated by its
+token log-probabilities, all batches at once where it allows (`differentiation`), and that is
+contracted with the policy's Jacobian in closed form (`coordinates`). B batch size.
 """
 
 import math
@@ -19,12 +20,22 @@ from klrl_edu.audit.checks import no_global_randomness, probe
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
 from klrl_edu.audit.differentiation import LossOnSupport
 from klrl_edu.audit.executions import check_executions, multisets
-from klrl_edu.audit.moments import Contributions, contributions_of, dense_coefficients, gradient_moments
+from klrl_edu.audit.moments import (
+    Contributions,
+    contributions_of,
+    dense_coefficients,
+    gradient_moments,
+)
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, check_monte_carlo, sampled_moments
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.scenes import Scene, build_scene
 from klrl_edu.audit.targets import gradient_targets, value_targets
-from klrl_edu.audit.values import enumerated_value, missing_mass_notes, sampled_value, value_on_support
+from klrl_edu.audit.values import (
+    enumerated_value,
+    missing_mass_notes,
+    sampled_value,
+    value_on_support,
+)
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count
@@ -52,25 +63,31 @@ def audit_gradient(
     """What a loss descends on average, exactly, and with what variance.
 
     Args:
-        loss: Batch -> scalar, as `train` takes it; a parameter `draw` gets a Draw, whose every outcome is enumerated. Or a function of
-            tensors by name: a Batch's, verl's and TRL's names are understood.
+        loss: Batch -> scalar, as `train` takes it; a parameter `draw` gets a Draw, whose every
+            outcome is enumerated. Or a function of tensors by name: a Batch's, verl's and TRL's
+            names are understood.
         policy: π, on the prior's support; its trainable parameters are the coordinates.
         problem: prior, reward and λ.
         batch_size: B; a loss that needs the support is run once on it.
         behaviour: the policy that draws the batches, on π's support; π itself by default.
-        adapt: what parameters of other names are: parameter -> name or value, or Batch -> keyword arguments.
-        max_executions: the most batches (multisets of sequences, times the outcomes of the loss's own draws) to enumerate.
-        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |entry| that a gradient can have.
+        adapt: what parameters of other names are: parameter -> name or value, or Batch -> keyword
+            arguments.
+        max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
+            own draws) to enumerate.
+        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |entry|
+            that a gradient can have.
 
     Returns:
-        Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)), expected_reward (∇(−E r)), and the divergences of π and
-        q per sequence and, with frozen prefixes, per token.
+        Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)),
+        expected_reward (∇(−E r)), and the divergences of π and q per sequence and, with frozen
+        prefixes, per token.
 
     Raises:
         TooLargeError: more executions than `max_executions`; the message has the count.
-        UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the policy's.
-        InputError: what the loss must not do: return anything but a finite scalar with a gradient, change its inputs, draw from a global
-            generator, depend on the order of the batch.
+        UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the
+            policy's.
+        InputError: what the loss must not do: return anything but a finite scalar with a gradient,
+            change its inputs, draw from a global generator, depend on the order of the batch.
     """
     started = time.perf_counter()
     check_count(batch_size, "batch_size")
@@ -78,8 +95,17 @@ def audit_gradient(
     _check_policy(policy, problem)
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
     limit = max_executions if monte_carlo is None else MAX_SEQUENCES
-    scene = build_scene(policy, problem, behaviour, limit, distributions="distributions" in needs_of(function), supported=True)
-    on_support = LossOnSupport(function, name_of(loss), scene.whole, scene.tree, draws_random_numbers(function))
+    scene = build_scene(
+        policy,
+        problem,
+        behaviour,
+        limit,
+        distributions="distributions" in needs_of(function),
+        supported=True,
+    )
+    on_support = LossOnSupport(
+        function, name_of(loss), scene.whole, scene.tree, draws_random_numbers(function)
+    )
     coordinates = coordinates_of(policy, scene.tree, problem.prompt)
     with no_global_randomness(f"the loss {on_support.name}"):
         if monte_carlo is None:
@@ -119,18 +145,24 @@ def audit_value(
     """The exact mean and variance of an estimator of KL(π‖q) from samples.
 
     Args:
-        estimator: sequence log-ratios u = log π/q [N] in nats -> estimates [N], e.g. `kl_values.k3`; or a function of a `batch`, or of tensors by
-            name as for `audit_gradient`, that returns a value a sequence [N], a token [N,T] (summed over live tokens) or a batch (scalar).
-        policy: π. Where it has mass and the prior none, KL(π‖q) is infinite, and the report says so.
+        estimator: sequence log-ratios u = log π/q [N] in nats -> estimates [N], e.g.
+            `kl_values.k3`; or a function of a `batch`, or of tensors by name as for
+            `audit_gradient`, that returns a value a sequence [N], a token [N,T] (summed over live
+            tokens) or a batch (scalar).
+        policy: π. Where it has mass and the prior none, KL(π‖q) is infinite, and the report says
+            so.
         problem: its prior is q.
         batch_size: estimates are averaged over this many independent samples.
         behaviour: the policy that draws the samples, on π's support; π itself by default.
         adapt: what parameters of other names are.
-        max_executions: the most batches to enumerate, which only estimators of whole batches and P(estimate < 0) need.
-        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |estimate| there can be.
+        max_executions: the most batches to enumerate, which only estimators of whole batches and
+            P(estimate < 0) need.
+        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest
+            |estimate| there can be.
 
     Returns:
-        Targets reverse_kl and forward_kl, per sequence and per token, in nats; P(estimate < 0), None with a note where it has too many outcomes.
+        Targets reverse_kl and forward_kl, per sequence and per token, in nats; P(estimate < 0),
+        None with a note where it has too many outcomes.
 
     Raises:
         TooLargeError: more executions than `max_executions`; the message has the count.
@@ -139,7 +171,9 @@ def audit_value(
     started = time.perf_counter()
     check_count(batch_size, "batch_size")
     check_monte_carlo(monte_carlo, draw, bound)
-    scene = build_scene(policy, problem, behaviour, MAX_SEQUENCES, distributions=True, supported=False)
+    scene = build_scene(
+        policy, problem, behaviour, MAX_SEQUENCES, distributions=True, supported=False
+    )
     subject = value_on_support(estimator, scene, adapt)
     with no_global_randomness(f"the estimator {subject.name}"):
         if monte_carlo is not None:
@@ -151,12 +185,27 @@ def audit_value(
     targets = value_targets(scene.whole, scene.tree, scene.missed)
     notes = scene.notes()
     if behaviour is None:
-        notes += missing_mass_notes(subject.name, scene.missed, float(found["mean"] - targets["reverse_kl"]))
+        notes += missing_mass_notes(
+            subject.name, scene.missed, float(found["mean"] - targets["reverse_kl"])
+        )
     found["notes"] = (*notes, *found["notes"])
-    return AuditReport(name=subject.name, targets=targets, coordinates="nats", batch_size=batch_size, seconds=time.perf_counter() - started, **found)
+    return AuditReport(
+        name=subject.name,
+        targets=targets,
+        coordinates="nats",
+        batch_size=batch_size,
+        seconds=time.perf_counter() - started,
+        **found,
+    )
 
 
-def _enumerated(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, batch_size: int, max_executions: int) -> dict[str, Any]:
+def _enumerated(
+    loss: LossOnSupport,
+    scene: Scene,
+    coordinates: Coordinates,
+    batch_size: int,
+    max_executions: int,
+) -> dict[str, Any]:
     """Moments over every execution, and how they were found."""
     if "support" in needs_of(loss.function):
         rows = torch.arange(len(scene.sampler), device=scene.sampler.device)[None]
@@ -170,7 +219,10 @@ def _enumerated(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, bat
     reason = loss.why_not_vmap(picked, gradients)
 
     def contributions() -> Iterator[Contributions]:
-        return contributions_of(loss, loss.executions(rows, log_weight, vmap=reason is None, max_executions=max_executions))
+        return contributions_of(
+            loss,
+            loss.executions(rows, log_weight, vmap=reason is None, max_executions=max_executions),
+        )
 
     moments = gradient_moments(contributions, coordinates, scene.tree.edges, rows.device)
     return {
@@ -181,17 +233,30 @@ def _enumerated(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, bat
     }
 
 
-def _sampled(loss: LossOnSupport, scene: Scene, coordinates: Coordinates, batch_size: int, count: int, draw: Draw, bound: float) -> dict[str, Any]:
+def _sampled(
+    loss: LossOnSupport,
+    scene: Scene,
+    coordinates: Coordinates,
+    batch_size: int,
+    count: int,
+    draw: Draw,
+    bound: float,
+) -> dict[str, Any]:
     """Moments over `count` batches drawn, with an interval."""
     if "support" in needs_of(loss.function):
-        raise InputError(f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave monte_carlo out.")
+        raise InputError(
+            f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave"
+            " monte_carlo out."
+        )
     every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
     rows = draw(scene.sampler[None], every).view(count, batch_size)
     picked, gradients = probe(loss, rows)
     reason = loss.why_not_vmap(picked, gradients)
 
     def estimates() -> Iterator[Tensor]:
-        for dense, _ in dense_coefficients(contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None)), scene.tree.edges):
+        for dense, _ in dense_coefficients(
+            contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None)), scene.tree.edges
+        ):
             yield from map(coordinates.combine, dense.split(max(1, _CHUNK // coordinates.size)))
 
     moments = sampled_moments(estimates(), bound)
@@ -211,11 +276,22 @@ def _how(reason: str | None) -> str:
 
 def _check_policy(policy: LanguageModel, problem: Problem) -> None:
     if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise InputError("the policy has no trainable parameters, so there is no gradient; call policy.requires_grad_(True).")
+        raise InputError(
+            "the policy has no trainable parameters, so there is no gradient; call"
+            " policy.requires_grad_(True)."
+        )
     if problem.kl_coef == math.inf:
-        raise InputError("kl_coef = inf: J is −inf for every policy but the prior; give a finite kl_coef.")
+        raise InputError(
+            "kl_coef = inf: J is −inf for every policy but the prior; give a finite kl_coef."
+        )
 
 
 def _precision(policy: LanguageModel) -> float:
-    """Relative error below which two gradients count as equal: float32 parameters round what backward passes add up."""
-    return 1e-9 if all(p.dtype == torch.float64 for p in policy.parameters() if p.requires_grad) else 1e-5
+    """Relative error below which two gradients count as equal: float32 parameters round what
+    backward passes add up.
+    """
+    return (
+        1e-9
+        if all(p.dtype == torch.float64 for p in policy.parameters() if p.requires_grad)
+        else 1e-5
+    )

@@ -1,7 +1,9 @@
-"""What a loss or an estimator must not do, looked for before it is averaged: each fault is named, with the batch that shows it.
+"""What a loss or an estimator must not do, looked for before it is averaged: each fault is named,
+with the batch that shows it.
 
-Change its inputs, draw from a global generator, give two results for one batch, depend on the order of the batch. (Not a scalar, not
-finite, no gradient: `differentiation` and `values`.) B sequences a batch, X batches, n numbers a result.
+Change its inputs, draw from a global generator, give two results for one batch, depend on the order
+of the batch. (Not a scalar, not finite, no gradient: `differentiation` and `values`.) B sequences a
+batch, X batches, n numbers a result.
 """
 
 import pickle
@@ -33,13 +35,18 @@ def no_global_randomness(what: str) -> Iterator[None]:
     for generator, state in _generator_states().items():
         if state != before[generator]:
             raise InputError(
-                f"{what} draws from the global generator of {generator}, so its outcomes cannot be enumerated; take a parameter `draw` and draw "
-                "through it: draw(log_probs) -> index."
+                f"{what} draws from the global generator of {generator}, so its outcomes cannot be"
+                " enumerated; take a parameter `draw` and draw through it: draw(log_probs) ->"
+                " index."
             )
 
 
 def _generator_states() -> dict[str, object]:
-    return {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": pickle.dumps(get_state()), "Python": random.getstate()}
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": pickle.dumps(get_state()),
+        "Python": random.getstate(),
+    }
 
 
 def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,12 +64,16 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
         with no_global_randomness(what):
             changed = subject.changed_input(picked[0])
         if changed is not None:
-            raise InputError(f"{what} changes its input batch.{changed} in place; work on a copy: batch.{changed}.clone().")
+            raise InputError(
+                f"{what} changes its input batch.{changed} in place; work on a copy:"
+                f" batch.{changed}.clone()."
+            )
         results = torch.stack([subject.one(batch) for batch in picked])
         if not torch.equal(subject.one(picked[0]), results[0]):
             raise InputError(
-                f"{what} gives two results for one batch {subject.describe(picked[0])}: it keeps a state, or draws from a "
-                "generator of its own; take a parameter `draw` and draw through it."
+                f"{what} gives two results for one batch {subject.describe(picked[0])}: it keeps a"
+                " state, or draws from a generator of its own; take a parameter `draw` and draw"
+                " through it."
             )
     if rows.shape[1] > 1:
         for batch in picked:
@@ -71,20 +82,30 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _most_varied(rows: Tensor) -> Tensor:
-    """A few of the batches [X,B] that hold the most different sequences, spread over all of them."""
+    """A few of the batches [X,B] that hold the most different sequences, spread over all
+    of them.
+    """
     different = (rows.sort(-1).values.diff(dim=-1) != 0).sum(-1)
     best = (different == different.max()).nonzero().squeeze(-1)
-    return rows[best[torch.linspace(0, len(best) - 1, min(_PROBES, len(best)), device=rows.device).long()]]
+    return rows[
+        best[torch.linspace(0, len(best) - 1, min(_PROBES, len(best)), device=rows.device).long()]
+    ]
 
 
 def _check_order(subject: Subject, rows: Tensor) -> None:
     """Reversed and rotated, a batch must give what it gave before."""
     expected = _average(subject, rows)
     for what, other in (("reversed", rows.flip(0)), ("rotated", rows.roll(1, 0))):
-        if not torch.allclose(_average(subject, other), expected, rtol=_AGREE, atol=_AGREE * (1 + float(expected.abs().max()))):
+        if not torch.allclose(
+            _average(subject, other),
+            expected,
+            rtol=_AGREE,
+            atol=_AGREE * (1 + float(expected.abs().max())),
+        ):
             raise InputError(
-                f"the {subject.kind} {subject.name} depends on the order of its batch: {subject.describe(rows)} {what} gives another result. Batches "
-                "are enumerated without order; make it symmetric (a mean over all sequences, or over all pairs)."
+                f"the {subject.kind} {subject.name} depends on the order of its batch:"
+                f" {subject.describe(rows)} {what} gives another result. Batches are enumerated"
+                " without order; make it symmetric (a mean over all sequences, or over all pairs)."
             )
 
 

@@ -1,8 +1,12 @@
-"""The parameters in which a gradient is printed, and the geometry of the gradients φ_e = ∇ log π(v|prefix) of single edges.
+"""The parameters in which a gradient is printed, and the geometry of the gradients φ_e = ∇ log
+π(v|prefix) of single edges.
 
-    prefix logits     φ_(n,v) = 1_(n,v) − π(·|n),     <φ_(n,v), φ_(n,w)> = 1{v=w} − π_v − π_w + Σ π²              (1)
-    sequence logits   φ_(n,v) = π_|nv − π_|n,         π_|b = π(·|b) on the sequences below b, 0 elsewhere          (2)
-                      <π_|a, π_|b> = e^{log m_b − log m_a} R_b where b lies below a (0 where neither does),  R_b = Σ π_|b²
+    prefix logits     φ_(n,v) = 1_(n,v) − π(·|n),
+    <φ_(n,v), φ_(n,w)> = 1{v=w} − π_v − π_w + Σ π²                                               (1)
+    sequence logits   φ_(n,v) = π_|nv − π_|n,
+    π_|b = π(·|b) on the sequences below b, 0 elsewhere                                          (2)
+                      <π_|a, π_|b> = e^{log m_b − log m_a} R_b where b lies below a (0 where neither
+                      does),  R_b = Σ π_|b²
     any other model   φ_e by one backward pass an edge, and their Gram matrix
 
 (1) and (2) need no matrix of Jacobians [E,P]. E edges, M nodes, S sequences, P parameters.
@@ -34,7 +38,8 @@ class Coordinates(Protocol):
         name: what the entries of a gradient are derivatives by.
         size: P.
         squares_are_cheap: whether `squared_norms` costs about as much as a few numbers a parameter.
-        depths_are_orthogonal: whether <φ_e, φ_e'> = 0 wherever e and e' predict different positions.
+        depths_are_orthogonal: whether <φ_e, φ_e'> = 0 wherever e and e' predict different
+            positions.
     """
 
     name: str
@@ -57,13 +62,21 @@ class Coordinates(Protocol):
 
 
 def coordinates_of(policy: LanguageModel, tree: SupportTree, prompt: Tensor | None) -> Coordinates:
-    """The closed form where the policy is a table (a subclass may compute something else), else backward passes."""
+    """The closed form where the policy is a table (a subclass may compute something else), else
+    backward passes.
+    """
     if type(policy) is SequenceTable:
         return SequenceLogits(policy, tree)
     inner = policy
-    while type(inner) is RestrictedModel:  # masked logits have no mass, so (1) holds as it stands with the restricted conditional
+    while (
+        type(inner) is RestrictedModel
+    ):  # masked logits have no mass, so (1) holds as it stands with the restricted conditional
         inner = inner.policy
-    return PrefixLogits(inner, tree) if type(inner) is PrefixTable else NetworkParameters(policy, tree, prompt)
+    return (
+        PrefixLogits(inner, tree)
+        if type(inner) is PrefixTable
+        else NetworkParameters(policy, tree, prompt)
+    )
 
 
 class PrefixLogits:
@@ -77,7 +90,9 @@ class PrefixLogits:
         self.size, self.name = table.logits.numel(), "prefix logits"
         node = torch.full((trie.nodes,), -1, device=tree.tokens.device)
         on_path = trie.node_of >= 0
-        node[trie.node_of[on_path]] = table.trie.find(tree.tokens)[0][on_path]  # a prefix without a row is uniform: nothing moves it
+        node[trie.node_of[on_path]] = table.trie.find(tree.tokens)[0][
+            on_path
+        ]  # a prefix without a row is uniform: nothing moves it
         dead = (table.logits.detach() == -torch.inf).all(-1)
         node[(node >= 0) & dead[node.clamp(min=0)]] = -1
         self.node = trie.parent
@@ -88,7 +103,12 @@ class PrefixLogits:
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
         """(1)."""
-        value = (left == right).to(self.probs.dtype) - self.probs[left] - self.probs[right] + self.square[left]
+        value = (
+            (left == right).to(self.probs.dtype)
+            - self.probs[left]
+            - self.probs[right]
+            + self.square[left]
+        )
         return torch.where((self.node[left] == self.node[right]) & self.movable[left], value, 0.0)
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -107,11 +127,15 @@ class PrefixLogits:
 
     def _node_sums(self, values: Tensor) -> Tensor:
         nodes = int(self.node[-1]) + 1
-        return torch.zeros(*values.shape[:-1], nodes, dtype=values.dtype, device=values.device).index_add(-1, self.node, values)
+        return torch.zeros(
+            *values.shape[:-1], nodes, dtype=values.dtype, device=values.device
+        ).index_add(-1, self.node, values)
 
 
 class SequenceLogits:
-    """Equation (2): the logits [K] of a SequenceTable, in its own order; sequences without mass have gradient 0."""
+    """Equation (2): the logits [K] of a SequenceTable, in its own order; sequences without mass
+    have gradient 0.
+    """
 
     squares_are_cheap, depths_are_orthogonal = True, False
     cost = None
@@ -124,7 +148,9 @@ class SequenceLogits:
         last = edges.gather(1, table.space.live(tree.tokens).sum(-1, keepdim=True) - 1).squeeze(-1)
         self.row = table.trie.leaf[last]  # [S], where each supported sequence stands in the table
         on_path = trie.edge_of >= 0
-        depth = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(tree.tokens)[on_path]
+        depth = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(
+            tree.tokens
+        )[on_path]
         edge_blocks = self._blocks(trie.edge_of[on_path], tree.edge_log_mass, depth + 1)
         node_blocks = self._blocks(trie.node_of[on_path], tree.node_log_mass, depth)
         # a block of sequences a row: first the edges, then the nodes
@@ -133,41 +159,79 @@ class SequenceLogits:
         )
 
     def _blocks(self, index: Tensor, log_mass: Tensor, depth: Tensor) -> tuple[Tensor, ...]:
-        """First and last sequence below each block, its depth, log m and R of (2), from the (sequence, block) pairs along all paths."""
+        """First and last sequence below each block, its depth, log m and R of (2), from the
+        (sequence, block) pairs along all paths.
+        """
         tree, count = self.tree, len(log_mass)
-        sequence = torch.arange(len(tree.tokens), device=index.device)[:, None].expand_as(tree.tokens)[tree.trie.edge_of >= 0]
-        first = torch.full((count,), len(tree.tokens), device=index.device).scatter_reduce(0, index, sequence, "amin")
-        last = torch.full((count,), -1, device=index.device).scatter_reduce(0, index, sequence, "amax")
-        depths = torch.zeros(count, dtype=torch.long, device=index.device).index_put((index,), depth)
+        sequence = torch.arange(len(tree.tokens), device=index.device)[:, None].expand_as(
+            tree.tokens
+        )[tree.trie.edge_of >= 0]
+        first = torch.full((count,), len(tree.tokens), device=index.device).scatter_reduce(
+            0, index, sequence, "amin"
+        )
+        last = torch.full((count,), -1, device=index.device).scatter_reduce(
+            0, index, sequence, "amax"
+        )
+        depths = torch.zeros(count, dtype=torch.long, device=index.device).index_put(
+            (index,), depth
+        )
         squares = torch.exp(2 * (tree.log_probs[sequence] - log_mass[index]))
-        return first, last, depths, log_mass, torch.zeros_like(log_mass).index_add(0, index, squares)
+        return (
+            first,
+            last,
+            depths,
+            log_mass,
+            torch.zeros_like(log_mass).index_add(0, index, squares),
+        )
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
         """The four inner products of (2)."""
         edges, parent = self.tree.edges, self.tree.trie.parent
         node_left, node_right = edges + parent[left], edges + parent[right]
-        return self._inner(left, right) - self._inner(left, node_right) - self._inner(node_left, right) + self._inner(node_left, node_right)
+        return (
+            self._inner(left, right)
+            - self._inner(left, node_right)
+            - self._inner(node_left, right)
+            + self._inner(node_left, node_right)
+        )
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         """<π_|a, π_|b> of blocks: 0 unless one lies within the other."""
         deeper = self.depth[b] >= self.depth[a]
         upper, lower = torch.where(deeper, a, b), torch.where(deeper, b, a)
         nested = (self.first[upper] <= self.first[lower]) & (self.last[lower] <= self.last[upper])
-        share = torch.exp(torch.where(nested, self.log_mass[lower] - self.log_mass[upper], -torch.inf))
+        share = torch.exp(
+            torch.where(nested, self.log_mass[lower] - self.log_mass[upper], -torch.inf)
+        )
         return share * self.concentration[lower]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """∂/∂θ_y = Σ_t π(y|edge_t) c_t − π(y|node_t) Σ_{edges of node_t} c, along the path of y."""
         trie, tree = self.tree.trie, self.tree
-        sums = torch.zeros(len(coefficients), trie.nodes, dtype=coefficients.dtype, device=coefficients.device)
+        sums = torch.zeros(
+            len(coefficients), trie.nodes, dtype=coefficients.dtype, device=coefficients.device
+        )
         sums = sums.index_add(1, trie.parent, coefficients)
-        moved = torch.zeros(len(coefficients), len(tree.tokens), dtype=coefficients.dtype, device=coefficients.device)
+        moved = torch.zeros(
+            len(coefficients),
+            len(tree.tokens),
+            dtype=coefficients.dtype,
+            device=coefficients.device,
+        )
         for edge, node in zip(trie.edge_of.unbind(1), trie.node_of.unbind(1), strict=True):
             live = edge >= 0
-            within = torch.where(live, torch.exp(tree.log_probs - tree.edge_log_mass[edge.clamp(min=0)]), 0.0)
-            before = torch.where(live, torch.exp(tree.log_probs - tree.node_log_mass[node.clamp(min=0)]), 0.0)
-            moved += within * coefficients[:, edge.clamp(min=0)] - before * sums[:, node.clamp(min=0)]
-        out = torch.zeros(len(coefficients), self.size, dtype=coefficients.dtype, device=coefficients.device)
+            within = torch.where(
+                live, torch.exp(tree.log_probs - tree.edge_log_mass[edge.clamp(min=0)]), 0.0
+            )
+            before = torch.where(
+                live, torch.exp(tree.log_probs - tree.node_log_mass[node.clamp(min=0)]), 0.0
+            )
+            moved += (
+                within * coefficients[:, edge.clamp(min=0)] - before * sums[:, node.clamp(min=0)]
+            )
+        out = torch.zeros(
+            len(coefficients), self.size, dtype=coefficients.dtype, device=coefficients.device
+        )
         return out.index_copy(1, self.row, moved)
 
     def squared_norms(self, coefficients: Tensor) -> Tensor:
@@ -176,13 +240,17 @@ class SequenceLogits:
 
 
 class NetworkParameters:
-    """All trainable parameters of a model, by backward passes of single sequences; memory stays bounded whatever P is."""
+    """All trainable parameters of a model, by backward passes of single sequences; memory stays
+    bounded whatever P is.
+    """
 
     squares_are_cheap = depths_are_orthogonal = False  # [E,E] products an execution
 
     def __init__(self, policy: LanguageModel, tree: SupportTree, prompt: Tensor | None):
         self.policy, self.tree, self.prompt, self.device = policy, tree, prompt, tree.tokens.device
-        self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in policy.parameters() if parameter.requires_grad
+        ]
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.name = f"{self.size} parameters of {type(policy).__name__}"
         self.passes, self.seconds = 0, 0.0
@@ -191,7 +259,10 @@ class NetworkParameters:
     def cost(self) -> str:
         """Backward passes, sizes and seconds."""
         sizes = f"{self.tree.edges:,} edges × {self.size:,} parameters"
-        return f"{self.passes:,} backward passes through {type(self.policy).__name__} ({sizes}) in {self.seconds:.2g} s"
+        return (
+            f"{self.passes:,} backward passes through {type(self.policy).__name__} ({sizes}) in"
+            f" {self.seconds:.2g} s"
+        )
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
         """Looked up in the Gram matrix."""
@@ -203,7 +274,8 @@ class NetworkParameters:
 
     @cached_property
     def gram(self) -> Tensor:
-        """K [E,E]; where the Jacobian [E,P] is too large to hold, its rows stream by in blocks, and are computed once a pair of blocks.
+        """K [E,E]; where the Jacobian [E,P] is too large to hold, its rows stream by in blocks, and
+        are computed once a pair of blocks.
 
         Raises:
             TooLargeError: K itself is too large.
@@ -211,8 +283,10 @@ class NetworkParameters:
         edges = self.tree.edges
         if edges**2 > _MAX_GRAM:
             raise TooLargeError(
-                f"the support has {edges:,} edges; their Gram matrix for a {type(self.policy).__name__} would hold {edges**2:,} numbers, more than "
-                f"{_MAX_GRAM:,}. Audit a table (PrefixTable.from_model(policy)), or take a smaller space."
+                f"the support has {edges:,} edges; their Gram matrix for a"
+                f" {type(self.policy).__name__} would hold {edges**2:,} numbers, more than"
+                f" {_MAX_GRAM:,}. Audit a table (PrefixTable.from_model(policy)), or take a smaller"
+                " space."
             )
         if self.whole_jacobian is not None:
             return self.whole_jacobian @ self.whole_jacobian.T
@@ -239,18 +313,24 @@ class NetworkParameters:
         return rows
 
     def jacobian(self, edges: Tensor) -> Tensor:
-        """φ_e for edges [b] -> [b,P], float64: one forward pass a sequence, one backward pass an edge."""
+        """φ_e for edges [b] -> [b,P], float64: one forward pass a sequence, one backward pass an
+        edge.
+        """
         places = self.tree.first_use[edges]
         length = self.tree.tokens.shape[1]
         out = torch.empty(len(edges), self.size, dtype=torch.float64, device=self.device)
         for sequence in torch.unique(places // length).tolist():
-            log_probs = token_log_probs(self.policy, self.tree.tokens[sequence : sequence + 1], self.prompt)[0]
+            log_probs = token_log_probs(
+                self.policy, self.tree.tokens[sequence : sequence + 1], self.prompt
+            )[0]
             for row in (places // length == sequence).nonzero().squeeze(-1).tolist():
                 out[row] = self._backward(log_probs[places[row] % length])
         return out
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """Σ c ℓ over the edges, differentiated: one forward pass a block of sequences, one backward pass a row; a product where φ is held."""
+        """Σ c ℓ over the edges, differentiated: one forward pass a block of sequences, one backward
+        pass a row; a product where φ is held.
+        """
         if self.whole_jacobian is not None:
             return coefficients @ self.whole_jacobian
         started = time.perf_counter()
@@ -263,16 +343,26 @@ class NetworkParameters:
         return total
 
     def _weighted_blocks(self, coefficients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sequences [b,T] and the weights [K,b,T] of their tokens: each edge's coefficient stands where the edge does first."""
+        """Sequences [b,T] and the weights [K,b,T] of their tokens: each edge's coefficient stands
+        where the edge does first.
+        """
         tokens = self.tree.tokens
-        weights = torch.zeros(len(coefficients), tokens.numel(), dtype=coefficients.dtype, device=tokens.device)
+        weights = torch.zeros(
+            len(coefficients), tokens.numel(), dtype=coefficients.dtype, device=tokens.device
+        )
         weights[:, self.tree.first_use] = coefficients
-        return zip(tokens.split(_FORWARD_ROWS), weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1), strict=True)
+        return zip(
+            tokens.split(_FORWARD_ROWS),
+            weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1),
+            strict=True,
+        )
 
     def _backward(self, value: Tensor) -> Tensor:
         """∇value [P] in float64; 0 where the value is certain and nothing moves it."""
         if not value.requires_grad:
             return torch.zeros(self.size, dtype=torch.float64, device=self.device)
         self.passes += 1
-        gradients = torch.autograd.grad(value, self.parameters, retain_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            value, self.parameters, retain_graph=True, materialize_grads=True
+        )
         return torch.cat([gradient.reshape(-1).double() for gradient in gradients])

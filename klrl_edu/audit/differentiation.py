@@ -1,8 +1,11 @@
-"""∇ of a loss by the log-probabilities of its batch: all batches at once where the loss allows, else one backward pass each.
+"""∇ of a loss by the log-probabilities of its batch: all batches at once where the loss allows,
+else one backward pass each.
 
-    ∂loss/∂log π(y_t|y_<t) [B,T], and ∂loss/∂log π(v|y_<t) [B,T,V] for losses that read full distributions        (1)
+    ∂loss/∂log π(y_t|y_<t) [B,T], and ∂loss/∂log π(v|y_<t) [B,T,V] for losses that read full
+    distributions        (1)
 
-`torch.func.vmap` runs the loss itself, never the network behind it. X batches of B sequences, T tokens, V columns, n = BT (+ BTV).
+`torch.func.vmap` runs the loss itself, never the network behind it. X batches of B sequences, T
+tokens, V columns, n = BT (+ BTV).
 """
 
 from typing import ClassVar
@@ -24,10 +27,16 @@ class LossOnSupport(Subject):
     @property
     def leaves(self) -> tuple[str, ...]:
         """The fields that carry a gradient."""
-        return ("log_probs", "log_dists") if "distributions" in needs_of(self.function) else ("log_probs",)
+        return (
+            ("log_probs", "log_dists")
+            if "distributions" in needs_of(self.function)
+            else ("log_probs",)
+        )
 
     def edges(self, rows: Tensor) -> Tensor:
-        """The edge of the support's trie that each entry of a gradient belongs to, −1 for none: rows [X,B] -> [X,n]."""
+        """The edge of the support's trie that each entry of a gradient belongs to, −1 for none:
+        rows [X,B] -> [X,n].
+        """
         parts = [self.tree.taken_edges(rows).flatten(1)]
         if len(self.leaves) > 1:
             parts.append(self.tree.all_edges(rows).flatten(1))
@@ -38,7 +47,9 @@ class LossOnSupport(Subject):
         place = torch.arange(self.whole.tokens.shape[1], device=rows.device)
         parts = [place.repeat(rows.shape[1])]
         if len(self.leaves) > 1:
-            parts.append(place.repeat_interleave(self.tree.trie.space.vocab_size).repeat(rows.shape[1]))
+            parts.append(
+                place.repeat_interleave(self.tree.trie.space.vocab_size).repeat(rows.shape[1])
+            )
         return torch.cat(parts)
 
     def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
@@ -61,33 +72,59 @@ class LossOnSupport(Subject):
         shared = {name: fields.pop(name) for name in SHARED}
         leaves = [fields[name].requires_grad_() for name in self.leaves]
         values = torch.func.vmap(lambda moving: self.call({**moving, **shared}))(fields)
-        gradients = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)  # batches do not touch one another
-        return self._checked(values, torch.cat([gradient.flatten(1) for gradient in gradients], 1), rows)
+        gradients = torch.autograd.grad(
+            values.sum(), leaves, materialize_grads=True
+        )  # batches do not touch one another
+        return self._checked(
+            values, torch.cat([gradient.flatten(1) for gradient in gradients], 1), rows
+        )
 
     def unordered(self, rows: Tensor, result: Tensor) -> Tensor:
-        """How the gradient on a batch [B] pushes each edge [E], in whatever order the batch stood."""
+        """How the gradient on a batch [B] pushes each edge [E], in whatever order the
+        batch stood.
+        """
         edges = self.edges(rows[None])[0]
         live = edges >= 0
-        return torch.zeros(self.tree.edges, dtype=result.dtype, device=rows.device).index_add(0, edges[live], result[live])
+        return torch.zeros(self.tree.edges, dtype=result.dtype, device=rows.device).index_add(
+            0, edges[live], result[live]
+        )
 
     def changed_input(self, rows: Tensor) -> str | None:
         """The field of a batch [B] that the loss changes in place, if any."""
         fields = self.fields(rows)
         kept = {name: value.clone() for name, value in fields.items()}
         for name in self.leaves:
-            fields[name] = fields[name].requires_grad_().clone()  # no leaf: changing one in place would stop the loss before we can say so
+            fields[name] = (
+                fields[name].requires_grad_().clone()
+            )  # no leaf: changing one in place would stop the loss before we can say so
         versions = {name: value._version for name, value in fields.items()}
         self.call(fields)
-        return next((n for n, v in fields.items() if v._version != versions[n] or not torch.equal(v.detach(), kept[n])), None)
+        return next(
+            (
+                n
+                for n, v in fields.items()
+                if v._version != versions[n] or not torch.equal(v.detach(), kept[n])
+            ),
+            None,
+        )
 
     def _checked(self, values: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
-        """Gradients [X,n] with 0 where nothing can move; refuses values [X] and entries elsewhere that are not finite."""
+        """Gradients [X,n] with 0 where nothing can move; refuses values [X] and entries elsewhere
+        that are not finite.
+        """
         gradients = torch.where(self.edges(rows) >= 0, gradients.detach(), 0.0).double()
         sound = torch.isfinite(values)
         bad = ~(sound & torch.isfinite(gradients).all(-1))
         if bool(bad.any()):
             place = int(bad.nonzero()[0])
             value = float(values[place])
-            what = f"{value:.6g} with a gradient that is not finite" if bool(sound[place]) else f"{value}"
-            raise InputError(f"the loss {self.name} is {what} on the batch {self.describe(rows[place])}; look for log 0, 0/0, or a deviation of 0.")
+            what = (
+                f"{value:.6g} with a gradient that is not finite"
+                if bool(sound[place])
+                else f"{value}"
+            )
+            raise InputError(
+                f"the loss {self.name} is {what} on the batch {self.describe(rows[place])}; look"
+                " for log 0, 0/0, or a deviation of 0."
+            )
         return gradients

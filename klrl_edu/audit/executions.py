@@ -1,9 +1,10 @@
-"""What can happen when a batch is drawn: multisets of sequences with their multiplicities, instead of all S^B orders.
+"""What can happen when a batch is drawn: multisets of sequences with their multiplicities, instead
+of all S^B orders.
 
-    P(multiset) = B!/Π_y n_y! · Π_y π(y)^{n_y},    C(S+B−1, B) of them                                            (1)
+    P(multiset) = B!/Π_y n_y! · Π_y π(y)^{n_y},    C(S+B−1, B) of them                           (1)
 
-A loss that does not depend on the order of its batch has the same moments over multisets as over orders. S sequences, B batch size,
-X executions.
+A loss that does not depend on the order of its batch has the same moments over multisets as over
+orders. S sequences, B batch size, X executions.
 """
 
 import itertools
@@ -31,8 +32,9 @@ def check_executions(sequences: int, size: int, max_executions: int) -> int:
     count = count_multisets(sequences, size)
     if count > max_executions:
         raise TooLargeError(
-            f"batches of {size} out of {sequences:,} sequences are {readable_count(count)} multisets, more than max_executions = {max_executions:,}; "
-            "take a smaller batch_size or space, raise max_executions, or sample: monte_carlo=n with draw= and bound=."
+            f"batches of {size} out of {sequences:,} sequences are {readable_count(count)}"
+            f" multisets, more than max_executions = {max_executions:,}; take a smaller batch_size"
+            " or space, raise max_executions, or sample: monte_carlo=n with draw= and bound=."
         )
     return count
 
@@ -48,14 +50,20 @@ def multisets(log_probs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     drawn = (log_probs > -math.inf).nonzero().squeeze(-1)
     count = count_multisets(len(drawn), size)
-    flat = itertools.chain.from_iterable(itertools.combinations_with_replacement(range(len(drawn)), size))
-    index = torch.from_numpy(np.fromiter(flat, dtype=np.int64, count=count * size).reshape(count, size)).to(log_probs.device)
+    flat = itertools.chain.from_iterable(
+        itertools.combinations_with_replacement(range(len(drawn)), size)
+    )
+    index = torch.from_numpy(
+        np.fromiter(flat, dtype=np.int64, count=count * size).reshape(count, size)
+    ).to(log_probs.device)
     rows = drawn[index]
     return rows, _log_orders(rows) + log_probs[rows].sum(-1)
 
 
 def _log_orders(rows: Tensor) -> Tensor:
-    """log B!/Π n_y! of ascending rows [X,B] -> [X]: the k-th copy of a sequence in a row divides by k."""
+    """log B!/Π n_y! of ascending rows [X,B] -> [X]: the k-th copy of a sequence in a row divides by
+    k.
+    """
     run = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
     total = torch.full_like(run, math.lgamma(rows.shape[1] + 1))
     for column in range(1, rows.shape[1]):

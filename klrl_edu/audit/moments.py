@@ -1,10 +1,10 @@
 """Mean and total variance of a gradient from its sparse contributions, exactly.
 
-    E g = Σ_e m_e φ_e,  m = E c;    Var g = E‖g‖² − ‖E g‖²,  ‖g‖² = Σ_ij c_i c_j <φ_i, φ_j>                       (1)
-    Var g = E‖Σ_e (c − m)_e φ_e‖²                                                                                (2)
+    E g = Σ_e m_e φ_e,  m = E c;    Var g = E‖g‖² − ‖E g‖²,  ‖g‖² = Σ_ij c_i c_j <φ_i, φ_j>      (1)
+    Var g = E‖Σ_e (c − m)_e φ_e‖²                                                                (2)
 
-(1) costs n² an execution and loses digits where the variance is small beside the terms that cancel; (2) costs P and loses none.
-X executions, n entries of a gradient, E edges, P parameters.
+(1) costs n² an execution and loses digits where the variance is small beside the terms that cancel;
+(2) costs P and loses none. X executions, n entries of a gradient, E edges, P parameters.
 """
 
 import math
@@ -20,11 +20,15 @@ from klrl_edu.audit.subjects import Executions
 
 _KEEPS_DIGITS = 1e-4  # of the sum of absolute terms: (1) then errs by under 1e-12 of the variance
 _CHUNK = 1 << 20  # numbers at once
-_PAIRS = 1 << 16  # pairs of edges at once, so that what lies between two passes stays in the processor's cache
+_PAIRS = (
+    1 << 16
+)  # pairs of edges at once, so that what lies between two passes stays in the processor's cache
 
 
 class Contributions(NamedTuple):
-    """What batches contribute: the edges [X,n] they touch (−1 for none), their depths [n], ∂loss/∂ℓ [X,n], and log-probabilities [X]."""
+    """What batches contribute: the edges [X,n] they touch (−1 for none), their depths [n], ∂loss/∂ℓ
+    [X,n], and log-probabilities [X].
+    """
 
     edges: Tensor
     depths: Tensor
@@ -32,9 +36,14 @@ class Contributions(NamedTuple):
     log_weight: Tensor
 
 
-def contributions_of(loss: LossOnSupport, executions: Iterable[Executions]) -> Iterator[Contributions]:
+def contributions_of(
+    loss: LossOnSupport, executions: Iterable[Executions]
+) -> Iterator[Contributions]:
     """The gradients of a loss as what they do to edges."""
-    return (Contributions(loss.edges(part.rows), loss.depths(part.rows), part.results, part.log_weight) for part in executions)
+    return (
+        Contributions(loss.edges(part.rows), loss.depths(part.rows), part.results, part.log_weight)
+        for part in executions
+    )
 
 
 class Moments(NamedTuple):
@@ -45,11 +54,17 @@ class Moments(NamedTuple):
     executions: int
 
 
-def gradient_moments(contributions: Callable[[], Iterable[Contributions]], coordinates: Coordinates, edges: int, device: torch.device) -> Moments:
+def gradient_moments(
+    contributions: Callable[[], Iterable[Contributions]],
+    coordinates: Coordinates,
+    edges: int,
+    device: torch.device,
+) -> Moments:
     """Both moments; reads the contributions once where (1) keeps its digits, else twice.
 
     Args:
-        contributions: starts a pass over them, always the same ones, whose probabilities sum to one.
+        contributions: starts a pass over them, always the same ones, whose probabilities sum to
+            one.
         coordinates: what the gradient is made of.
         edges: E.
         device: where they are.
@@ -72,14 +87,19 @@ def gradient_moments(contributions: Callable[[], Iterable[Contributions]], coord
     return Moments(mean, variance, executions)
 
 
-def _about_the_mean(contributions: Iterable[Contributions], coordinates: Coordinates, mean: Tensor) -> float:
+def _about_the_mean(
+    contributions: Iterable[Contributions], coordinates: Coordinates, mean: Tensor
+) -> float:
     """(2)."""
     return math.fsum(
-        float(torch.exp(weight) @ coordinates.squared_norms(dense - mean)) for dense, weight in dense_coefficients(contributions, len(mean))
+        float(torch.exp(weight) @ coordinates.squared_norms(dense - mean))
+        for dense, weight in dense_coefficients(contributions, len(mean))
     )
 
 
-def dense_coefficients(contributions: Iterable[Contributions], edges: int) -> Iterator[tuple[Tensor, Tensor]]:
+def dense_coefficients(
+    contributions: Iterable[Contributions], edges: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Contributions as coefficients [x,E] with log-probabilities [x], a chunk at a time."""
     for part in contributions:
         for indices, values, weight in _split(part, max(1, _CHUNK // edges)):
@@ -96,7 +116,11 @@ class _Kernel:
         index = torch.arange(edges, device=device)
         self.scale = float(coordinates.kernel(index, index).max())  # the largest ‖φ_e‖²
         small = edges**2 <= _CHUNK
-        self.table = coordinates.kernel(*torch.broadcast_tensors(index[:, None], index[None])) if small else None
+        self.table = (
+            coordinates.kernel(*torch.broadcast_tensors(index[:, None], index[None]))
+            if small
+            else None
+        )
 
     def squared_norms(self, part: Contributions) -> Tensor:
         """[X]."""
@@ -104,22 +128,40 @@ class _Kernel:
         times = torch.where(one == other, 1.0, 2.0).double()
         return torch.cat(
             [
-                self._products(indices[:, one], indices[:, other]).mul_(values[:, one]).mul_(values[:, other]) @ times
+                self._products(indices[:, one], indices[:, other])
+                .mul_(values[:, one])
+                .mul_(values[:, other])
+                @ times
                 for indices, values, _ in _split(part, max(1, _PAIRS // len(one)))
             ]
         )
 
     def _pairs(self, depths: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries of n to multiply, each pair once; those of other depths only where they are not orthogonal anyway."""
+        """Which entries of n to multiply, each pair once; those of other depths only where they are
+        not orthogonal anyway.
+        """
         one, other = torch.triu_indices(len(depths), len(depths), device=depths.device)
-        kin = depths[one] == depths[other] if self.coordinates.depths_are_orthogonal else torch.ones_like(one, dtype=torch.bool)
+        kin = (
+            depths[one] == depths[other]
+            if self.coordinates.depths_are_orthogonal
+            else torch.ones_like(one, dtype=torch.bool)
+        )
         return one[kin], other[kin]
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Kernels of pairs of edges [x,pairs]; where there is no edge (−1) any number does, as its coefficient is 0."""
+        """Kernels of pairs of edges [x,pairs]; where there is no edge (−1) any number does, as its
+        coefficient is 0.
+        """
         left, right = left.clamp(min=0), right.clamp(min=0)
-        return self.coordinates.kernel(left, right) if self.table is None else self.table[left, right]
+        return (
+            self.coordinates.kernel(left, right) if self.table is None else self.table[left, right]
+        )
 
 
 def _split(part: Contributions, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(part.edges.split(rows), part.coefficients.split(rows), part.log_weight.split(rows), strict=True)
+    return zip(
+        part.edges.split(rows),
+        part.coefficients.split(rows),
+        part.log_weight.split(rows),
+        strict=True,
+    )

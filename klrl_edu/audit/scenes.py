@@ -1,4 +1,5 @@
-"""What an audit looks at: the policy's support, everything a batch can say of it, and the law that draws the batches.
+"""What an audit looks at: the policy's support, everything a batch can say of it, and the law that
+draws the batches.
 
 S supported sequences, T tokens.
 """
@@ -53,13 +54,22 @@ class Scene:
         notes = []
         if self.missed > -math.inf:
             mass = math.exp(self.missed)
-            notes.append(f"the prior holds mass {mass:.6g} where the policy has none, so KL(q‖π), per sequence and per token, is infinite.")
+            notes.append(
+                f"the prior holds mass {mass:.6g} where the policy has none, so KL(q‖π), per"
+                " sequence and per token, is infinite."
+            )
         outside = self.whole.prior_log_probs.sum(-1) == -math.inf
         if bool(outside.any()):
             mass = float(self.tree.log_probs[outside].exp().sum())
-            notes.append(f"the policy gives mass {mass:.6g} where the prior has none, so KL(π‖q), per sequence and per token, is infinite.")
+            notes.append(
+                f"the policy gives mass {mass:.6g} where the prior has none, so KL(π‖q), per"
+                " sequence and per token, is infinite."
+            )
         if self.undrawn > 0:
-            notes.append(f"the behaviour policy never draws sequences that hold {self.undrawn:.6g} of the policy's mass; no weight makes up for it.")
+            notes.append(
+                f"the behaviour policy never draws sequences that hold {self.undrawn:.6g} of the"
+                " policy's mass; no weight makes up for it."
+            )
         return notes
 
 
@@ -78,23 +88,33 @@ def build_scene(
     Args:
         max_sequences: the most sequences to hold.
         distributions: score full next-token distributions as well.
-        supported: insist on prior mass and a finite reward everywhere, without which gradients are undefined.
+        supported: insist on prior mass and a finite reward everywhere, without which gradients are
+            undefined.
 
     Raises:
         TooLargeError: a larger support.
-        UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the policy's.
+        UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the
+            policy's.
     """
     check_same_space(policy.space, problem.space, "policy and problem")
     tokens = _support(policy, problem, max_sequences)
-    whole = score_batch(policy, [problem], [tokens], distributions=distributions) if supported else _scored_anyway(policy, problem, tokens)
+    whole = (
+        score_batch(policy, [problem], [tokens], distributions=distributions)
+        if supported
+        else _scored_anyway(policy, problem, tokens)
+    )
     tree = SupportTree.build(policy.space, tokens, whole.log_probs)
     sampler, undrawn = tree.log_probs, 0.0
     if behaviour is not None:
         check_same_space(behaviour.space, problem.space, "behaviour and problem")
         _refuse_stray(behaviour, tree, problem)
-        whole = dataclasses.replace(whole, behaviour_log_probs=token_log_probs(behaviour, tokens, problem.prompt))
+        whole = dataclasses.replace(
+            whole, behaviour_log_probs=token_log_probs(behaviour, tokens, problem.prompt)
+        )
         sampler = whole.behaviour_log_probs.sum(-1)
-        undrawn = math.exp(float(logspace.logsumexp(torch.where(sampler == -math.inf, tree.log_probs, -math.inf))))
+        undrawn = math.exp(
+            float(logspace.logsumexp(torch.where(sampler == -math.inf, tree.log_probs, -math.inf)))
+        )
     return Scene(problem, whole, tree, sampler, missed_log_mass(problem, tree), undrawn)
 
 
@@ -103,8 +123,10 @@ def _support(policy: LanguageModel, problem: Problem, max_sequences: int) -> Ten
         return enumerate_support(policy, max_sequences, problem.prompt).tokens
     except TooLargeError:
         raise TooLargeError(
-            f"the policy's support holds more than {max_sequences:,} sequences (the whole space: {readable_count(problem.space.size)}), as many as "
-            "max_executions allows; raise it, shorten the space, or sample up to a million sequences: monte_carlo=n with draw= and bound=."
+            f"the policy's support holds more than {max_sequences:,} sequences (the whole space:"
+            f" {readable_count(problem.space.size)}), as many as max_executions allows; raise it,"
+            " shorten the space, or sample up to a million sequences: monte_carlo=n with draw= and"
+            " bound=."
         ) from None
 
 
@@ -112,16 +134,23 @@ def _refuse_stray(behaviour: LanguageModel, tree: SupportTree, problem: Problem)
     stray = float(support_log_mass(behaviour, tree.tokens, tree.trie, problem.prompt)[1])
     if stray > -math.inf:
         raise UnsupportedPolicyError(
-            f"the behaviour policy gives mass {math.exp(stray):.6g} to sequences where the policy has none, so log π has no gradient there. Wrap it: "
-            "restrict_to_support(behaviour, policy)."
+            f"the behaviour policy gives mass {math.exp(stray):.6g} to sequences where the policy"
+            " has none, so log π has no gradient there. Wrap it: restrict_to_support(behaviour,"
+            " policy)."
         )
 
 
 def _scored_anyway(policy: LanguageModel, problem: Problem, tokens: Tensor) -> Batch:
-    """As `score_batch` with distributions, but −inf where the prior has no mass; rewards count 0 there."""
+    """As `score_batch` with distributions, but −inf where the prior has no mass; rewards count 0
+    there.
+    """
     prompt = batch_prompt(problem.prompt, len(tokens))
-    log_dists, prior_log_dists = (conditional_log_probs(model, tokens, prompt) for model in (policy, problem.prior))
-    log_probs, prior_log_probs = (token_log_probs(model, tokens, prompt) for model in (policy, problem.prior))
+    log_dists, prior_log_dists = (
+        conditional_log_probs(model, tokens, prompt) for model in (policy, problem.prior)
+    )
+    log_probs, prior_log_probs = (
+        token_log_probs(model, tokens, prompt) for model in (policy, problem.prior)
+    )
     inside = prior_log_probs.sum(-1) > -math.inf
     rewards = torch.zeros_like(log_probs)
     if bool(inside.any()):
@@ -134,7 +163,9 @@ def _scored_anyway(policy: LanguageModel, problem: Problem, tokens: Tensor) -> B
         behaviour_log_probs=log_probs,
         rewards=rewards,
         group=torch.zeros(len(tokens), dtype=torch.long, device=tokens.device),
-        kl_coef=torch.full((len(tokens),), problem.kl_coef, dtype=torch.float64, device=tokens.device),
+        kl_coef=torch.full(
+            (len(tokens),), problem.kl_coef, dtype=torch.float64, device=tokens.device
+        ),
         log_dists=log_dists,
         prior_log_dists=prior_log_dists,
     )

@@ -1,6 +1,7 @@
-"""How a loss degrades as the policy that drew the samples falls behind: one exact audit a behaviour policy.
+"""How a loss degrades as the policy that drew the samples falls behind: one exact audit a behaviour
+policy.
 
-E_μ[∇loss] for μ = π, then older ones;    staleness = KL(π‖μ) in nats a sequence                              (1)
+E_μ[∇loss] for μ = π, then older ones;    staleness = KL(π‖μ) in nats a sequence                 (1)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,13 +50,20 @@ class StalenessReport:
 
     @property
     def target(self) -> str:
-        """What the loss is held against: the target nearest to it under the first behaviour policy."""
+        """What the loss is held against: the target nearest to it under the first
+        behaviour policy.
+        """
         first = self.rows[0].report
         return nearest_target(first.mean, first.targets)[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as strict JSON: target, and a row each with label, divergence and the report."""
-        rows = [{"label": row.label, "divergence": row.divergence, **row.report.to_dict()} for row in self.rows]
+        """Everything as strict JSON: target, and a row each with label, divergence and the
+        report.
+        """
+        rows = [
+            {"label": row.label, "divergence": row.divergence, **row.report.to_dict()}
+            for row in self.rows
+        ]
         return {"target": self.target, "rows": jsonable(rows)}
 
     def __str__(self) -> str:
@@ -66,12 +74,26 @@ class StalenessReport:
         return html_table(*self._table())
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
-        header = ["drawn by", "KL(π‖μ)", f"bias for {self.target}", "relative bias", "cosine", "variance"]
+        header = [
+            "drawn by",
+            "KL(π‖μ)",
+            f"bias for {self.target}",
+            "relative bias",
+            "cosine",
+            "variance",
+        ]
         return header, [self._line(row) for row in self.rows]
 
     def _line(self, row: StalenessRow) -> list[Cell]:
         report, target = row.report, self.target
-        return [row.label, row.divergence, report.bias[target], report.relative_bias[target], report.cosine[target], report.variance]
+        return [
+            row.label,
+            row.divergence,
+            report.bias[target],
+            report.relative_bias[target],
+            report.cosine[target],
+            report.variance,
+        ]
 
 
 def audit_staleness(
@@ -84,21 +106,41 @@ def audit_staleness(
     adapt: Adapter | None = None,
     max_executions: int = MAX_EXECUTIONS,
 ) -> StalenessReport:
-    """The exact bias and variance of a loss under each of several policies that may have drawn its batches.
+    """The exact bias and variance of a loss under each of several policies that may have drawn its
+    batches.
 
     Args:
         loss, policy, problem, batch_size, adapt, max_executions: as for `audit_gradient`.
-        behaviours: label -> μ, freshest first, each on π's support; without labels they are numbered from 0.
+        behaviours: label -> μ, freshest first, each on π's support; without labels they are
+            numbered from 0.
 
     Raises:
         InputError: no behaviour policy, and what `audit_gradient` raises.
     """
-    named = behaviours if isinstance(behaviours, Mapping) else {str(index): model for index, model in enumerate(behaviours)}
+    named = (
+        behaviours
+        if isinstance(behaviours, Mapping)
+        else {str(index): model for index, model in enumerate(behaviours)}
+    )
     if not named:
-        raise InputError("behaviours is empty; give at least one policy, such as the policy itself.")
-    options: dict[str, Any] = {"batch_size": batch_size, "adapt": adapt, "max_executions": max_executions}
-    reports = {label: audit_gradient(loss, policy, problem, behaviour=model, **options) for label, model in named.items()}
-    return StalenessReport(tuple(StalenessRow(label, _divergence(policy, named[label], problem), report) for label, report in reports.items()))
+        raise InputError(
+            "behaviours is empty; give at least one policy, such as the policy itself."
+        )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "adapt": adapt,
+        "max_executions": max_executions,
+    }
+    reports = {
+        label: audit_gradient(loss, policy, problem, behaviour=model, **options)
+        for label, model in named.items()
+    }
+    return StalenessReport(
+        tuple(
+            StalenessRow(label, _divergence(policy, named[label], problem), report)
+            for label, report in reports.items()
+        )
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""A function of a batch under audit, run on any batch of a support: one at a time, all at once by vmap, or through its own draws.
+"""A function of a batch under audit, run on any batch of a support: one at a time, all at once by
+vmap, or through its own draws.
 
-`differentiation` makes gradients of it and `values` numbers; what both share is here. S supported sequences, X batches of B, T tokens,
-n numbers a batch.
+`differentiation` makes gradients of it and `values` numbers; what both share is here. S supported
+sequences, X batches of B, T tokens, n numbers a batch.
 """
 
 import math
@@ -19,11 +20,16 @@ from klrl_edu.core.errors import KlrlError, TooLargeError
 from klrl_edu.learning.batches import Batch
 
 _CHUNK = 1 << 20  # numbers of one field that a chunk of batches holds: 8 MiB
-SHARED = ("group", "kl_coef")  # the same for every batch, and left unbatched under vmap so that bincount and the like work
+SHARED = (
+    "group",
+    "kl_coef",
+)  # the same for every batch, and left unbatched under vmap so that bincount and the like work
 
 
 class Executions(NamedTuple):
-    """Batches as rows [X,B] of the support, what the function gives on them [X,n], and their log-probabilities [X]."""
+    """Batches as rows [X,B] of the support, what the function gives on them [X,n], and their
+    log-probabilities [X].
+    """
 
     rows: Tensor
     results: Tensor
@@ -66,10 +72,16 @@ class Subject(ABC):
         """The field of a batch [B] that the function changes in place, if any."""
 
     def fields(self, rows: Tensor) -> dict[str, Tensor]:
-        """The fields of the batches of sequences `rows` [B] or [X,B]; `group` and `kl_coef` [B] always."""
-        names = [name for name in Batch.__dataclass_fields__ if getattr(self.whole, name) is not None]
+        """The fields of the batches of sequences `rows` [B] or [X,B]; `group` and `kl_coef` [B]
+        always.
+        """
+        names = [
+            name for name in Batch.__dataclass_fields__ if getattr(self.whole, name) is not None
+        ]
         alike = rows if rows.ndim == 1 else rows[0]
-        return {name: getattr(self.whole, name)[alike if name in SHARED else rows] for name in names}
+        return {
+            name: getattr(self.whole, name)[alike if name in SHARED else rows] for name in names
+        }
 
     def call(self, fields: dict[str, Tensor], draw: Draw | None = None) -> Any:
         """The function itself."""
@@ -80,16 +92,25 @@ class Subject(ABC):
         texts = self.tree.trie.space.decode(self.whole.tokens[rows[:4]])
         return f"[{', '.join(map(repr, texts))}{', …' if len(rows) > 4 else ''}]"
 
-    def executions(self, rows: Tensor, log_weight: Tensor, *, vmap: bool, max_executions: int) -> Iterator[Executions]:
+    def executions(
+        self, rows: Tensor, log_weight: Tensor, *, vmap: bool, max_executions: int
+    ) -> Iterator[Executions]:
         """All executions on batches [X,B] with log-probabilities [X], a chunk at a time.
 
         Raises:
-            TooLargeError: with the outcomes of its own draws the function has more than `max_executions`.
+            TooLargeError: with the outcomes of its own draws the function has more than
+                `max_executions`.
         """
         left = max_executions
-        for some_rows, some_weight in zip(self._chunks(rows), self._chunks(rows, log_weight), strict=True):
+        for some_rows, some_weight in zip(
+            self._chunks(rows), self._chunks(rows, log_weight), strict=True
+        ):
             if not self.draws:
-                results = self.many(some_rows) if vmap else torch.stack([self.one(batch) for batch in some_rows])
+                results = (
+                    self.many(some_rows)
+                    if vmap
+                    else torch.stack([self.one(batch) for batch in some_rows])
+                )
                 yield Executions(some_rows, results, some_weight)
                 continue
             found = []
@@ -97,17 +118,34 @@ class Subject(ABC):
                 found.append(self.outcomes(batch, left, max_executions))
                 left -= len(found[-1][0])
             repeats = torch.tensor([len(results) for results, _ in found], device=rows.device)
-            weights = some_weight.repeat_interleave(repeats) + torch.cat([weight for _, weight in found])
-            yield Executions(some_rows.repeat_interleave(repeats, 0), torch.cat([results for results, _ in found]), weights)
+            weights = some_weight.repeat_interleave(repeats) + torch.cat(
+                [weight for _, weight in found]
+            )
+            yield Executions(
+                some_rows.repeat_interleave(repeats, 0),
+                torch.cat([results for results, _ in found]),
+                weights,
+            )
 
     def sampled(self, rows: Tensor, draw: Draw, *, vmap: bool) -> Iterator[Executions]:
-        """Batches [X,B] that were drawn, each of weight 1/X; the function's own draws are drawn too."""
+        """Batches [X,B] that were drawn, each of weight 1/X; the function's own draws are drawn
+        too.
+        """
         for some_rows in self._chunks(rows):
-            results = self.many(some_rows) if vmap else torch.stack([self.one(batch, draw) for batch in some_rows])
-            yield Executions(some_rows, results, torch.full_like(some_rows[:, 0], -math.log(len(rows)), dtype=torch.float64))
+            results = (
+                self.many(some_rows)
+                if vmap
+                else torch.stack([self.one(batch, draw) for batch in some_rows])
+            )
+            yield Executions(
+                some_rows,
+                results,
+                torch.full_like(some_rows[:, 0], -math.log(len(rows)), dtype=torch.float64),
+            )
 
     def outcomes(self, rows: Tensor, left: int, max_executions: int) -> tuple[Tensor, Tensor]:
-        """Every outcome of the function's own draws on one batch [B]: results [K,n] and log-probabilities [K].
+        """Every outcome of the function's own draws on one batch [B]: results [K,n] and
+        log-probabilities [K].
 
         Raises:
             TooLargeError: more than are `left` of `max_executions`.
@@ -116,14 +154,19 @@ class Subject(ABC):
             outcomes = enumerate_executions(lambda draw: self.one(rows, draw), left)
         except TooLargeError:
             raise TooLargeError(
-                f"with its own draws the {self.kind} {self.name} has more than max_executions = {max_executions:,} outcomes; "
-                "take a smaller batch_size or space, raise max_executions, or sample: monte_carlo=n with draw= and bound=."
+                f"with its own draws the {self.kind} {self.name} has more than max_executions ="
+                f" {max_executions:,} outcomes; take a smaller batch_size or space, raise"
+                " max_executions, or sample: monte_carlo=n with draw= and bound=."
             ) from None
-        log_probs = torch.tensor([outcome.log_prob for outcome in outcomes], dtype=torch.float64, device=rows.device)
+        log_probs = torch.tensor(
+            [outcome.log_prob for outcome in outcomes], dtype=torch.float64, device=rows.device
+        )
         return torch.stack([outcome.result for outcome in outcomes]), log_probs
 
     def why_not_vmap(self, rows: Tensor, expected: Tensor) -> str | None:
-        """None where vmap gives the plain results `expected` [X,n] on the batches rows [X,B]; else the reason why it does not."""
+        """None where vmap gives the plain results `expected` [X,n] on the batches rows [X,B]; else
+        the reason why it does not.
+        """
         if self.draws:
             return f"the {self.kind} draws random numbers"
         try:
@@ -132,9 +175,15 @@ class Subject(ABC):
             raise
         except Exception as error:  # whatever a user's code raises under vmap; without vmap it ran
             return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        return None if torch.allclose(seen, expected, rtol=1e-9, atol=1e-12) else "under vmap it gives other results"
+        return (
+            None
+            if torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
+            else "under vmap it gives other results"
+        )
 
     def _chunks(self, rows: Tensor, values: Tensor | None = None) -> Sequence[Tensor]:
         """Batches [X,B], or values [X] of them, in chunks whose fields stay small."""
         widest = self.whole.log_probs if self.whole.log_dists is None else self.whole.log_dists
-        return (rows if values is None else values).split(max(1, _CHUNK // (rows.shape[1] * widest[0].numel())))
+        return (rows if values is None else values).split(
+            max(1, _CHUNK // (rows.shape[1] * widest[0].numel()))
+        )

@@ -1,14 +1,17 @@
-"""What a loss or an estimator may be meant to follow, exactly, as values and as gradients to descend.
+"""What a loss or an estimator may be meant to follow, exactly, as values and as gradients to
+descend.
 
     objective              −J = −E_π[r] + λ KL(π‖q)
     expected_reward        −E_π[r], what is left of −J when the KL term is forgotten
     reverse_kl             KL(π‖q)          = Σ_y π (log π − log q)
     forward_kl             KL(q‖π)
-    reverse_kl_per_token   E_{y~π} Σ_t KL(π(·|y_<t)‖q(·|y_<t)),  its gradient with the prefixes' distribution frozen    (1)
-    forward_kl_per_token   E_{y~π} Σ_t KL(q(·|y_<t)‖π(·|y_<t)),  likewise                                               (2)
+    reverse_kl_per_token   E_{y~π} Σ_t KL(π(·|y_<t)‖q(·|y_<t)),
+    its gradient with the prefixes' distribution frozen                                          (1)
+    forward_kl_per_token   E_{y~π} Σ_t KL(q(·|y_<t)‖π(·|y_<t)),  likewise                        (2)
 
-As a value (1) is KL(π‖q), by the chain rule; as a gradient it lacks the effect of a token on later KL. Gradients are coefficients [E] of
-φ_e = ∇log π(v|prefix); adding a constant to a node's coefficients per unit of π changes nothing, and is used to centre them.
+As a value (1) is KL(π‖q), by the chain rule; as a gradient it lacks the effect of a token on later
+KL. Gradients are coefficients [E] of φ_e = ∇log π(v|prefix); adding a constant to a node's
+coefficients per unit of π changes nothing, and is used to centre them.
 """
 
 import math
@@ -25,16 +28,24 @@ from klrl_edu.problems.problem import Problem
 
 @torch.no_grad()
 def missed_log_mass(problem: Problem, tree: SupportTree) -> float:
-    """The log of q's mass where π has none, −inf for none; however little, it makes both forward divergences infinite."""
+    """The log of q's mass where π has none, −inf for none; however little, it makes both forward
+    divergences infinite.
+    """
     return float(support_log_mass(problem.prior, tree.tokens, tree.trie, problem.prompt)[1])
 
 
-def gradient_targets(whole: Batch, tree: SupportTree, kl_coef: float, missed: float) -> dict[str, Tensor]:
-    """Name -> coefficients [E] of the gradient to descend; without the forward divergences where they are infinite."""
+def gradient_targets(
+    whole: Batch, tree: SupportTree, kl_coef: float, missed: float
+) -> dict[str, Tensor]:
+    """Name -> coefficients [E] of the gradient to descend; without the forward divergences where
+    they are infinite.
+    """
     pi, log_pi, log_q = tree.log_probs.exp(), tree.log_probs, whole.prior_log_probs.sum(-1)
     rewards = whole.rewards.sum(-1)
     ratio = log_pi - log_q  # u [S]
-    centred_ratio, centred_reward = (value - logspace.expectation(log_pi, value) for value in (ratio, rewards))
+    centred_ratio, centred_reward = (
+        value - logspace.expectation(log_pi, value) for value in (ratio, rewards)
+    )
     found = {
         "objective": tree.path_sums(pi * (kl_coef * centred_ratio - centred_reward)),
         "expected_reward": tree.path_sums(-pi * centred_reward),
@@ -44,11 +55,20 @@ def gradient_targets(whole: Batch, tree: SupportTree, kl_coef: float, missed: fl
     if missed == -math.inf:
         edge_log_q = tree.on_edges(whole.prior_log_probs)
         found["forward_kl"] = tree.path_sums(pi - log_q.exp())
-        found["forward_kl_per_token"] = tree.node_log_mass[tree.trie.parent].exp() * (tree.edge_log_probs.exp() - edge_log_q.exp())
+        found["forward_kl_per_token"] = tree.node_log_mass[tree.trie.parent].exp() * (
+            tree.edge_log_probs.exp() - edge_log_q.exp()
+        )
     return {name: found[name] for name in _ORDER if name in found}
 
 
-_ORDER = ("objective", "expected_reward", "reverse_kl", "forward_kl", "reverse_kl_per_token", "forward_kl_per_token")
+_ORDER = (
+    "objective",
+    "expected_reward",
+    "reverse_kl",
+    "forward_kl",
+    "reverse_kl_per_token",
+    "forward_kl_per_token",
+)
 
 
 def _reverse_per_token(whole: Batch, tree: SupportTree) -> Tensor:
@@ -67,13 +87,22 @@ def value_targets(whole: Batch, tree: SupportTree, missed: float) -> dict[str, T
     forward = per_token = torch.full_like(reverse, math.inf)
     if missed == -math.inf:
         forward = logspace.kl_divergence(log_q, tree.log_probs)
-        per_token = _forward_per_token(whole, tree) if bool(torch.isfinite(log_q).all()) else per_token
-    found = {"reverse_kl": reverse, "forward_kl": forward, "reverse_kl_per_token": reverse, "forward_kl_per_token": per_token}
+        per_token = (
+            _forward_per_token(whole, tree) if bool(torch.isfinite(log_q).all()) else per_token
+        )
+    found = {
+        "reverse_kl": reverse,
+        "forward_kl": forward,
+        "reverse_kl_per_token": reverse,
+        "forward_kl_per_token": per_token,
+    }
     return {name: value.reshape(1) for name, value in found.items()}
 
 
 def _forward_per_token(whole: Batch, tree: SupportTree) -> Tensor:
-    """(2) where π and q have the same next tokens, with its digits near zero: Σ_n π(n) Σ_v q (e^d − 1 − d), d = log π − log q."""
+    """(2) where π and q have the same next tokens, with its digits near zero: Σ_n π(n) Σ_v q (e^d −
+    1 − d), d = log π − log q.
+    """
     log_q = tree.on_edges(whole.prior_log_probs)
     terms = log_q.exp() * logspace.expm1_minus_identity(tree.edge_log_probs - log_q)
     return (tree.node_log_mass[tree.trie.parent].exp() * terms).sum()

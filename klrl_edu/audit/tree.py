@@ -1,9 +1,11 @@
-"""Everything that a loss on sampled sequences can move: log π(v|prefix), one number an edge of the support's trie.
+"""Everything that a loss on sampled sequences can move: log π(v|prefix), one number an edge of the
+support's trie.
 
-    log π(y) = Σ_t ℓ_{e(y,t)},    ∇(anything) = Σ_e c_e φ_e,    φ_e = ∇ℓ_e                                          (1)
+    log π(y) = Σ_t ℓ_{e(y,t)},    ∇(anything) = Σ_e c_e φ_e,    φ_e = ∇ℓ_e                       (1)
 
-A gradient is a vector of coefficients c [E] here; what φ_e is, and so the parameters, is the business of `coordinates`.
-S supported sequences in lexicographic order, T tokens, V columns, E edges, M nodes (prefixes with a next token).
+A gradient is a vector of coefficients c [E] here; what φ_e is, and so the parameters, is the
+business of `coordinates`. S supported sequences in lexicographic order, T tokens, V columns, E
+edges, M nodes (prefixes with a next token).
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ class SupportTree:
         trie: their prefix trie; every edge has mass.
         log_probs: log π(y) [S] in nats.
         edge_log_probs: ℓ_e = log π(v|prefix) [E].
-        edge_log_mass, node_log_mass: log-probability that a sequence passes an edge [E], a node [M].
+        edge_log_mass, node_log_mass: log-probability that a sequence passes an edge [E], a node
+            [M].
         edge_at: [M·V], the edge of node n and token v at n·V + v; −1 where there is none.
     """
 
@@ -46,7 +49,9 @@ class SupportTree:
         log_probs = token_log_probs.sum(-1)
         edge_log_probs = torch.zeros(len(trie.key), dtype=log_probs.dtype, device=log_probs.device)
         edge_log_probs[trie.edge_of[on_path]] = token_log_probs[on_path]
-        mass = logspace.segment_logsumexp(log_probs[:, None].expand_as(tokens)[on_path], trie.edge_of[on_path], len(trie.key))
+        mass = logspace.segment_logsumexp(
+            log_probs[:, None].expand_as(tokens)[on_path], trie.edge_of[on_path], len(trie.key)
+        )
         node_mass = logspace.segment_logsumexp(mass, trie.parent, trie.nodes)
         edge_at = torch.full((trie.nodes * space.vocab_size,), -1, device=tokens.device)
         edge_at[trie.key] = torch.arange(len(trie.key), device=tokens.device)
@@ -61,10 +66,14 @@ class SupportTree:
         """Coefficients [E] of Σ_y w_y log π(y) for weights [S]: c_e = Σ_{y through e} w_y."""
         on_path = self.trie.edge_of >= 0
         total = torch.zeros(self.edges, dtype=weights.dtype, device=weights.device)
-        return total.index_add(0, self.trie.edge_of[on_path], weights[:, None].expand_as(self.tokens)[on_path])
+        return total.index_add(
+            0, self.trie.edge_of[on_path], weights[:, None].expand_as(self.tokens)[on_path]
+        )
 
     def on_edges(self, values: Tensor) -> Tensor:
-        """Per-token values [S,T] that depend on the prefix and the token alone, read off once an edge -> [E]."""
+        """Per-token values [S,T] that depend on the prefix and the token alone, read off once an
+        edge -> [E].
+        """
         return values.flatten()[self.first_use]
 
     @cached_property
@@ -80,7 +89,9 @@ class SupportTree:
         return self.trie.edge_of[rows]
 
     def all_edges(self, rows: Tensor) -> Tensor:
-        """The edges that sequences `rows` [...] could take at each position -> [...,T,V]; −1 where there is no mass, and after EOS."""
+        """The edges that sequences `rows` [...] could take at each position -> [...,T,V]; −1 where
+        there is no mass, and after EOS.
+        """
         node = self.trie.node_of[rows].unsqueeze(-1)
         columns = self.trie.space.vocab_size
         edge = self.edge_at[node.clamp(min=0) * columns + torch.arange(columns, device=node.device)]

@@ -1,8 +1,10 @@
 """Estimators of a divergence as random values: one a sequence, or one a batch.
 
-    k on sequences:  E = Σ_y π(y) k(y),  Var/B for the mean of B of them;      k on batches:  E = Σ_multisets P · k      (1)
+    k on sequences:  E = Σ_y π(y) k(y),  Var/B for the mean of B of them;      k on batches:
+    E = Σ_multisets P · k                                                                        (1)
 
-Whether the value of a sequence depends on that sequence alone is tried out, on half of the support. S supported sequences, X batches of B.
+Whether the value of a sequence depends on that sequence alone is tried out, on half of the support.
+S supported sequences, X batches of B.
 """
 
 import math
@@ -12,7 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name_of, takes_a_batch, takes_a_log_ratio
+from klrl_edu.audit.adapting import (
+    Adapter,
+    adapted,
+    draws_random_numbers,
+    name_of,
+    takes_a_batch,
+    takes_a_log_ratio,
+)
 from klrl_edu.audit.checks import probe
 from klrl_edu.audit.executions import check_executions, count_multisets, multisets
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, sampled_moments
@@ -30,7 +39,9 @@ _ROUNDING = 1e-14  # of the largest estimate: what lies this little below 0 is 0
 
 
 class ValueOnSupport(Subject):
-    """An estimator: a scalar, a value a sequence [N], or a token [N,T], summed over live tokens; [N] is averaged over the batch. n = 1."""
+    """An estimator: a scalar, a value a sequence [N], or a token [N,T], summed over live tokens;
+    [N] is averaged over the batch. n = 1.
+    """
 
     kind: ClassVar[str] = "estimator"
 
@@ -44,7 +55,10 @@ class ValueOnSupport(Subject):
         if isinstance(value, Tensor) and value.shape == live.shape:
             value = torch.where(live, value, 0.0).sum(-1)
         if not isinstance(value, Tensor) or value.shape not in ((), live.shape[:1]):
-            raise InputError(f"the estimator {self.name} returned {_shape(value)}; expected a scalar, [N] = {list(live.shape[:1])}, or [N, T].")
+            raise InputError(
+                f"the estimator {self.name} returned {_shape(value)}; expected a scalar, [N] ="
+                f" {list(live.shape[:1])}, or [N, T]."
+            )
         return value.detach().double()
 
     def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
@@ -70,10 +84,19 @@ class ValueOnSupport(Subject):
         fields = self.fields(rows)
         kept = {name: value.clone() for name, value in fields.items()}
         self.call(fields)
-        return next((name for name, value in fields.items() if value._version or not torch.equal(value, kept[name])), None)
+        return next(
+            (
+                name
+                for name, value in fields.items()
+                if value._version or not torch.equal(value, kept[name])
+            ),
+            None,
+        )
 
     def by_sequence(self, rows: Tensor) -> Tensor | None:
-        """The values of all sequences `rows` [S] of the support; None where they depend on the rest of their batch, or on draws."""
+        """The values of all sequences `rows` [S] of the support; None where they depend on the rest
+        of their batch, or on draws.
+        """
         if self.draws:
             return None
         values = self.values(self.fields(rows))
@@ -91,11 +114,16 @@ class ValueOnSupport(Subject):
         bad = torch.isnan(estimates.squeeze(-1))
         if bool(bad.any()):
             batch = rows[int(bad.nonzero()[0])]
-            raise InputError(f"the estimator {self.name} is NaN on the batch {self.describe(batch)}; look for 0/0 or inf − inf.")
+            raise InputError(
+                f"the estimator {self.name} is NaN on the batch {self.describe(batch)}; look for"
+                " 0/0 or inf − inf."
+            )
         return estimates
 
 
-def value_on_support(estimator: Callable[..., Any], scene: Scene, adapt: Adapter | None) -> ValueOnSupport:
+def value_on_support(
+    estimator: Callable[..., Any], scene: Scene, adapt: Adapter | None
+) -> ValueOnSupport:
     """An estimator of log-ratios u [N] -> [N], of a Batch, or of tensors by name."""
     function, draws = estimator, draws_random_numbers(estimator)
     if adapt is None and takes_a_log_ratio(estimator):
@@ -110,7 +138,10 @@ def _of_log_ratio(estimator: Callable[..., Any]) -> Callable[..., Tensor]:
         log_ratio = (batch.log_probs - batch.prior_log_probs).sum(-1)
         values = estimator(log_ratio, **draw)
         if not isinstance(values, Tensor) or values.shape != log_ratio.shape:
-            raise InputError(f"the estimator returned {_shape(values)}; expected {list(log_ratio.shape)}, one estimate a log-ratio.")
+            raise InputError(
+                f"the estimator returned {_shape(values)}; expected {list(log_ratio.shape)}, one"
+                " estimate a log-ratio."
+            )
         return values
 
     return on_batch
@@ -120,7 +151,9 @@ def _shape(value: Any) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def enumerated_value(subject: ValueOnSupport, scene: Scene, batch_size: int, max_executions: int) -> dict[str, Any]:
+def enumerated_value(
+    subject: ValueOnSupport, scene: Scene, batch_size: int, max_executions: int
+) -> dict[str, Any]:
     """Moments over every sequence, or over every batch where the estimator needs that."""
     drawn = (scene.sampler > -math.inf).nonzero().squeeze(-1)
     if not subject.draws:
@@ -133,7 +166,10 @@ def enumerated_value(subject: ValueOnSupport, scene: Scene, batch_size: int, max
     picked, expected = probe(subject, rows)
     vmap = subject.why_not_vmap(picked, expected) is None
     parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
-    estimates, weights = torch.cat([part.results[:, 0] for part in parts]), torch.cat([part.log_weight for part in parts])
+    estimates, weights = (
+        torch.cat([part.results[:, 0] for part in parts]),
+        torch.cat([part.log_weight for part in parts]),
+    )
     mean = _mean(weights, estimates)
     return {
         "mean": mean,
@@ -144,8 +180,12 @@ def enumerated_value(subject: ValueOnSupport, scene: Scene, batch_size: int, max
     }
 
 
-def _of_sequences(values: Tensor, log_probs: Tensor, batch_size: int, max_executions: int) -> dict[str, Any]:
-    """Moments of the mean of B independent values [S]; only P(estimate < 0) needs the batches themselves."""
+def _of_sequences(
+    values: Tensor, log_probs: Tensor, batch_size: int, max_executions: int
+) -> dict[str, Any]:
+    """Moments of the mean of B independent values [S]; only P(estimate < 0) needs the batches
+    themselves.
+    """
     mean = _mean(log_probs, values)
     batches = count_multisets(len(values), batch_size)
     negative: float | None = None
@@ -154,7 +194,12 @@ def _of_sequences(values: Tensor, log_probs: Tensor, batch_size: int, max_execut
         rows, log_weight = multisets(log_probs, batch_size)
         negative = _probability_negative(log_weight, values[rows].mean(-1))
     else:
-        notes = (f"P(estimate < 0) was not computed: it takes {readable_count(batches)} batches, more than max_executions = {max_executions:,}.",)
+        notes = (
+            (
+                f"P(estimate < 0) was not computed: it takes {readable_count(batches)} batches,"
+                f" more than max_executions = {max_executions:,}."
+            ),
+        )
     return {
         "mean": mean,
         "variance": _variance(log_probs, values, mean) / batch_size,
@@ -164,13 +209,17 @@ def _of_sequences(values: Tensor, log_probs: Tensor, batch_size: int, max_execut
     }
 
 
-def sampled_value(subject: ValueOnSupport, scene: Scene, batch_size: int, count: int, draw: Draw, bound: float) -> dict[str, Any]:
+def sampled_value(
+    subject: ValueOnSupport, scene: Scene, batch_size: int, count: int, draw: Draw, bound: float
+) -> dict[str, Any]:
     """Moments over `count` batches drawn, with an interval."""
     every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
     rows = draw(scene.sampler[None], every).view(count, batch_size)
     picked, expected = probe(subject, rows)
     vmap = subject.why_not_vmap(picked, expected) is None
-    moments = sampled_moments((part.results for part in subject.sampled(rows, draw, vmap=vmap)), bound)
+    moments = sampled_moments(
+        (part.results for part in subject.sampled(rows, draw, vmap=vmap)), bound
+    )
     return {
         "mean": moments.mean,
         "variance": moments.variance,
@@ -187,7 +236,11 @@ def _mean(log_weight: Tensor, values: Tensor) -> Tensor:
 
 
 def _variance(log_weight: Tensor, values: Tensor, mean: Tensor) -> float:
-    return total_variance(log_weight, values[:, None], mean) if bool(torch.isfinite(mean)) else math.inf
+    return (
+        total_variance(log_weight, values[:, None], mean)
+        if bool(torch.isfinite(mean))
+        else math.inf
+    )
 
 
 def _probability_negative(log_weight: Tensor, estimates: Tensor) -> float:
@@ -197,7 +250,8 @@ def _probability_negative(log_weight: Tensor, estimates: Tensor) -> float:
 
 
 def missing_mass_notes(name: str, missed: float, bias: float) -> list[str]:
-    """What support mismatch does to an on-policy mean of q/π, as in k3; nothing where no mass is missed.
+    """What support mismatch does to an on-policy mean of q/π, as in k3; nothing where no mass is
+    missed.
 
     Args:
         missed: log of the prior's mass where the policy has none.
@@ -206,5 +260,12 @@ def missing_mass_notes(name: str, missed: float, bias: float) -> list[str]:
     if missed == -math.inf:
         return []
     mass = math.exp(missed)
-    whole = f" That is the whole bias of {name} for reverse_kl." if abs(bias + mass) < _AGREE * (1 + mass) else ""
-    return [f"E_π[q/π] = {1 - mass:.6g} instead of 1: an estimator with the term q/π − 1, such as k3, is {mass:.6g} nats too low.{whole}"]
+    whole = (
+        f" That is the whole bias of {name} for reverse_kl."
+        if abs(bias + mass) < _AGREE * (1 + mass)
+        else ""
+    )
+    return [
+        f"E_π[q/π] = {1 - mass:.6g} instead of 1: an estimator with the term q/π − 1, such as k3,"
+        f" is {mass:.6g} nats too low.{whole}"
+    ]

@@ -1,6 +1,6 @@
 """What an estimator follows, in words: found by solving for it, exact to the precision of the mean.
 
-E g = target,    E g = c·target,    E g = a·target₁ + b·target₂,    or the nearest target                       (1)
+E g = target,    E g = c·target,    E g = a·target₁ + b·target₂,    or the nearest target        (1)
 """
 
 import itertools
@@ -13,7 +13,9 @@ from torch import Tensor
 _PARALLEL = 0.99  # cosine
 
 
-def verdict(name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: float, precision: float) -> str:
+def verdict(
+    name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: float, precision: float
+) -> str:
     """One sentence.
 
     Args:
@@ -25,10 +27,16 @@ def verdict(name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: floa
     size = float(mean.norm())
     if math.isinf(size):
         alike = [other for other, target in targets.items() if torch.equal(mean, target)]
-        return f"{name} has an infinite mean" + (f", as have {' and '.join(alike)}." if alike else ".")
+        return f"{name} has an infinite mean" + (
+            f", as have {' and '.join(alike)}." if alike else "."
+        )
     if size < precision * max(1.0, spread):
         return f"{name} has expectation 0."
-    exact = [other for other, target in targets.items() if float((mean - target).norm()) < precision * float(target.norm())]
+    exact = [
+        other
+        for other, target in targets.items()
+        if float((mean - target).norm()) < precision * float(target.norm())
+    ]
     if exact:
         return f"{name} is unbiased for {' and '.join(exact)}."
     if len(mean) > 1:
@@ -40,9 +48,14 @@ def verdict(name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: floa
 
 
 def nearest_target(mean: Tensor, targets: Mapping[str, Tensor]) -> tuple[str, float]:
-    """The target of the smallest relative bias, and that bias; targets of 0 and infinite ones last."""
+    """The target of the smallest relative bias, and that bias; targets of 0 and infinite
+    ones last.
+    """
     distances = {name: relative_distance(mean, target) for name, target in targets.items()}
-    name = min(distances, key=lambda other: (math.inf if math.isnan(distances[other]) else distances[other], other))
+    name = min(
+        distances,
+        key=lambda other: (math.inf if math.isnan(distances[other]) else distances[other], other),
+    )
     return name, distances[name]
 
 
@@ -57,13 +70,20 @@ def _scaled(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> st
         size = float(target @ target)
         scale = float(mean @ target) / size if size else math.nan
         if float((mean - scale * target).norm()) < precision * float(mean.norm()):
-            return f"follows {name}, scaled by {scale:.6g}" + (": it climbs what it should descend" if scale < 0 else "")
+            return f"follows {name}, scaled by {scale:.6g}" + (
+                ": it climbs what it should descend" if scale < 0 else ""
+            )
     return None
 
 
 def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> str | None:
-    """The plainest exact combination of two targets; none where two vectors span all there is, and any mean would be one."""
-    if len(targets) < 2 or int(torch.linalg.matrix_rank(torch.stack([mean, *targets.values()]), rtol=precision)) < 3:
+    """The plainest exact combination of two targets; none where two vectors span all there is, and
+    any mean would be one.
+    """
+    if (
+        len(targets) < 2
+        or int(torch.linalg.matrix_rank(torch.stack([mean, *targets.values()]), rtol=precision)) < 3
+    ):
         return None
     found: list[tuple[int, str]] = []
     for one, other in itertools.combinations(targets, 2):
@@ -71,14 +91,23 @@ def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -
         if _nearly_parallel(*basis.unbind(1)):
             continue
         a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
-        if float((basis @ torch.tensor([a, b], dtype=mean.dtype) - mean).norm()) < precision * float(mean.norm()):
+        if float(
+            (basis @ torch.tensor([a, b], dtype=mean.dtype) - mean).norm()
+        ) < precision * float(mean.norm()):
             plain = [abs(abs(c) - 1) < precision for c in (a, b)]
-            found.append((plain.count(False), f"descends {_term(a, one, precision)}{_term(b, other, precision, joined=True)}"))
+            found.append(
+                (
+                    plain.count(False),
+                    f"descends {_term(a, one, precision)}{_term(b, other, precision, joined=True)}",
+                )
+            )
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _nearly_parallel(one: Tensor, other: Tensor) -> bool:
-    """Two targets whose difference is small beside them, or that are 0: large coefficients of opposite signs would fit what neither means."""
+    """Two targets whose difference is small beside them, or that are 0: large coefficients of
+    opposite signs would fit what neither means.
+    """
     sizes = float(one.norm() * other.norm())
     return sizes == 0 or abs(float(one @ other)) > _PARALLEL * sizes
 

@@ -2,8 +2,9 @@
 
     draw(log_probs [M,K], rows [N] | None) -> index [N]
 
-N draws from M distinct rows; rows[i] says which row draw i takes, and None takes every row once. Whoever writes a random
-program against this door can run it with a seed, or run it through every outcome with the probability of each.
+N draws from M distinct rows; rows[i] says which row draw i takes, and None takes every row once.
+Whoever writes a random program against this door can run it with a seed, or run it through every
+outcome with the probability of each.
 """
 
 import math
@@ -26,31 +27,42 @@ class Draw(Protocol):
 
 
 def as_generator(seed: int | torch.Generator) -> torch.Generator:
-    """A CPU generator from a seed; a generator passes through, so that one stream can serve several calls."""
+    """A CPU generator from a seed; a generator passes through, so that one stream can serve several
+    calls.
+    """
     if isinstance(seed, torch.Generator):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed = {seed!r} must be a whole number from 0 to 2^63 − 1, or a torch.Generator.")
+        raise InputError(
+            f"seed = {seed!r} must be a whole number from 0 to 2^63 − 1, or a torch.Generator."
+        )
     return torch.Generator().manual_seed(seed)
 
 
 def seeded_draw(seed: int | torch.Generator) -> Draw:
     """Draws by inverting the cumulative distribution in float64; one uniform a draw.
 
-    The uniforms come from a CPU generator and move to the device of `log_probs`, so that a run uses the same ones on CPU and GPU.
+    The uniforms come from a CPU generator and move to the device of `log_probs`, so that a run uses
+    the same ones on CPU and GPU.
     """
     generator = as_generator(seed)
 
     def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
         logs = log_probs.detach().double()
-        # relative to the largest, so that u·total rounds below the total also where a row's mass underflows
+        # relative to the largest, so that u·total rounds below the total also where a row's mass
+        # underflows
         cumulative = (logs - logs.amax(-1, keepdim=True)).exp().cumsum(-1)
         if bool((~(cumulative[:, -1] > 0)).any()):
-            raise InputError("draw: a row of log_probs has no mass (or NaN); normalise the rows first.")
+            raise InputError(
+                "draw: a row of log_probs has no mass (or NaN); normalise the rows first."
+            )
         if rows is not None:
             cumulative = cumulative.index_select(0, rows)
-        uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
-        # right=True: the first entry whose cumulative mass exceeds u·total, so an entry of zero mass is never taken
+        uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64).to(
+            cumulative.device
+        )
+        # right=True: the first entry whose cumulative mass exceeds u·total, so an entry of zero
+        # mass is never taken
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
 
     return draw
@@ -65,18 +77,23 @@ class Execution(NamedTuple, Generic[Result]):
 
 @dataclass
 class _Choice:
-    """One scalar draw: the indices that have mass, their log-probabilities, and which is being taken."""
+    """One scalar draw: the indices that have mass, their log-probabilities, and which is being
+    taken.
+    """
 
     options: list[int]
     log_probs: list[float]
     taken: int = 0
 
 
-def enumerate_executions(program: Callable[[Draw], Result], max_executions: int = 100_000) -> list[Execution[Result]]:
+def enumerate_executions(
+    program: Callable[[Draw], Result], max_executions: int = 100_000
+) -> list[Execution[Result]]:
     """Every outcome of a random program with its log-probability: the program is run once for each.
 
     Args:
-        program: takes a `Draw` and nothing random besides; must make the same calls when it gets the same answers.
+        program: takes a `Draw` and nothing random besides; must make the same calls when it gets
+            the same answers.
         max_executions: the most outcomes to run.
 
     Raises:
@@ -86,7 +103,10 @@ def enumerate_executions(program: Callable[[Draw], Result], max_executions: int 
     executions: list[Execution[Result]] = []
     while True:
         if len(executions) == max_executions:
-            raise TooLargeError(f"the program has more than max_executions = {max_executions:,} outcomes; shrink it, or sample with seeded_draw.")
+            raise TooLargeError(
+                f"the program has more than max_executions = {max_executions:,} outcomes; shrink"
+                " it, or sample with seeded_draw."
+            )
         replayed = 0
 
         def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -94,7 +114,9 @@ def enumerate_executions(program: Callable[[Draw], Result], max_executions: int 
             table = log_probs.detach().double()
             total = torch.logsumexp(table, -1, keepdim=True)
             if not bool(torch.isfinite(total).all()):
-                raise InputError("draw: a row of log_probs has no mass (or NaN); normalise the rows first.")
+                raise InputError(
+                    "draw: a row of log_probs has no mass (or NaN); normalise the rows first."
+                )
             rows_of_logs: list[list[float]] = (table - total).tolist()
             picked = []
             for row in range(len(rows_of_logs)) if rows is None else rows.tolist():

@@ -1,7 +1,7 @@
 """Packages whose public names are listed once, in their stub, and imported on first use.
 
-A stub's `from klrl_edu.a.b import name as name` makes `name` an attribute of the package; nothing is imported before somebody asks.
-Standard library only: what imports this must not import torch.
+A stub's `from klrl_edu.a.b import name as name` makes `name` an attribute of the package; nothing
+is imported before somebody asks. Standard library only: what imports this must not import torch.
 """
 
 import ast
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(
+    package: str, file: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package, from the .pyi beside its __init__.py.
 
     Args:
@@ -21,7 +23,12 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
         file: `__file__` of its __init__.py.
     """
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
-    homes = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) and node.module for alias in node.names}
+    homes = {
+        alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
 
     def get(name: str) -> Any:
         if name not in homes:

@@ -1,10 +1,13 @@
-"""Arithmetic on log-probabilities that stays exact where mass is zero, and whose gradients stay finite there.
+"""Arithmetic on log-probabilities that stays exact where mass is zero, and whose gradients stay
+finite there.
 
-    log Σ e^x,    0 · (±inf) = 0,    KL(p‖q) = Σ_{p>0} p (e^d − 1 − d) + q{p = 0},   d = log q − log p          (1)
+    log Σ e^x,    0 · (±inf) = 0,    KL(p‖q) = Σ_{p>0} p (e^d − 1 − d) + q{p = 0},
+    d = log q − log p                                                                            (1)
 
-The terms of (1) are non-negative, so a KL near zero keeps its sign and its digits; summed over normalised p and q they
-equal Σ p log p/q. A single `torch.where` hides a NaN from the value but not from the gradient, hence the double masks:
-the operand is made harmless first. K outcomes along `dim`; logs in nats.
+The terms of (1) are non-negative, so a KL near zero keeps its sign and its digits; summed over
+normalised p and q they equal Σ p log p/q. A single `torch.where` hides a NaN from the value but not
+from the gradient, hence the double masks: the operand is made harmless first. K outcomes along
+`dim`; logs in nats.
 """
 
 import math
@@ -15,14 +18,21 @@ from torch import Tensor
 from klrl_edu.core.errors import InfeasibleError
 from klrl_edu.core.validation import any_known
 
-_SERIES_RADIUS = 0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
-_WELL_ABOVE_ZERO = 1e-2  # a KL above this loses under 1e-13 of itself to the cancellation of terms of both signs
-IN_CACHE = 1 << 16  # outcomes worked on at once, so that what lies between two passes stays in the processor's cache
+_SERIES_RADIUS = (
+    0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
+)
+_WELL_ABOVE_ZERO = (
+    1e-2  # a KL above this loses under 1e-13 of itself to the cancellation of terms of both signs
+)
+IN_CACHE = (
+    1 << 16
+)  # outcomes worked on at once, so that what lies between two passes stays in the processor's cache
 _SERIES_TERMS = 18  # 0.5^18/20! is far below 2^-53 of the leading ½
 
 
 def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
-    """log Σ e^x along `dim`; −inf where every entry is −inf, with a zero gradient there (torch gives NaN).
+    """log Σ e^x along `dim`; −inf where every entry is −inf, with a zero gradient there (torch
+    gives NaN).
 
     Args:
         x: log-weights [..., K] in nats; −inf is zero mass.
@@ -39,17 +49,25 @@ def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
     """log-weights minus their logsumexp: log-probabilities [..., K] in nats.
 
     Raises:
-        InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise (NaN inside `torch.func.vmap`, which cannot look).
+        InfeasibleError: every weight along `dim` is zero, so there is nothing to normalise (NaN
+            inside `torch.func.vmap`, which cannot look).
     """
     top = log_weights.detach().amax(dim, keepdim=True)
     if any_known(top == -math.inf):
-        raise InfeasibleError("every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one finite log-weight.")
-    shifted = log_weights - top  # first by the largest, so that weights around e^800 keep the digits of their ratios
+        raise InfeasibleError(
+            "every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one"
+            " finite log-weight."
+        )
+    shifted = (
+        log_weights - top
+    )  # first by the largest, so that weights around e^800 keep the digits of their ratios
     return shifted - logsumexp(shifted, dim).unsqueeze(dim)
 
 
 def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
-    """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 -> [segments]; −inf where a segment has no mass."""
+    """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 ->
+    [segments]; −inf where a segment has no mass.
+    """
     top = x.new_full((segments,), -math.inf).scatter_reduce(0, index, x.detach(), "amax")
     alive = top != -math.inf  # NaN stays NaN
     shift = torch.where(alive, top, torch.zeros_like(top))
@@ -59,11 +77,15 @@ def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
 
 
 def mul_exp(x: Tensor, log_p: Tensor) -> Tensor:
-    """x · e^{log p} with 0 · (±inf) = 0 · NaN = 0, and a zero gradient to both where p = 0; broadcasts."""
+    """x · e^{log p} with 0 · (±inf) = 0 · NaN = 0, and a zero gradient to both where p = 0;
+    broadcasts.
+    """
     x, log_p = torch.broadcast_tensors(x, log_p)
     dead = log_p == -math.inf
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(dead, zero, torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p)))
+    return torch.where(
+        dead, zero, torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p))
+    )
 
 
 def expectation(log_p: Tensor, x: Tensor, dim: int = -1) -> Tensor:
@@ -77,7 +99,9 @@ def entropy(log_p: Tensor, dim: int = -1) -> Tensor:
 
 
 def expm1_minus_identity(x: Tensor) -> Tensor:
-    """e^x − 1 − x ≥ 0 to full relative accuracy: a series near zero, where the subtraction would cancel."""
+    """e^x − 1 − x ≥ 0 to full relative accuracy: a series near zero, where the subtraction would
+    cancel.
+    """
     near = x.abs() < _SERIES_RADIUS
     small = torch.where(near, x, torch.zeros_like(x))
     series = torch.ones_like(x)
@@ -85,12 +109,17 @@ def expm1_minus_identity(x: Tensor) -> Tensor:
         series = 1 + small / k * series
     large = torch.where(near, torch.ones_like(x), x)
     # x = −inf gives −1 + inf = inf and x = +inf must give inf, not inf − inf
-    direct = torch.where(large == math.inf, large, torch.expm1(large) - torch.where(large == math.inf, torch.zeros_like(large), large))
+    direct = torch.where(
+        large == math.inf,
+        large,
+        torch.expm1(large) - torch.where(large == math.inf, torch.zeros_like(large), large),
+    )
     return torch.where(near, small * small / 2 * series, direct)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
-    """KL(p‖q) in nats along `dim` by (1): never negative, +inf where q = 0 < p, exact for outcomes with p = q = 0.
+    """KL(p‖q) in nats along `dim` by (1): never negative, +inf where q = 0 < p, exact for outcomes
+    with p = q = 0.
 
     Args:
         log_p, log_q: normalised log-probabilities [..., K]; −inf is zero mass.
@@ -115,8 +144,14 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
 
 
 def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:
-    """−Σ p·d, which is (1) for normalised p and q, where it keeps the digits: float64, no zero mass, every KL above a hundredth."""
-    if log_p.dtype != torch.float64 or any_known(~((log_p.detach().amin() > -math.inf) & (log_q.detach().amin() > -math.inf))) is not False:
+    """−Σ p·d, which is (1) for normalised p and q, where it keeps the digits: float64, no zero
+    mass, every KL above a hundredth.
+    """
+    if (
+        log_p.dtype != torch.float64
+        or any_known(~((log_p.detach().amin() > -math.inf) & (log_q.detach().amin() > -math.inf)))
+        is not False
+    ):
         return None
     parts = []
     for part_p, part_q in zip(log_p.split(IN_CACHE, dim), log_q.split(IN_CACHE, dim), strict=True):

@@ -1,8 +1,9 @@
 """A finite set of token sequences.
 
-W words have ids 0 … W−1. With `eos`, id W is the end of a sequence: it is absorbing (every later token is EOS again, with
-log-probability 0; there is no PAD) and forced at position T, so a space holds Σ_{k<T} W^k texts of 0 … T−1 words.
-Without it every sequence has exactly T words. V = W + eos columns of logits; tokens are [N, T] integers.
+W words have ids 0 … W−1. With `eos`, id W is the end of a sequence: it is absorbing (every later
+token is EOS again, with log-probability 0; there is no PAD) and forced at position T, so a space
+holds Σ_{k<T} W^k texts of 0 … T−1 words. Without it every sequence has exactly T words. V = W + eos
+columns of logits; tokens are [N, T] integers.
 """
 
 import unicodedata
@@ -35,21 +36,35 @@ class SequenceSpace:
     separator: str = " "
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vocabulary", tuple(unicodedata.normalize("NFC", word) for word in self.vocabulary))
+        object.__setattr__(
+            self,
+            "vocabulary",
+            tuple(unicodedata.normalize("NFC", word) for word in self.vocabulary),
+        )
         check_count(self.max_length, "max_length")
         if not self.vocabulary:
             raise InputError("vocabulary is empty; give at least one word.")
         seen: set[str] = set()
         for index, word in enumerate(self.vocabulary):
             if word in seen:
-                raise InputError(f"vocabulary[{index}] = {word!r} appears twice (after NFC normalisation); list each word once.")
+                raise InputError(
+                    f"vocabulary[{index}] = {word!r} appears twice (after NFC normalisation); list"
+                    " each word once."
+                )
             if self._split(word) != [word]:
-                raise InputError(f"vocabulary[{index}] = {word!r} splits at separator {self.separator!r}; choose another separator.")
+                raise InputError(
+                    f"vocabulary[{index}] = {word!r} splits at separator {self.separator!r}; choose"
+                    " another separator."
+                )
             seen.add(word)
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], *, separator: str = " ", eos: bool | None = None) -> "SequenceSpace":
-        """The smallest space that holds `texts`: words in order of appearance, EOS only where the lengths differ (unless `eos` says)."""
+    def from_texts(
+        cls, texts: Sequence[str], *, separator: str = " ", eos: bool | None = None
+    ) -> "SequenceSpace":
+        """The smallest space that holds `texts`: words in order of appearance, EOS only where the
+        lengths differ (unless `eos` says).
+        """
         if not texts:
             raise InputError("texts is empty; give at least one text.")
         split = [_split(unicodedata.normalize("NFC", text), separator) for text in texts]
@@ -84,8 +99,13 @@ class SequenceSpace:
         return {word: index for index, word in enumerate(self.vocabulary)}
 
     def __repr__(self) -> str:
-        words = ", ".join(map(repr, self.vocabulary[:4])) + (", …" if len(self.vocabulary) > 4 else "")
-        return f"SequenceSpace({len(self.vocabulary)} words: {words}; T = {self.max_length}, {'EOS' if self.eos else 'no EOS'})"
+        words = ", ".join(map(repr, self.vocabulary[:4])) + (
+            ", …" if len(self.vocabulary) > 4 else ""
+        )
+        return (
+            f"SequenceSpace({len(self.vocabulary)} words: {words}; T = {self.max_length},"
+            f" {'EOS' if self.eos else 'no EOS'})"
+        )
 
     def live(self, tokens: Tensor) -> Tensor:
         """Which tokens count: up to and including the first EOS. [N,T] -> bool [N,T]."""
@@ -117,22 +137,36 @@ class SequenceSpace:
         """Tokens [N,T] -> N texts, without the EOS."""
         rows = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         end = self.eos_id
-        return [self.separator.join(self.vocabulary[i] for i in (row[: row.index(end)] if end in row else row)) for row in rows]
+        return [
+            self.separator.join(
+                self.vocabulary[i] for i in (row[: row.index(end)] if end in row else row)
+            )
+            for row in rows
+        ]
 
     def check_tokens(self, tokens: Tensor, name: str = "tokens") -> Tensor:
         """Returns `tokens` [N,T] if they are sequences of this space; says which entry is not."""
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[1] != self.max_length:
-            raise InputError(f"{name} has shape {list(getattr(tokens, 'shape', []))}; expected [N, {self.max_length}] (see space.encode).")
+            raise InputError(
+                f"{name} has shape {list(getattr(tokens, 'shape', []))}; expected [N,"
+                f" {self.max_length}] (see space.encode)."
+            )
         if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise InputError(f"{name} has dtype {tokens.dtype}; expected whole numbers such as torch.long.")
+            raise InputError(
+                f"{name} has dtype {tokens.dtype}; expected whole numbers such as torch.long."
+            )
         bad = (tokens < 0) | (tokens >= self.vocab_size)
         if self.eos:
             bad = bad | (~self.live(tokens) & (tokens != self.eos_id))
             bad[:, -1] |= tokens[:, -1] != self.eos_id
         if bool(bad.any()):
             n, t = bad.nonzero()[0].tolist()
-            rule = f"ids run from 0 to {self.vocab_size - 1}" + (", every token after EOS is EOS, and the last one is EOS" if self.eos else "")
-            raise InputError(f"{name}[{n}, {t}] = {int(tokens[n, t])} does not belong to {self!r}: {rule}.")
+            rule = f"ids run from 0 to {self.vocab_size - 1}" + (
+                ", every token after EOS is EOS, and the last one is EOS" if self.eos else ""
+            )
+            raise InputError(
+                f"{name}[{n}, {t}] = {int(tokens[n, t])} does not belong to {self!r}: {rule}."
+            )
         return tokens
 
     def all_tokens(self, max_sequences: int = 1_000_000) -> Tensor:
@@ -142,14 +176,23 @@ class SequenceSpace:
             TooLargeError: there are more than `max_sequences`.
         """
         if self.size > max_sequences:
-            raise TooLargeError(f"the space holds {self.size:,} sequences, max_sequences is {max_sequences:,}; sample instead, or shorten it.")
+            raise TooLargeError(
+                f"the space holds {self.size:,} sequences, max_sequences is {max_sequences:,};"
+                " sample instead, or shorten it."
+            )
         lengths = range(self.max_length) if self.eos else [self.max_length]
         return torch.cat([self._all_of_length(length) for length in lengths])
 
     def _all_of_length(self, length: int) -> Tensor:
         words = torch.arange(len(self.vocabulary))
-        grid = torch.cartesian_prod(*[words] * length).reshape(-1, length) if length else words.new_zeros(1, 0)
-        return torch.nn.functional.pad(grid, (0, self.max_length - length), value=len(self.vocabulary))
+        grid = (
+            torch.cartesian_prod(*[words] * length).reshape(-1, length)
+            if length
+            else words.new_zeros(1, 0)
+        )
+        return torch.nn.functional.pad(
+            grid, (0, self.max_length - length), value=len(self.vocabulary)
+        )
 
     def _split(self, text: str) -> list[str]:
         return _split(text, self.separator)
@@ -158,12 +201,17 @@ class SequenceSpace:
         words = self._split(unicodedata.normalize("NFC", text))
         unknown = next((word for word in words if word not in self.word_ids), None)
         if unknown is not None:
-            raise InputError(f"text {text!r}: word {unknown!r} is not in the vocabulary of {self!r}; add it, or remove the text.")
+            raise InputError(
+                f"text {text!r}: word {unknown!r} is not in the vocabulary of {self!r}; add it, or"
+                " remove the text."
+            )
         room = self.max_length - self.eos
         if len(words) > room or (not self.eos and len(words) < room):
             wanted = f"at most {room}" if self.eos else f"exactly {room}"
             raise InputError(f"text {text!r} has {len(words)} words; this space takes {wanted}.")
-        return [self.word_ids[word] for word in words] + [len(self.vocabulary)] * (self.max_length - len(words))
+        return [self.word_ids[word] for word in words] + [len(self.vocabulary)] * (
+            self.max_length - len(words)
+        )
 
 
 def _split(text: str, separator: str) -> list[str]:

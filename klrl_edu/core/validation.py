@@ -17,9 +17,14 @@ def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> float:
     try:
         value = float(kl_coef)
     except (TypeError, ValueError):
-        raise InputError(f"{name} = {kl_coef!r} is not a number; give λ in reward units per nat, at least 0.") from None
+        raise InputError(
+            f"{name} = {kl_coef!r} is not a number; give λ in reward units per nat, at least 0."
+        ) from None
     if not value >= 0:  # also catches NaN
-        raise InputError(f"{name} = {value!r} must be at least 0 (0: reward only; inf: the prior); a negative λ would reward divergence.")
+        raise InputError(
+            f"{name} = {value!r} must be at least 0 (0: reward only; inf: the prior); a negative λ"
+            " would reward divergence."
+        )
     return value
 
 
@@ -30,7 +35,9 @@ def check_count(value: int, name: str, minimum: int = 1) -> int:
     return value
 
 
-def check_probabilities(probs: Sequence[float] | Tensor, name: str = "probs", *, normalize: bool = False) -> Tensor:
+def check_probabilities(
+    probs: Sequence[float] | Tensor, name: str = "probs", *, normalize: bool = False
+) -> Tensor:
     """Probabilities [K] as float64: finite, non-negative, summing to one within 1e-9.
 
     Args:
@@ -38,15 +45,28 @@ def check_probabilities(probs: Sequence[float] | Tensor, name: str = "probs", *,
     """
     values = torch.as_tensor(probs, dtype=torch.float64).detach()
     if values.ndim != 1 or values.numel() == 0:
-        raise InputError(f"{name} has shape {list(values.shape)}; expected one probability a sequence, [K] with K at least 1.")
-    _refuse(~torch.isfinite(values), values, name, "is not finite; probabilities are numbers from 0 to 1.")
+        raise InputError(
+            f"{name} has shape {list(values.shape)}; expected one probability a sequence, [K] with"
+            " K at least 1."
+        )
+    _refuse(
+        ~torch.isfinite(values),
+        values,
+        name,
+        "is not finite; probabilities are numbers from 0 to 1.",
+    )
     _refuse(values < 0, values, name, "is negative; probabilities are at least 0.")
     top = float(values.max())
     total = top * math.fsum((values / top).tolist()) if top > 0 else 0.0
     if normalize:
         if total == 0:
-            raise InputError(f"{name} are all 0, so they cannot be normalised; give at least one positive weight.")
-        scaled = values / top  # first by the largest, so that huge or tiny weights neither overflow nor vanish
+            raise InputError(
+                f"{name} are all 0, so they cannot be normalised; give at least one positive"
+                " weight."
+            )
+        scaled = (
+            values / top
+        )  # first by the largest, so that huge or tiny weights neither overflow nor vanish
         return scaled / math.fsum(scaled.tolist())
     if abs(total - 1) > SUM_TOLERANCE:
         raise InputError(f"{name} sum to {total:.12g}, not 1. Raw weights? Pass normalize=True.")
@@ -54,22 +74,37 @@ def check_probabilities(probs: Sequence[float] | Tensor, name: str = "probs", *,
 
 
 def check_finite_vector(values: Any, name: str, length: int | None = None) -> Tensor:
-    """Numbers [K] as float64 without NaN or +inf; −inf is allowed (a hard constraint, zero mass)."""
+    """Numbers [K] as float64 without NaN or +inf; −inf is allowed (a hard constraint, zero
+    mass).
+    """
     vector = torch.as_tensor(values, dtype=torch.float64)
     if vector.ndim != 1 or (length is not None and len(vector) != length):
-        raise InputError(f"{name} has shape {list(vector.shape)}; expected [{'K' if length is None else length}].")
-    _refuse(torch.isnan(vector) | (vector == math.inf), vector, name, "is not allowed; give a number, or -inf for zero mass.")
+        raise InputError(
+            f"{name} has shape {list(vector.shape)}; expected"
+            f" [{'K' if length is None else length}]."
+        )
+    _refuse(
+        torch.isnan(vector) | (vector == math.inf),
+        vector,
+        name,
+        "is not allowed; give a number, or -inf for zero mass.",
+    )
     return vector
 
 
 def check_same_space(left: Any, right: Any, what: str) -> None:
     """Two models that are to be compared or combined must share one space."""
     if left != right:
-        raise InputError(f"{what} live on different spaces: {left} and {right}; build both on the same SequenceSpace.")
+        raise InputError(
+            f"{what} live on different spaces: {left} and {right}; build both on the same"
+            " SequenceSpace."
+        )
 
 
 def any_known(condition: Tensor) -> bool | None:
-    """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`, where one tensor stands for many and no branch can be taken."""
+    """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`, where one tensor
+    stands for many and no branch can be taken.
+    """
     try:
         return bool(condition.any())
     except RuntimeError as error:

@@ -1,4 +1,6 @@
-"""Sequences with log-weights: exact tables and particles alike; logsumexp(log_weights) is log Z or its estimate."""
+"""Sequences with log-weights: exact tables and particles alike; logsumexp(log_weights) is log Z or
+its estimate.
+"""
 
 from dataclasses import dataclass
 
@@ -18,7 +20,8 @@ class WeightedSequences:
         space: the space they belong to.
         tokens: [N,T].
         log_weights: [N] in nats, unnormalised; −inf is zero mass.
-        exact: True for a table in which each sequence stands once with its true weight; False for particles.
+        exact: True for a table in which each sequence stands once with its true weight; False for
+            particles.
     """
 
     space: SequenceSpace
@@ -29,9 +32,14 @@ class WeightedSequences:
     def __post_init__(self) -> None:
         self.space.check_tokens(self.tokens)
         if self.log_weights.shape != self.tokens.shape[:1]:
-            raise InputError(f"log_weights has shape {list(self.log_weights.shape)}; expected [{len(self.tokens)}], one a sequence.")
+            raise InputError(
+                f"log_weights has shape {list(self.log_weights.shape)}; expected"
+                f" [{len(self.tokens)}], one a sequence."
+            )
         if bool(torch.isnan(self.log_weights).any()) or bool((self.log_weights == torch.inf).any()):
-            raise InputError("log_weights hold NaN or +inf; give finite numbers, or -inf for zero mass.")
+            raise InputError(
+                "log_weights hold NaN or +inf; give finite numbers, or -inf for zero mass."
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)

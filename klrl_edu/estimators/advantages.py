@@ -1,12 +1,14 @@
-"""What a policy gradient multiplies log π by: baselines, standardised rewards, GAE, and the pseudo-rewards of f-DPG.
+"""What a policy gradient multiplies log π by: baselines, standardised rewards, GAE, and the
+pseudo-rewards of f-DPG.
 
-    ∇E_π[R] = E_π[(R − b) s],    s = ∇log π,    for every b that does not depend on the sample                        (1)
-    b* = E_π[R‖s‖²]/E_π[‖s‖²]                                                                                      (2)
-    A_t = Σ_{l≥0} (γλ)^l δ_{t+l},    δ_t = r_t + γV_{t+1} − V_t                                                     (3)
-    ∇D_f(π‖p) = E_π[f'(π/p) s],      D_f(π‖p) = E_p[f(π/p)]                                                          (4)
+    ∇E_π[R] = E_π[(R − b) s],    s = ∇log π,    for every b that does not depend on the sample   (1)
+    b* = E_π[R‖s‖²]/E_π[‖s‖²]                                                                    (2)
+    A_t = Σ_{l≥0} (γλ)^l δ_{t+l},    δ_t = r_t + γV_{t+1} − V_t                                  (3)
+    ∇D_f(π‖p) = E_π[f'(π/p) s],      D_f(π‖p) = E_p[f(π/p)]                                      (4)
 
-N sequences, T tokens; `group` [N] names each sequence's prompt 0 … M−1, n_g of which share it. Rewards, baselines and advantages in reward
-units (z-scores have none). Williams (1992); Kool et al. (2019); Schulman et al. (2016); Shao et al. (2024); Go et al. (2023).
+N sequences, T tokens; `group` [N] names each sequence's prompt 0 … M−1, n_g of which share it.
+Rewards, baselines and advantages in reward units (z-scores have none). Williams (1992); Kool et al.
+(2019); Schulman et al. (2016); Shao et al. (2024); Go et al. (2023).
 """
 
 import torch
@@ -16,11 +18,12 @@ from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import any_known
 
-# --- one advantage a sequence, from its group ---------------------------------------------------------------------------
+# --- one advantage a sequence, from its group -----------------------------------------------------
 
 
 def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
-    """The mean of the other values in each one's group: [N] and group [N] -> [N]; independent of the value it is subtracted from, as (1) asks.
+    """The mean of the other values in each one's group: [N] and group [N] -> [N]; independent of
+    the value it is subtracted from, as (1) asks.
 
     Raises:
         InputError: a group of one.
@@ -32,20 +35,26 @@ def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
 
 
 def leave_one_out_advantage(values: Tensor, group: Tensor) -> Tensor:
-    """R − leave-one-out mean: [N] and group [N] -> [N], n/(n − 1) times `centred`. RLOO: Ahmadian et al. (2024), eq. 8."""
+    """R − leave-one-out mean: [N] and group [N] -> [N], n/(n − 1) times `centred`. RLOO: Ahmadian
+    et al. (2024), eq. 8.
+    """
     return values - leave_one_out_mean(values, group)
 
 
 def centred(values: Tensor, group: Tensor) -> Tensor:
-    """R − the group's mean, which contains R itself: [N] and group [N] -> [N]; the gradient shrinks to (n − 1)/n of ∇E[R], in the same direction."""
+    """R − the group's mean, which contains R itself: [N] and group [N] -> [N]; the gradient shrinks
+    to (n − 1)/n of ∇E[R], in the same direction.
+    """
     return values - _totals(values, group) / torch.bincount(group)[group]
 
 
 def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> Tensor:
-    """(R − mean)/(std + ε) in each group, with the population std (divided by n): [N] and group [N] -> [N], without unit.
+    """(R − mean)/(std + ε) in each group, with the population std (divided by n): [N] and group [N]
+    -> [N], without unit.
 
-    Dividing by a std that contains R changes the direction: with rewards 0 and 1 of mean p and ε = 0,
-    E[A s] = E_{k~Bin(n,p)}[√(k/n (1 − k/n))] ∇p/(p(1 − p)), which as n → ∞ ascends 2 arcsin √p. Equal rewards give 0, never 0/0.
+    Dividing by a std that contains R changes the direction: with rewards 0 and 1 of mean p and ε =
+    0, E[A s] = E_{k~Bin(n,p)}[√(k/n (1 − k/n))] ∇p/(p(1 − p)), which as n → ∞ ascends 2 arcsin √p.
+    Equal rewards give 0, never 0/0.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -57,10 +66,11 @@ def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> T
 
 
 def sample_z_score(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """(R − mean)/(std + ε) in each group, with the sample std (divided by n − 1): [N] and group [N] -> [N], without unit.
+    """(R − mean)/(std + ε) in each group, with the sample std (divided by n − 1): [N] and group [N]
+    -> [N], without unit.
 
-    What TRL (ε = 1e-4) and verl (ε = 1e-6) compute: √((n − 1)/n) times `population_z_score` for ε = 0, and less where ε is not small beside
-    the std. Equal rewards give 0.
+    What TRL (ε = 1e-4) and verl (ε = 1e-6) compute: √((n − 1)/n) times `population_z_score` for ε =
+    0, and less where ε is not small beside the std. Equal rewards give 0.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -75,8 +85,8 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
     Args:
         values: R [K], reward units.
         squared_norms: ‖s‖² [K] of the score by whatever parameters the gradient is taken.
-        log_weights: log-weights [K] of the outcomes, normalised here; zeros for samples of π. Estimated from the samples it is used on, b*
-            depends on them and (1) fails at order 1/n.
+        log_weights: log-weights [K] of the outcomes, normalised here; zeros for samples of π.
+            Estimated from the samples it is used on, b* depends on them and (1) fails at order 1/n.
 
     Raises:
         InfeasibleError: every weight is 0.
@@ -84,30 +94,39 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
     Source: Greensmith et al. (2004).
     """
     log_p = logspace.log_normalize(log_weights)
-    return logspace.expectation(log_p, values * squared_norms) / logspace.expectation(log_p, squared_norms)
+    return logspace.expectation(log_p, values * squared_norms) / logspace.expectation(
+        log_p, squared_norms
+    )
 
 
-# --- one advantage a token ----------------------------------------------------------------------------------------------
+# --- one advantage a token ------------------------------------------------------------------------
 
 
 def to_go(rewards: Tensor) -> Tensor:
-    """Σ_{t'≥t} r_t' [N,T] -> [N,T]: what a token can still change, in reward units. A token's earlier rewards are a constant b of (1)."""
+    """Σ_{t'≥t} r_t' [N,T] -> [N,T]: what a token can still change, in reward units. A token's
+    earlier rewards are a constant b of (1).
+    """
     return rewards.flip(-1).cumsum(-1).flip(-1)
 
 
-def gae(rewards: Tensor, values: Tensor, live: Tensor, *, discount: float = 1.0, decay: float = 0.95) -> Tensor:
+def gae(
+    rewards: Tensor, values: Tensor, live: Tensor, *, discount: float = 1.0, decay: float = 0.95
+) -> Tensor:
     """Generalised advantage estimation (3).
 
     Args:
         rewards: r_t [N,T], reward units.
-        values: V(y_<t) [N,T], the critic's guess of the rewards still to come before token t; it is 0 after the last token.
+        values: V(y_<t) [N,T], the critic's guess of the rewards still to come before token t; it is
+            0 after the last token.
         live: bool [N,T].
-        discount: γ; language models take 1 (design: optima of tokens and sequences agree only there).
+        discount: γ; language models take 1 (design: optima of tokens and sequences agree only
+            there).
         decay: the λ of GAE.
 
     Returns:
-        A_t [N,T], 0 after the first EOS. With γ = 1, E[Σ_t A_t s_t] = ∇E[Σ r] for any V where decay = 1 (then A_t = Σ_{t'≥t} r_t' − V_t), and for any
-        decay where V is exact; otherwise δ bootstraps from a wrong V and the gradient is biased.
+        A_t [N,T], 0 after the first EOS. With γ = 1, E[Σ_t A_t s_t] = ∇E[Σ r] for any V where decay
+        = 1 (then A_t = Σ_{t'≥t} r_t' − V_t), and for any decay where V is exact; otherwise δ
+        bootstraps from a wrong V and the gradient is biased.
 
     Source: Schulman et al. (2016), eq. 16.
     """
@@ -121,26 +140,33 @@ def gae(rewards: Tensor, values: Tensor, live: Tensor, *, discount: float = 1.0,
     return torch.where(live, torch.stack(columns[::-1], -1), torch.zeros_like(delta))
 
 
-# --- f-DPG: rewards whose policy gradient descends a divergence to a target p ---------------------------------------------
+# --- f-DPG: rewards whose policy gradient descends a divergence to a target p ---------------------
 
 
 def fdpg_reverse_kl(log_ratio: Tensor) -> Tensor:
-    """−f' = −(log t + 1), f = t log t, of log t = log π/p [...]: the reward of KL(π‖p). Constants are baselines, so p need not be normalised."""
+    """−f' = −(log t + 1), f = t log t, of log t = log π/p [...]: the reward of KL(π‖p). Constants
+    are baselines, so p need not be normalised.
+    """
     return -(log_ratio + 1)
 
 
 def fdpg_forward_kl(log_ratio: Tensor) -> Tensor:
-    """−f' = 1/t, f = −log t, of log t = log π/p [...]: the reward p/π of KL(p‖π), which is DPG (Khalifa et al., 2021). Needs p normalised."""
+    """−f' = 1/t, f = −log t, of log t = log π/p [...]: the reward p/π of KL(p‖π), which is DPG
+    (Khalifa et al., 2021). Needs p normalised.
+    """
     return torch.exp(-log_ratio)
 
 
 def fdpg_total_variation(log_ratio: Tensor) -> Tensor:
-    """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p), which only says whether π has too much."""
+    """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p), which
+    only says whether π has too much.
+    """
     return -torch.sign(log_ratio) / 2
 
 
 def fdpg_jensen_shannon(log_ratio: Tensor) -> Tensor:
-    """−f' = −½ log 2t/(1 + t), f = ½[t log t − (1 + t) log (1 + t)/2], of log t = log π/p [...]: the reward of JS, at least −½ log 2.
+    """−f' = −½ log 2t/(1 + t), f = ½[t log t − (1 + t) log (1 + t)/2], of log t = log π/p [...]:
+    the reward of JS, at least −½ log 2.
 
     Go et al. (2023), Table 1, leave out the ½.
     """
@@ -159,12 +185,20 @@ def fdpg_squared_hellinger(log_ratio: Tensor) -> Tensor:
 
 def _half_log_twice_share(log_ratio: Tensor) -> Tensor:
     """½ log 2t/(1 + t) of log t."""
-    return -(torch.logaddexp(torch.zeros_like(log_ratio), -log_ratio) - torch.log(torch.full_like(log_ratio, 2.0))) / 2
+    return (
+        -(
+            torch.logaddexp(torch.zeros_like(log_ratio), -log_ratio)
+            - torch.log(torch.full_like(log_ratio, 2.0))
+        )
+        / 2
+    )
 
 
 def _totals(values: Tensor, group: Tensor) -> Tensor:
     """The sum over each one's group: [N] and group [N] -> [N]."""
-    return torch.zeros(int(group.max()) + 1, dtype=values.dtype, device=values.device).index_add(0, group, values)[group]
+    return torch.zeros(int(group.max()) + 1, dtype=values.dtype, device=values.device).index_add(
+        0, group, values
+    )[group]
 
 
 def _counts(group: Tensor, remedy: str) -> Tensor:
@@ -172,7 +206,9 @@ def _counts(group: Tensor, remedy: str) -> Tensor:
     count = torch.bincount(group)[group]
     if bool((count < 2).any()):
         lone = int(group[count < 2][0])
-        raise InputError(f"group {lone} holds one sequence, so there is no other to average; {remedy}.")
+        raise InputError(
+            f"group {lone} holds one sequence, so there is no other to average; {remedy}."
+        )
     return count
 
 
@@ -181,8 +217,12 @@ def _deviations(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = _counts(group, "a standard deviation needs at least 2 a prompt (batch_size >= 2)")
     if any_known(~torch.isfinite(values)):
         index = int((~torch.isfinite(values)).nonzero()[0])
-        raise InputError(f"values[{index}] = {float(values[index])} is not finite, so its group has no standard deviation; leave it out.")
-    # from the group's first value, so that equal rewards differ by exactly 0, where R − mean could leave a rounding error of its own size
+        raise InputError(
+            f"values[{index}] = {float(values[index])} is not finite, so its group has no standard"
+            " deviation; leave it out."
+        )
+    # from the group's first value, so that equal rewards differ by exactly 0, where R − mean could
+    # leave a rounding error of its own size
     first = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
     first[group.flip(0)] = torch.arange(len(group), device=group.device).flip(0)
     shifted = values - values[first[group]]

@@ -1,11 +1,14 @@
 """From a value a token to one number: which mean over tokens and sequences a loss takes.
 
     seq-mean-token-sum   (1/N) Σ_i Σ_t x_it                 fixed length   (1/NL) Σ_i Σ_t x_it
-    seq-mean-token-mean  (1/N) Σ_i (1/L_i) Σ_t x_it         token-mean     Σ_i Σ_t x_it / Σ_i L_i                   (1)
+    seq-mean-token-mean  (1/N) Σ_i (1/L_i) Σ_t x_it         token-mean
+    Σ_i Σ_t x_it / Σ_i L_i                                                                       (1)
 
-x values [N,T], live bool [N,T] (True up to the first EOS), L_i = Σ_t live_it, result a scalar in the unit of x. Values that are not live are
-ignored, whatever they hold. Only the sum over tokens of a sequence keeps a sequence objective (log π is a sum); the others weigh sequences
-by their lengths, and agree with it up to a constant where all lengths are equal. Liu et al. (2025), Dr. GRPO; Yu et al. (2025), DAPO.
+x values [N,T], live bool [N,T] (True up to the first EOS), L_i = Σ_t live_it, result a scalar in
+the unit of x. Values that are not live are ignored, whatever they hold. Only the sum over tokens of
+a sequence keeps a sequence objective (log π is a sum); the others weigh sequences by their lengths,
+and agree with it up to a constant where all lengths are equal. Liu et al. (2025), Dr. GRPO; Yu et
+al. (2025), DAPO.
 """
 
 import torch
@@ -13,12 +16,15 @@ from torch import Tensor
 
 
 def seq_mean_token_sum(values: Tensor, live: Tensor) -> Tensor:
-    """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar. A mean over sequences, so unbiased for the sequence's expected sum E_π Σ_t x_t."""
+    """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar. A mean over sequences, so unbiased for
+    the sequence's expected sum E_π Σ_t x_t.
+    """
     return _sums(values, live).mean()
 
 
 def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Tensor:
-    """(1/NL) Σ_i Σ_t x_it with a constant L, by default T: values and live [N,T] -> scalar. Its mean is 1/L of the sum's, whatever the lengths.
+    """(1/NL) Σ_i Σ_t x_it with a constant L, by default T: values and live [N,T] -> scalar. Its
+    mean is 1/L of the sum's, whatever the lengths.
 
     Source: Liu et al. (2025), Dr. GRPO.
     """
@@ -26,7 +32,8 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
 
 
 def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
-    """(1/N) Σ_i (1/L_i) Σ_t x_it: values and live [N,T] -> scalar. Its mean is E_π[Σ_t x_t/L], in which a token of a long sequence counts less.
+    """(1/N) Σ_i (1/L_i) Σ_t x_it: values and live [N,T] -> scalar. Its mean is E_π[Σ_t x_t/L], in
+    which a token of a long sequence counts less.
 
     Source: GRPO, Shao et al. (2024), eq. 3.
     """
@@ -36,8 +43,9 @@ def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
 def token_mean(values: Tensor, live: Tensor) -> Tensor:
     """Σ_i Σ_t x_it / Σ_i L_i: values and live [N,T] -> scalar.
 
-    A ratio of two sums, hence not a mean over sequences: its expectation depends on N where lengths vary. At N = 1 it is
-    `seq_mean_token_mean`; as N grows it tends to E_π[Σ_t x_t]/E_π[L], with a bias of order 1/N. Source: Yu et al. (2025), DAPO.
+    A ratio of two sums, hence not a mean over sequences: its expectation depends on N where lengths
+    vary. At N = 1 it is `seq_mean_token_mean`; as N grows it tends to E_π[Σ_t x_t]/E_π[L], with a
+    bias of order 1/N. Source: Yu et al. (2025), DAPO.
     """
     return _sums(values, live).sum() / live.sum()
 

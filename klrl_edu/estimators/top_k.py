@@ -1,6 +1,8 @@
-"""The per-token KL when only the k largest probabilities of π are kept, as stored log-probabilities of an inference engine are.
+"""The per-token KL when only the k largest probabilities of π are kept, as stored log-probabilities
+of an inference engine are.
 
-    KL_t = Σ_{v∈S} π_v log π_v/q_v + Σ_{v∉S} π_v log π_v/q_v,    S = the k most probable tokens of π(·|y_<t)          (1)
+    KL_t = Σ_{v∈S} π_v log π_v/q_v + Σ_{v∉S} π_v log π_v/q_v,
+    S = the k most probable tokens of π(·|y_<t)                                                  (1)
 
 Each function gives [N,T] in nats; sum over T for the sequence. N sequences, T tokens, V vocabulary.
 """
@@ -15,19 +17,28 @@ from klrl_edu.core.errors import InputError
 def top_k_truncated(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tensor:
     """The first sum of (1) alone: [N,T,V] twice -> [N,T] in nats.
 
-    Biased by minus the second sum; may be negative, and is not a divergence. Without the sampled token, so its variance comes from prefixes only.
+    Biased by minus the second sum; may be negative, and is not a divergence. Without the sampled
+    token, so its variance comes from prefixes only.
     """
     chosen = _largest(log_dists, k)
-    return torch.where(chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)).sum(-1)
+    return torch.where(chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)).sum(
+        -1
+    )
 
 
-def top_k_tail_sampled(log_dists: Tensor, prior_log_dists: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """The first sum of (1) plus log π/q of the sampled token if it lies in the tail: [N,T,V] twice, tokens [N,T] -> [N,T] in nats.
+def top_k_tail_sampled(
+    log_dists: Tensor, prior_log_dists: Tensor, tokens: Tensor, k: int
+) -> Tensor:
+    """The first sum of (1) plus log π/q of the sampled token if it lies in the tail: [N,T,V] twice,
+    tokens [N,T] -> [N,T] in nats.
 
-    Unbiased for KL_t: E[1{y∉S} u(y)] is the second sum. k = 0 is k1 and k = V the full KL_t; given the prefix its variance is that of 1{y∉S} u(y).
+    Unbiased for KL_t: E[1{y∉S} u(y)] is the second sum. k = 0 is k1 and k = V the full KL_t; given
+    the prefix its variance is that of 1{y∉S} u(y).
     """
     chosen = _largest(log_dists, k)
-    known = torch.where(chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)).sum(-1)
+    known = torch.where(
+        chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)
+    ).sum(-1)
     taken = tokens.long().unsqueeze(-1)
     log_ratio = (log_dists.gather(-1, taken) - prior_log_dists.gather(-1, taken)).squeeze(-1)
     in_tail = ~chosen.gather(-1, taken).squeeze(-1)
@@ -35,16 +46,22 @@ def top_k_tail_sampled(log_dists: Tensor, prior_log_dists: Tensor, tokens: Tenso
 
 
 def top_k_tail_bucket(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tensor:
-    """The KL of the distributions that put all the tail into one bucket: [N,T,V] twice -> [N,T] in nats.
+    """The KL of the distributions that put all the tail into one bucket: [N,T,V] twice -> [N,T] in
+    nats.
 
-    Biased downwards (a coarser view: data processing inequality), between 0 and KL_t, and equal to KL_t where π/q is constant over the tail.
+    Biased downwards (a coarser view: data processing inequality), between 0 and KL_t, and equal to
+    KL_t where π/q is constant over the tail.
     """
     chosen = _largest(log_dists, k)
-    return logspace.kl_divergence(_with_bucket(log_dists, chosen), _with_bucket(prior_log_dists, chosen))
+    return logspace.kl_divergence(
+        _with_bucket(log_dists, chosen), _with_bucket(prior_log_dists, chosen)
+    )
 
 
 def _largest(log_dists: Tensor, k: int) -> Tensor:
-    """Which tokens are among the k most probable, bool [N,T,V]; ties are broken without looking at the sample."""
+    """Which tokens are among the k most probable, bool [N,T,V]; ties are broken without looking at
+    the sample.
+    """
     size = log_dists.shape[-1]
     if not 0 <= k <= size:
         raise InputError(f"k = {k!r} must lie between 0 and the vocabulary's size {size}.")

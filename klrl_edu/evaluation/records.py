@@ -1,4 +1,6 @@
-"""What a run leaves behind: metrics by step, and checkpoints that cannot be mistaken or half written."""
+"""What a run leaves behind: metrics by step, and checkpoints that cannot be mistaken or half
+written.
+"""
 
 import csv
 import hashlib
@@ -67,7 +69,9 @@ class History:
 
     def _table(self, shown: int = 8) -> tuple[list[str], list[list[float | None]]]:
         stride = max(1, math.ceil(len(self.records) / shown))
-        picked = self.records[::stride] + ([self.records[-1]] if self.records and (len(self.records) - 1) % stride else [])
+        picked = self.records[::stride] + (
+            [self.records[-1]] if self.records and (len(self.records) - 1) % stride else []
+        )
         return self.names, [[record.get(name) for name in self.names] for record in picked]
 
     def __str__(self) -> str:
@@ -83,7 +87,9 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON values: tensors as lists, non-finite numbers as the strings "inf", "-inf", "nan"."""
+    """Plain JSON values: tensors as lists, non-finite numbers as the strings "inf",
+    "-inf", "nan".
+    """
     if isinstance(value, torch.Tensor):
         return jsonable(value.tolist())
     if isinstance(value, Mapping):
@@ -96,7 +102,9 @@ def jsonable(value: Any) -> Any:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: to a temporary neighbour first, then renamed over the old one."""
+    """Writes a file whole or not at all: to a temporary neighbour first, then renamed over the old
+    one.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as out:
@@ -111,7 +119,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Tensors, numbers and strings to a file that ends in the SHA-256 of the rest; the old file stays until the new one is whole."""
+    """Tensors, numbers and strings to a file that ends in the SHA-256 of the rest; the old file
+    stays until the new one is whole.
+    """
     buffer = io.BytesIO()
     torch.save({"version": _CHECKPOINT_VERSION, "state": dict(state)}, buffer)
     data = buffer.getvalue()
@@ -130,11 +140,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}.") from None
     data, digest = raw[:-32], raw[-32:]
     if len(raw) <= 32 or hashlib.sha256(data).digest() != digest:
-        raise CheckpointError(f"checkpoint {path} is damaged ({len(raw)} bytes, its SHA-256 does not match); take another copy, or train again.")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({len(raw)} bytes, its SHA-256 does not match); take"
+            " another copy, or train again."
+        )
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several types for a file that is not a plain checkpoint
-        raise CheckpointError(f"checkpoint {path} holds more than weights and will not be loaded: {str(error).splitlines()[0]}") from None
+    except (
+        Exception
+    ) as error:  # torch raises several types for a file that is not a plain checkpoint
+        raise CheckpointError(
+            f"checkpoint {path} holds more than weights and will not be loaded:"
+            f" {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(content, dict) or content.get("version") != _CHECKPOINT_VERSION:
         raise CheckpointError(f"checkpoint {path} is not of version {_CHECKPOINT_VERSION}.")
     state: dict[str, Any] = content["state"]

@@ -1,11 +1,13 @@
 """Best-of-n: draw n from q, keep one of highest reward.
 
-    π_n(y) = q(y)/q(level) · [F(level)^n − F₋(level)^n],    KL(π_n‖q) ≤ log n − (n − 1)/n                        (1)
-    F^n − F₋^n = F^n (1 − (F₋/F)^n),    log F₋/F = log(1 − q(level)/F) where the level is the smaller part of F      (2)
+    π_n(y) = q(y)/q(level) · [F(level)^n − F₋(level)^n],    KL(π_n‖q) ≤ log n − (n − 1)/n        (1)
+    F^n − F₋^n = F^n (1 − (F₋/F)^n),
+    log F₋/F = log(1 − q(level)/F) where the level is the smaller part of F                      (2)
 
-F is the prior's mass of rewards up to a level, F₋ of those below it; of several best draws the first is kept, which shares a level's mass
-as q does. Equality in the bound holds only without ties and atoms. (2) keeps the digits of levels of any mass at any n.
-Stiennon et al. (2020); Beirami et al. (2024), Theorem 1. K outcomes; log q in nats (−inf is zero mass), rewards in reward units.
+F is the prior's mass of rewards up to a level, F₋ of those below it; of several best draws the
+first is kept, which shares a level's mass as q does. Equality in the bound holds only without ties
+and atoms. (2) keeps the digits of levels of any mass at any n. Stiennon et al. (2020); Beirami et
+al. (2024), Theorem 1. K outcomes; log q in nats (−inf is zero mass), rewards in reward units.
 """
 
 import math
@@ -20,7 +22,9 @@ from klrl_edu.core.validation import SUM_TOLERANCE, check_count
 
 
 class BestOfN(NamedTuple):
-    """log π_n [K] in nats; KL(π_n‖q) and its bound in nats; E[r] in reward units; the probability of beating a draw from q, ties half."""
+    """log π_n [K] in nats; KL(π_n‖q) and its bound in nats; E[r] in reward units; the probability
+    of beating a draw from q, ties half.
+    """
 
     log_probs: Tensor
     kl: float
@@ -38,7 +42,8 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
         n: draws, a whole number ≥ 1.
 
     Raises:
-        InputError: n < 1, shapes that differ, a prior that does not sum to one, or a NaN or +inf reward where it has mass.
+        InputError: n < 1, shapes that differ, a prior that does not sum to one, or a NaN or +inf
+            reward where it has mass.
     """
     check_count(n, "n")
     _check(log_prior, rewards)
@@ -48,15 +53,23 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
     log_level = logspace.segment_logsumexp(log_q, level, int(level.max()) + 1)
     log_below, log_up_to = _cumulative(log_level)
     share = (log_level - log_up_to).clamp(max=0)
-    log_rest = torch.where(share < -math.log(2), logspace.log1mexp(share), log_below - log_up_to)  # log F₋/F
+    log_rest = torch.where(
+        share < -math.log(2), logspace.log1mexp(share), log_below - log_up_to
+    )  # log F₋/F
     log_gain = n * log_up_to + logspace.log1mexp(n * log_rest.clamp(max=0))  # (2)
     log_pi = torch.full_like(log_prior, -math.inf)
     log_pi[supported] = log_q - log_level[level] + log_gain[level]
     # said outright: at large n the worst outcomes' mass underflows, and 0·(−inf) is no number
-    mean = -math.inf if bool((r == -math.inf).any()) else float(logspace.expectation(log_pi[supported], r))
+    mean = (
+        -math.inf
+        if bool((r == -math.inf).any())
+        else float(logspace.expectation(log_pi[supported], r))
+    )
     wins = log_below.exp() + log_level.exp() / 2
     kl = float(logspace.kl_divergence(log_pi, log_prior))
-    return BestOfN(log_pi, kl, kl_bound(n), mean, float((log_pi[supported].exp() * wins[level]).sum()))
+    return BestOfN(
+        log_pi, kl, kl_bound(n), mean, float((log_pi[supported].exp() * wins[level]).sum())
+    )
 
 
 def kl_bound(n: int) -> float:
@@ -67,19 +80,33 @@ def kl_bound(n: int) -> float:
 
 def _check(log_prior: Tensor, rewards: Tensor) -> None:
     if log_prior.ndim != 1 or rewards.shape != log_prior.shape:
-        raise InputError(f"log_prior {list(log_prior.shape)} and rewards {list(rewards.shape)} must both be [K].")
+        raise InputError(
+            f"log_prior {list(log_prior.shape)} and rewards {list(rewards.shape)} must both be [K]."
+        )
     total = float(log_prior.exp().sum())
     if not abs(total - 1) <= SUM_TOLERANCE:  # also NaN
-        raise InputError(f"exp(log_prior) sums to {total:.12g}, not 1; normalise it, e.g. with torch.log_softmax.")
+        raise InputError(
+            f"exp(log_prior) sums to {total:.12g}, not 1; normalise it, e.g. with"
+            " torch.log_softmax."
+        )
     bad = (log_prior > -math.inf) & (torch.isnan(rewards) | (rewards == math.inf))
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
-        raise InputError(f"rewards[{index}] = {float(rewards[index])} where the prior has mass; give a number, or -inf for the worst.")
+        raise InputError(
+            f"rewards[{index}] = {float(rewards[index])} where the prior has mass; give a number,"
+            " or -inf for the worst."
+        )
 
 
 def _cumulative(log_level: Tensor) -> tuple[Tensor, Tensor]:
-    """log F₋ and log F of each level, rising; F from the side that keeps its digits, so that masses near 1 come from their complement."""
+    """log F₋ and log F of each level, rising; F from the side that keeps its digits, so that masses
+    near 1 come from their complement.
+    """
     nothing = log_level.new_full((1,), -math.inf)
     log_above = torch.cat([torch.logcumsumexp(log_level.flip(0), 0).flip(0)[1:], nothing])
-    log_up_to = torch.where(log_above < -math.log(2), logspace.log1mexp(log_above.clamp(max=0)), torch.logcumsumexp(log_level, 0))
+    log_up_to = torch.where(
+        log_above < -math.log(2),
+        logspace.log1mexp(log_above.clamp(max=0)),
+        torch.logcumsumexp(log_level, 0),
+    )
     return torch.cat([nothing, log_up_to[:-1]]), log_up_to

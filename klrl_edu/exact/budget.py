@@ -1,8 +1,11 @@
-"""λ for a KL budget or a target reward, the reward–KL frontier, and the closed path of mirror descent.
+"""λ for a KL budget or a target reward, the reward–KL frontier, and the closed path of mirror
+descent.
 
-    d E_{π*}[r]/d(1/λ) = Var_{π*}(r),    d E[r]/d KL(π*‖q) = λ along the frontier                                 (1)
-    λ → ∞:  ΔE[r] ≈ Var_q(r)/λ,   KL ≈ Var_q(r)/2λ²;     λ → 0:  q on argmax r, KL → −log q(argmax r)              (2)
-    mirror descent with step η:  π_t ∝ q exp(r/λ_t),   λ_t = λ/(1 − (1 − ηλ)^t);   without the KL term λ_t = 1/(ηt)     (3)
+    d E_{π*}[r]/d(1/λ) = Var_{π*}(r),    d E[r]/d KL(π*‖q) = λ along the frontier                (1)
+    λ → ∞:  ΔE[r] ≈ Var_q(r)/λ,   KL ≈ Var_q(r)/2λ²;     λ → 0:
+    q on argmax r, KL → −log q(argmax r)                                                         (2)
+    mirror descent with step η:  π_t ∝ q exp(r/λ_t),   λ_t = λ/(1 − (1 − ηλ)^t);
+    without the KL term λ_t = 1/(ηt)                                                             (3)
 
 K outcomes; log q in nats (−inf is zero mass), rewards in reward units (−inf forbids).
 """
@@ -22,7 +25,9 @@ from klrl_edu.exact.enumeration import Tilted, tilt
 
 
 class Frontier(NamedTuple):
-    """Points of the reward–KL frontier, each [M]: λ, E_{π*}[r] in reward units, KL(π*‖q) in nats, and λ log Z in reward units."""
+    """Points of the reward–KL frontier, each [M]: λ, E_{π*}[r] in reward units, KL(π*‖q) in nats,
+    and λ log Z in reward units.
+    """
 
     kl_coef: Tensor
     expected_reward: Tensor
@@ -31,9 +36,13 @@ class Frontier(NamedTuple):
 
 
 def frontier(log_prior: Tensor, rewards: Tensor, kl_coefs: Sequence[float]) -> Frontier:
-    """E[r] and KL of the posteriors of log_prior and rewards [K] at each λ; no policy lies above the curve that they trace."""
+    """E[r] and KL of the posteriors of log_prior and rewards [K] at each λ; no policy lies above
+    the curve that they trace.
+    """
     rows = [_point(log_prior, rewards, kl_coef) for kl_coef in kl_coefs]
-    return Frontier(*(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)))
+    return Frontier(
+        *(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    )
 
 
 def _point(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> tuple[float, float, float, float]:
@@ -50,20 +59,26 @@ def _kl(log_prior: Tensor, tilted: Tilted) -> float:
 
 
 def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> float:
-    """The λ at which KL(π*‖q) = budget: log_prior and rewards [K], budget in nats. A budget of 0 gives inf where nothing is forbidden.
+    """The λ at which KL(π*‖q) = budget: log_prior and rewards [K], budget in nats. A budget of 0
+    gives inf where nothing is forbidden.
 
     Raises:
-        InputError: a budget below what forbidden outcomes cost at any λ, or from −log q(argmax r) on, which only λ = 0 attains.
+        InputError: a budget below what forbidden outcomes cost at any λ, or from −log q(argmax r)
+            on, which only λ = 0 attains.
     """
     forbidden = bool(((log_prior > -math.inf) & (rewards == -math.inf)).any())
     least = _kl(log_prior, tilt(log_prior, rewards, math.inf)) if forbidden else 0.0
     most = _kl(log_prior, tilt(log_prior, rewards, 0.0))
     if not least <= budget < math.inf or math.isnan(budget):
         raise InputError(
-            f"budget = {budget!r} is below {least:.12g} nats, the least that the rewards leave; give one from {least:.12g} to {most:.12g}."
+            f"budget = {budget!r} is below {least:.12g} nats, the least that the rewards leave;"
+            f" give one from {least:.12g} to {most:.12g}."
         )
     if budget > most:
-        raise InputError(f"budget = {budget!r} nats is above the most attainable, −log q(argmax r) = {most:.12g}; λ = 0 already reaches that.")
+        raise InputError(
+            f"budget = {budget!r} nats is above the most attainable, −log q(argmax r) ="
+            f" {most:.12g}; λ = 0 already reaches that."
+        )
     return _solve(log_prior, rewards, budget, least, most, lambda tilted: _kl(log_prior, tilted))
 
 
@@ -75,12 +90,26 @@ def kl_coef_for_reward(log_prior: Tensor, rewards: Tensor, target: float) -> flo
     """
     least, most = (float(_mean(tilt(log_prior, rewards, end), rewards)) for end in (math.inf, 0.0))
     if not least <= target <= most:
-        raise InputError(f"target = {target!r} is outside the attainable range [{least:.12g}, {most:.12g}] of E[r].")
-    return _solve(log_prior, rewards, target, least, most, lambda tilted: float(_mean(tilted, rewards)))
+        raise InputError(
+            f"target = {target!r} is outside the attainable range [{least:.12g}, {most:.12g}] of"
+            " E[r]."
+        )
+    return _solve(
+        log_prior, rewards, target, least, most, lambda tilted: float(_mean(tilted, rewards))
+    )
 
 
-def _solve(log_prior: Tensor, rewards: Tensor, target: float, least: float, most: float, measure: Callable[[Tilted], float]) -> float:
-    """The λ of a quantity that falls from `most` at λ = 0 to `least` at λ = inf, by bracketing log λ."""
+def _solve(
+    log_prior: Tensor,
+    rewards: Tensor,
+    target: float,
+    least: float,
+    most: float,
+    measure: Callable[[Tilted], float],
+) -> float:
+    """The λ of a quantity that falls from `most` at λ = 0 to `least` at λ = inf, by bracketing log
+    λ.
+    """
     if target == least:
         return math.inf
     if target == most:
@@ -99,7 +128,9 @@ def _solve(log_prior: Tensor, rewards: Tensor, target: float, least: float, most
         high *= 2
         if high > 700:
             return math.inf
-    return spread * math.exp(float(brentq(excess, low, high, xtol=1e-14, rtol=8.9e-16, maxiter=500)))
+    return spread * math.exp(
+        float(brentq(excess, low, high, xtol=1e-14, rtol=8.9e-16, maxiter=500))
+    )
 
 
 def _spread(log_prior: Tensor, rewards: Tensor) -> float:
@@ -109,8 +140,8 @@ def _spread(log_prior: Tensor, rewards: Tensor) -> float:
 
 
 def mirror_descent_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Tensor:
-    """λ_t for t = 0 … steps by (3): [steps + 1], inf at t = 0 (the prior). Every iterate of mirror descent, and of the natural gradient, from
-    q is the posterior at λ_t.
+    """λ_t for t = 0 … steps by (3): [steps + 1], inf at t = 0 (the prior). Every iterate of mirror
+    descent, and of the natural gradient, from q is the posterior at λ_t.
 
     Args:
         kl_coef: λ ≥ 0; at 0 the updates are multiplicative weights and λ_t = 1/(ηt).
@@ -122,22 +153,32 @@ def mirror_descent_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Ten
     check_kl_coef(kl_coef)
     check_count(steps, "steps", 0)
     if not 0 < step_size < math.inf or not step_size * kl_coef <= 1:
-        raise InputError(f"step_size = {step_size!r} must be positive with step_size · kl_coef ≤ 1 (kl_coef = {kl_coef:g}).")
+        raise InputError(
+            f"step_size = {step_size!r} must be positive with step_size · kl_coef ≤ 1 (kl_coef ="
+            f" {kl_coef:g})."
+        )
     t = torch.arange(steps + 1, dtype=torch.float64)
     if kl_coef == 0:
         return 1 / (step_size * t)
-    done = -torch.expm1(t * math.log1p(-step_size * kl_coef)) if step_size * kl_coef < 1 else (t > 0).double()
+    done = (
+        -torch.expm1(t * math.log1p(-step_size * kl_coef))
+        if step_size * kl_coef < 1
+        else (t > 0).double()
+    )
     return kl_coef / done
 
 
 def proximal_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Tensor:
-    """λ_t = λ/(1 − (1 + ηλ)^{−t}) [steps + 1] of the proximal (implicit) updates, for λ > 0 and any η > 0; inf at t = 0.
+    """λ_t = λ/(1 − (1 + ηλ)^{−t}) [steps + 1] of the proximal (implicit) updates, for λ > 0 and any
+    η > 0; inf at t = 0.
 
     Raises:
         InputError: λ or η not positive.
     """
     check_count(steps, "steps", 0)
     if not (0 < kl_coef < math.inf and 0 < step_size < math.inf):
-        raise InputError(f"kl_coef = {kl_coef!r} and step_size = {step_size!r} must be positive numbers.")
+        raise InputError(
+            f"kl_coef = {kl_coef!r} and step_size = {step_size!r} must be positive numbers."
+        )
     t = torch.arange(steps + 1, dtype=torch.float64)
     return kl_coef / -torch.expm1(-t * math.log1p(step_size * kl_coef))

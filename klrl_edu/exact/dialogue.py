@@ -1,8 +1,10 @@
-"""A dialogue with a user who may or may not be clear: where γ, the user's replies and planning each decide what the best policy is.
+"""A dialogue with a user who may or may not be clear: where γ, the user's replies and planning each
+decide what the best policy is.
 
-The user's request can be read in two ways. The assistant's prior mostly answers at once, which earns a little now; a question costs a little
-now and usually makes the request clear; a bold guess now and then delights. The user's replies are P(s'|s,a), which no policy chooses: that is
-what a dialogue has and a token process has not. Rewards in units of one fully satisfactory answer.
+The user's request can be read in two ways. The assistant's prior mostly answers at once, which
+earns a little now; a question costs a little now and usually makes the request clear; a bold guess
+now and then delights. The user's replies are P(s'|s,a), which no policy chooses: that is what a
+dialogue has and a token process has not. Rewards in units of one fully satisfactory answer.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,12 +38,16 @@ _DIALOGUE: dict[str, dict[str, tuple[float, float, dict[str, float]]]] = {
         "guess": (0.2, 0.4, {"delighted": 0.3, "annoyed": 0.7}),
     },
     "delighted": {"close": (1.0, 2.0, {"over": 1.0})},
-    "annoyed": {"answer": (0.5, -0.2, {"over": 0.7, "annoyed": 0.3}), "close": (0.5, -0.3, {"over": 1.0})},
+    "annoyed": {
+        "answer": (0.5, -0.2, {"over": 0.7, "annoyed": 0.3}),
+        "close": (0.5, -0.3, {"over": 1.0}),
+    },
 }
 
 
 def dialogue(discount: float = 0.95) -> DecisionProcess:
-    """Six states, four actions: an assistant that mostly answers at once, and a user whose replies are a matter of chance.
+    """Six states, four actions: an assistant that mostly answers at once, and a user whose replies
+    are a matter of chance.
 
     Args:
         discount: γ, the user's patience: at 0 only the next reply counts, at 1 the whole dialogue.
@@ -57,17 +63,30 @@ def dialogue(discount: float = 0.95) -> DecisionProcess:
                 transitions[(*place, STATES.index(reply))] = probability
     names = torch.arange(S)
     return DecisionProcess.from_probabilities(
-        prior, transitions, rewards, initial=names == 0, terminal=names == S - 1, discount=discount, states=STATES, actions=ACTIONS
+        prior,
+        transitions,
+        rewards,
+        initial=names == 0,
+        terminal=names == S - 1,
+        discount=discount,
+        states=STATES,
+        actions=ACTIONS,
     )
 
 
 def most_likely_replies(process: DecisionProcess) -> DecisionProcess:
-    """The model of the world in which every action has its most likely reply (the first, of several), from every state that is not terminal.
+    """The model of the world in which every action has its most likely reply (the first, of
+    several), from every state that is not terminal.
 
-    It starts everywhere, because from the process's own start such a world may leave states unreached; values and policies do not depend on it.
+    It starts everywhere, because from the process's own start such a world may leave states
+    unreached; values and policies do not depend on it.
     """
     certain = torch.nn.functional.one_hot(process.transitions.argmax(-1), len(process.states))
-    return replace(process, transitions=certain, initial=(~process.terminal).double() / (~process.terminal).sum())
+    return replace(
+        process,
+        transitions=certain,
+        initial=(~process.terminal).double() / (~process.terminal).sum(),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +111,37 @@ class Plans:
 
     def to_dict(self) -> dict[str, Any]:
         """promised, earned and lost by plan."""
-        return {name: {"promised": self.promised[name], "earned": self.earned[name], "lost": self.loss(name)} for name in self.earned}
+        return {
+            name: {
+                "promised": self.promised[name],
+                "earned": self.earned[name],
+                "lost": self.loss(name),
+            }
+            for name in self.earned
+        }
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
         start = int(self.process.initial.argmax())
-        first = [action for action, offered in enumerate(self.process.available[start].tolist()) if offered]
-        header = ["plan", "promised", "earned", "lost", *(f"π({self.process.actions[action]}|{self.process.states[start]})" for action in first)]
+        first = [
+            action
+            for action, offered in enumerate(self.process.available[start].tolist())
+            if offered
+        ]
+        header = [
+            "plan",
+            "promised",
+            "earned",
+            "lost",
+            *(
+                f"π({self.process.actions[action]}|{self.process.states[start]})"
+                for action in first
+            ),
+        ]
         rows: list[list[Cell]] = []
         for name, row in self.to_dict().items():
-            rows.append([name, *row.values(), *self.log_policies[name][start, first].exp().tolist()])
+            rows.append(
+                [name, *row.values(), *self.log_policies[name][start, first].exp().tolist()]
+            )
         return header, rows
 
     def __str__(self) -> str:
@@ -111,15 +152,20 @@ class Plans:
 
 
 def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
-    """The optimum against the prior and three plans with something wrong, each earning in the process as it is.
+    """The optimum against the prior and three plans with something wrong, each earning in the
+    process as it is.
 
-    optimal: π*. prior: q. myopic: planned with γ = 0. most likely reply: planned as if each action had only that. chosen replies: the actions of
-    the trajectory posterior, which tilts the replies as well (`trajectory_value`).
+    optimal: π*. prior: q. myopic: planned with γ = 0. most likely reply: planned as if each action
+    had only that. chosen replies: the actions of the trajectory posterior, which tilts the replies
+    as well (`trajectory_value`).
 
     Args:
         kl_coef: λ > 0; at 0 a plan may never end.
     """
-    optimum, myopic = value_iteration(process, kl_coef), value_iteration(replace(process, discount=0.0), kl_coef)
+    optimum, myopic = (
+        value_iteration(process, kl_coef),
+        value_iteration(replace(process, discount=0.0), kl_coef),
+    )
     likely = value_iteration(most_likely_replies(process), kl_coef)
     chosen = trajectory_value(process, kl_coef)
     plans = {
@@ -130,5 +176,8 @@ def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
         "chosen replies": (chosen.log_policy, chosen.value),
     }
     policies = {name: log_policy for name, (log_policy, _) in plans.items()}
-    earned = {name: policy_evaluation(process, log_policy, kl_coef).value for name, log_policy in policies.items()}
+    earned = {
+        name: policy_evaluation(process, log_policy, kl_coef).value
+        for name, log_policy in policies.items()
+    }
     return Plans(policies, {name: value for name, (_, value) in plans.items()}, earned, process)

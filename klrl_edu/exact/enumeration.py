@@ -1,10 +1,11 @@
 """The posterior by enumerating the prior's support.
 
-    log π*(y) = log q(y) + (r(y) − m)/λ − ℓ,    ℓ = log Σ_y q(y) e^{(r(y) − m)/λ},    m = max r over q's support    (1)
-    log Z = m/λ + ℓ,    value = λ log Z = m + λℓ                                                                  (2)
+    log π*(y) = log q(y) + (r(y) − m)/λ − ℓ,    ℓ = log Σ_y q(y) e^{(r(y) − m)/λ},
+    m = max r over q's support                                                                   (1)
+    log Z = m/λ + ℓ,    value = λ log Z = m + λℓ                                                 (2)
 
-With the maximum taken out, (1) and `value` are finite for any reward and any λ > 0; only log Z itself may overflow.
-K supported sequences; logs in nats, values in reward units.
+With the maximum taken out, (1) and `value` are finite for any reward and any λ > 0; only log Z
+itself may overflow. K supported sequences; logs in nats, values in reward units.
 """
 
 import math
@@ -38,10 +39,12 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
     """q·e^{r/λ}/Z by (1) and (2), with gradients to both tensors for 0 < λ < inf.
 
     Args:
-        log_prior: [K] in nats, normalised; −inf is zero mass, and the reward there is ignored, NaN included.
+        log_prior: [K] in nats, normalised; −inf is zero mass, and the reward there is ignored, NaN
+            included.
         rewards: [K] in reward units; −inf forbids an outcome.
-        kl_coef: λ. At 0 the limit q restricted to argmax r (ties, by exact equality, keep q's proportions; value = max r; log Z is ±inf,
-            or log q(argmax) where max r = 0). At inf the limit q restricted to r > −inf (value = E_q[r]).
+        kl_coef: λ. At 0 the limit q restricted to argmax r (ties, by exact equality, keep q's
+            proportions; value = max r; log Z is ±inf, or log q(argmax) where max r = 0). At inf the
+            limit q restricted to r > −inf (value = E_q[r]).
 
     Raises:
         InfeasibleError: no outcome has both prior mass and a finite reward.
@@ -56,7 +59,10 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
     feasible = rewards > -math.inf
     if not bool(feasible.any()):
         count = int(supported.sum())
-        raise InfeasibleError(f"every supported outcome has reward -inf ({count} of {count}): the posterior is empty. Relax the constraint.")
+        raise InfeasibleError(
+            f"every supported outcome has reward -inf ({count} of {count}): the posterior is empty."
+            " Relax the constraint."
+        )
     top = rewards.amax().detach()
     lifted = log_prior + scaled_advantage(rewards, top, kl_coef)
     residual = logspace.logsumexp(lifted)
@@ -70,14 +76,21 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
 
 def _is_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> bool:
     """No gradient, no limit, and |r|/λ small everywhere: log q + r/λ can be formed as it stands."""
-    if log_prior.requires_grad or rewards.requires_grad or not _SMALL < kl_coef < math.inf or not rewards.numel():
+    if (
+        log_prior.requires_grad
+        or rewards.requires_grad
+        or not _SMALL < kl_coef < math.inf
+        or not rewards.numel()
+    ):
         return False
     low, high = torch.aminmax(rewards)
     return bool((low >= -_PLAIN * kl_coef) & (high <= _PLAIN * kl_coef))
 
 
 def _tilt_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
-    """(1) and (2) with m = 0, in one allocation; log Z is NaN where the prior has no mass or a NaN."""
+    """(1) and (2) with m = 0, in one allocation; log Z is NaN where the prior has no mass
+    or a NaN.
+    """
     lifted = torch.add(log_prior, rewards, alpha=1 / kl_coef)
     top = lifted.amax()
     log_posterior = torch.log_softmax(lifted, 0, out=lifted)
@@ -86,7 +99,9 @@ def _tilt_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
 
 
 def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
-    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf; −inf where r = −inf."""
+    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf;
+    −inf where r = −inf.
+    """
     feasible = rewards > -math.inf
     below = torch.where(feasible, rewards, top) - top
     forbidden = torch.full_like(below, -math.inf)
@@ -103,7 +118,8 @@ def _infinite_unless_zero(top: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Support:
-    """Everything an exact computation needs, on the prior's support, in lexicographic order of tokens.
+    """Everything an exact computation needs, on the prior's support, in lexicographic order of
+    tokens.
 
     Attributes:
         tokens: [K,T].
@@ -135,7 +151,9 @@ def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Sup
     rewards = problem.token_rewards(weighted.tokens)
     if not bool((rewards.sum(-1) > -math.inf).any()):
         raise InfeasibleError(
-            f"every supported sequence has reward -inf ({len(weighted)} of {len(weighted)}): the posterior is empty. "
-            f"Relax the reward {describe(problem.reward)!r}."
+            f"every supported sequence has reward -inf ({len(weighted)} of {len(weighted)}): the"
+            f" posterior is empty. Relax the reward {describe(problem.reward)!r}."
         )
-    return Support(weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens))
+    return Support(
+        weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens)
+    )

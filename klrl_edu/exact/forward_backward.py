@@ -1,13 +1,18 @@
-"""The posterior by forward–backward: a prior with C contexts times an automaton with S states, in time linear in T.
+"""The posterior by forward–backward: a prior with C contexts times an automaton with S states, in
+time linear in T.
 
-    β_L(c,s) = e^{f(s)/λ},    β_t(c,s) = q(EOS|c) e^{f(s)/λ} + Σ_k q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k))     (1)
-    Z = Σ_c q(c) β_0(c, s₀),    π*(k|c,s) = q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k)) / β_t(c,s)               (2)
+    β_L(c,s) = e^{f(s)/λ},
+    β_t(c,s) = q(EOS|c) e^{f(s)/λ} + Σ_k q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k))      (1)
+    Z = Σ_c q(c) β_0(c, s₀),
+    π*(k|c,s) = q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k)) / β_t(c,s)                    (2)
 
-Rabiner (1989) for the recursion; Mohri (2009) for the product with an automaton. The reward is r(y) = Σ_t w(s_t, y_t) + f(s_end). K words,
-V = K + 1 columns with EOS, L = T − 1 words at most there (EOS is forced at T), V = K and L = T without. All logs in nats.
+Rabiner (1989) for the recursion; Mohri (2009) for the product with an automaton. The reward is r(y)
+= Σ_t w(s_t, y_t) + f(s_end). K words, V = K + 1 columns with EOS, L = T − 1 words at most there
+(EOS is forced at T), V = K and L = T without. All logs in nats.
 
-Two ways to compute the messages, with the same answer: as numbers, one matrix product a step, where a bound shows that nothing can
-underflow; otherwise as logarithms beside the best return still in reach (as in `soft_bellman`), for any reward and any λ ≥ 0.
+Two ways to compute the messages, with the same answer: as numbers, one matrix product a step, where
+a bound shows that nothing can underflow; otherwise as logarithms beside the best return still in
+reach (as in `soft_bellman`), for any reward and any λ ≥ 0.
 """
 
 import math
@@ -42,7 +47,8 @@ class Lattice:
         space: of the sequences; `words` is L, the most words of a text.
         log_initial: log q(c) [C].
         log_emission: log q(v|c) [C,V].
-        successor: [C,K], the context after each word; where `log_transition` is given, the context itself, which is drawn from afterwards.
+        successor: [C,K], the context after each word; where `log_transition` is given, the context
+            itself, which is drawn from afterwards.
         log_transition: log q(c'|c) [C,C], or None where the word determines the next context.
         next_state: δ [S,K]; `start` is s₀.
         word_rewards, final_rewards: w [S,K] and f [S] in reward units; −inf forbids.
@@ -81,7 +87,8 @@ class Lattice:
 class Messages(NamedTuple):
     """log β_t(c,s) [L+1,C,S], and what lies ahead of a word: log E_{c'} β_t(c',s) [L+1,C,S].
 
-    Where `best` and `best_ahead` are given, every β is e^{best/λ} times these: `best` is the highest return in reach, in reward units.
+    Where `best` and `best_ahead` are given, every β is e^{best/λ} times these: `best` is the
+    highest return in reach, in reward units.
     """
 
     log_mass: Tensor
@@ -94,18 +101,27 @@ def build_lattice(problem: Problem) -> Lattice:
     """The lattice of a problem.
 
     Raises:
-        InputError: the prior or the reward is of another kind, or the prior's laws do not sum to one.
+        InputError: the prior or the reward is of another kind, or the prior's laws do not sum to
+            one.
         TooLargeError: more than MAX_MESSAGES numbers.
     """
     prior, reward = problem.prior, as_automaton_reward(problem.reward, problem.space)
     if not isinstance(prior, FiniteStateModel):
-        raise InputError(f"the prior is a {type(prior).__name__}; forward-backward needs an n-gram or hidden Markov model (a FiniteStateModel).")
+        raise InputError(
+            f"the prior is a {type(prior).__name__}; forward-backward needs an n-gram or hidden"
+            " Markov model (a FiniteStateModel)."
+        )
     if reward is None:
         name = describe(problem.reward)
-        raise InputError(f"no automaton is known for the reward {name!r}; build one (problems/automata.py), or use method='enumeration'.")
+        raise InputError(
+            f"no automaton is known for the reward {name!r}; build one (problems/automata.py), or"
+            " use method='enumeration'."
+        )
     check_same_vocabulary(prior.space, reward.space)
     if prior.space.eos != reward.space.eos:
-        check_same_space(prior.space, reward.space, "prior and reward")  # how long texts may be is the prior's matter
+        check_same_space(
+            prior.space, reward.space, "prior and reward"
+        )  # how long texts may be is the prior's matter
     return _lattice(prior, reward, problem.kl_coef)
 
 
@@ -120,18 +136,28 @@ def _lattice(prior: FiniteStateModel, reward: AutomatonReward, kl_coef: float) -
         transition = transition.double()
         _check_normalised("transition_log_probs", transition)
     if (successor is None) == (transition is None):
-        raise InputError(f"{type(prior).__name__} must give either successors or transition_log_probs.")
+        raise InputError(
+            f"{type(prior).__name__} must give either successors or transition_log_probs."
+        )
     words = len(prior.space.vocabulary)
     if successor is None:
         successor = torch.arange(len(initial), device=initial.device)[:, None].expand(-1, words)
     count = len(initial) * len(reward.final_rewards) * max(prior.space.max_length, words)
     if count > MAX_MESSAGES:
         raise TooLargeError(
-            f"{len(initial):,} contexts × {len(reward.final_rewards):,} automaton states × {max(prior.space.max_length, words):,} make {count:,} "
-            f"numbers, more than {MAX_MESSAGES:,}; lower the order of the prior, or simplify the automaton."
+            f"{len(initial):,} contexts × {len(reward.final_rewards):,} automaton states ×"
+            f" {max(prior.space.max_length, words):,} make {count:,} numbers, more than"
+            f" {MAX_MESSAGES:,}; lower the order of the prior, or simplify the automaton."
         )
-    automaton = (reward.transitions.to(initial.device), reward.start, reward.word_rewards.to(initial.device), reward.final_rewards.to(initial.device))
-    return Lattice(prior.space, initial, emission, successor, transition, *automaton, kl_coef, reward.text)
+    automaton = (
+        reward.transitions.to(initial.device),
+        reward.start,
+        reward.word_rewards.to(initial.device),
+        reward.final_rewards.to(initial.device),
+    )
+    return Lattice(
+        prior.space, initial, emission, successor, transition, *automaton, kl_coef, reward.text
+    )
 
 
 def _check_normalised(name: str, log_probs: Tensor) -> None:
@@ -139,7 +165,10 @@ def _check_normalised(name: str, log_probs: Tensor) -> None:
     bad = ~((total - 1).abs() <= 1e-9)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise InputError(f"the prior's {name} sum to {float(total[row]):.12g} in row {row}, not 1, so it has no posterior; normalise the row.")
+        raise InputError(
+            f"the prior's {name} sum to {float(total[row]):.12g} in row {row}, not 1, so it has no"
+            " posterior; normalise the row."
+        )
 
 
 def backward(lattice: Lattice) -> Messages:
@@ -152,19 +181,25 @@ def backward(lattice: Lattice) -> Messages:
     return _backward_in_logs(lattice) if messages is None else messages
 
 
-# --- messages as numbers ------------------------------------------------------------------------------------------------------------------
+# --- messages as numbers --------------------------------------------------------------------------
 
 
 def _backward_in_numbers(lattice: Lattice) -> Messages | None:
-    """(1) with one product of matrices a step; None where an entry might underflow, or λ is a limit."""
+    """(1) with one product of matrices a step; None where an entry might underflow, or λ is a
+    limit.
+    """
     weights = _plain_weights(lattice)
     if weights is None:
         return None
     word_weight, final_weight, word_shift, final_shift = weights
     emission = lattice.log_emission.exp()
     pull = _pull_in_numbers(lattice, emission[:, : lattice.successor.shape[1]], word_weight)
-    ends = final_weight[:, None] * emission[:, -1] if lattice.space.eos else None  # EOS, and then e^{f/λ}
-    beta = final_weight[:, None].expand(-1, lattice.contexts).contiguous()  # [S,C]: short rows first makes the products twice as fast
+    ends = (
+        final_weight[:, None] * emission[:, -1] if lattice.space.eos else None
+    )  # EOS, and then e^{f/λ}
+    beta = (
+        final_weight[:, None].expand(-1, lattice.contexts).contiguous()
+    )  # [S,C]: short rows first makes the products twice as fast
     shift = final_shift
     betas, shifts = [beta], [shift]
     for step in range(1, lattice.words + 1):
@@ -184,7 +219,9 @@ def _backward_in_numbers(lattice: Lattice) -> Messages | None:
     stacked = torch.stack(betas)
     if _may_underflow(lattice, emission, stacked, word_weight, final_weight):
         return None
-    log_shift = torch.tensor(shifts[::-1], dtype=torch.float64, device=stacked.device)[:, None, None]
+    log_shift = torch.tensor(shifts[::-1], dtype=torch.float64, device=stacked.device)[
+        :, None, None
+    ]
     if lattice.log_transition is None:
         log_mass = stacked.mT.contiguous().log_().add_(log_shift)
         return Messages(log_mass, log_mass)
@@ -193,11 +230,16 @@ def _backward_in_numbers(lattice: Lattice) -> Messages | None:
 
 
 def _plain_weights(lattice: Lattice) -> tuple[Tensor, Tensor, float, float] | None:
-    """e^{w/λ}, e^{f/λ} with their largest exponents taken out; None where λ is a limit or an exponent is large."""
+    """e^{w/λ}, e^{f/λ} with their largest exponents taken out; None where λ is a limit or an
+    exponent is large.
+    """
     rewards = torch.cat([lattice.word_rewards.reshape(-1), lattice.final_rewards])
     finite = rewards[rewards > -math.inf]
     largest = float(finite.abs().amax()) if len(finite) else 0.0
-    if not 0 < lattice.kl_coef < math.inf or not (lattice.words + 1) * largest <= _MODERATE * lattice.kl_coef:
+    if (
+        not 0 < lattice.kl_coef < math.inf
+        or not (lattice.words + 1) * largest <= _MODERATE * lattice.kl_coef
+    ):
         return None
     word, final = lattice.word_rewards / lattice.kl_coef, lattice.final_rewards / lattice.kl_coef
     word_top, final_top = float(word.amax()), float(final.amax())
@@ -206,16 +248,26 @@ def _plain_weights(lattice: Lattice) -> tuple[Tensor, Tensor, float, float] | No
     return (word - word_top).exp(), (final - final_top).exp(), word_top, final_top
 
 
-def _pull_in_numbers(lattice: Lattice, emission: Tensor, word_weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """β_{t+1} [S,C] -> Σ_k q(k|c) e^{w(s,k)/λ} E β_{t+1}(c', δ(s,k)) [S,C]; the three shapes that a prior can have."""
+def _pull_in_numbers(
+    lattice: Lattice, emission: Tensor, word_weight: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """β_{t+1} [S,C] -> Σ_k q(k|c) e^{w(s,k)/λ} E β_{t+1}(c', δ(s,k)) [S,C]; the three shapes that a
+    prior can have.
+    """
     contexts, states, words = lattice.contexts, lattice.states, emission.shape[1]
-    if lattice.log_transition is not None:  # the context moves by itself: words only move the automaton
+    if (
+        lattice.log_transition is not None
+    ):  # the context moves by itself: words only move the automaton
         kernel = emission.new_zeros(contexts, states, states)
         for k in range(words):
-            kernel[:, torch.arange(states, device=emission.device), lattice.next_state[:, k]] += emission[:, k : k + 1] * word_weight[:, k]
+            kernel[:, torch.arange(states, device=emission.device), lattice.next_state[:, k]] += (
+                emission[:, k : k + 1] * word_weight[:, k]
+            )
         transition = lattice.log_transition.exp()
         return lambda beta: torch.einsum("cst,ct->sc", kernel, transition @ beta.T)
-    if bool((lattice.successor == lattice.successor[:1]).all()):  # the context is the last word: one product [S,K]·[K,C]
+    if bool(
+        (lattice.successor == lattice.successor[:1]).all()
+    ):  # the context is the last word: one product [S,K]·[K,C]
         place = (lattice.next_state * contexts + lattice.successor[0]).reshape(-1)
         weight = None if bool((word_weight == 1).all()) else word_weight
         by_word = emission.T.contiguous()
@@ -227,12 +279,22 @@ def _pull_in_numbers(lattice: Lattice, emission: Tensor, word_weight: Tensor) ->
         return pull
     place = (lattice.next_state[:, None] * contexts + lattice.successor).reshape(-1)  # [S,C,K]
     kernel = word_weight[:, None] * emission
-    return lambda beta: (beta.reshape(-1).index_select(0, place).view(states, contexts, words) * kernel).sum(-1)
+    return lambda beta: (
+        beta.reshape(-1).index_select(0, place).view(states, contexts, words) * kernel
+    ).sum(-1)
 
 
-def _may_underflow(lattice: Lattice, emission: Tensor, betas: Tensor, word_weight: Tensor, final_weight: Tensor) -> bool:
-    """Whether a factor above zero became zero, or a product of them in (1) can have come near the smallest float, by the least of each."""
-    factors = [(emission, lattice.log_emission), (word_weight, lattice.word_rewards), (final_weight, lattice.final_rewards)]
+def _may_underflow(
+    lattice: Lattice, emission: Tensor, betas: Tensor, word_weight: Tensor, final_weight: Tensor
+) -> bool:
+    """Whether a factor above zero became zero, or a product of them in (1) can have come near the
+    smallest float, by the least of each.
+    """
+    factors = [
+        (emission, lattice.log_emission),
+        (word_weight, lattice.word_rewards),
+        (final_weight, lattice.final_rewards),
+    ]
     if lattice.log_transition is not None:
         factors.append((lattice.log_transition.exp(), lattice.log_transition))
     least = _least(betas)
@@ -253,11 +315,13 @@ def _least(values: Tensor) -> float:
     return positive if positive < math.inf else 0.0
 
 
-# --- messages as logarithms ---------------------------------------------------------------------------------------------------------------
+# --- messages as logarithms -----------------------------------------------------------------------
 
 
 def _backward_in_logs(lattice: Lattice) -> Messages:
-    """(1) with each β as e^{m/λ}·e^ℓ, ℓ ≤ 0: finite for any reward and λ > 0, and its limit at λ = 0 and inf."""
+    """(1) with each β as e^{m/λ}·e^ℓ, ℓ ≤ 0: finite for any reward and λ > 0, and its limit at λ =
+    0 and inf.
+    """
     best = lattice.final_rewards.expand(lattice.contexts, -1)
     mass = torch.where(best > -math.inf, 0.0, -math.inf)
     bests, masses, bests_ahead, masses_ahead = [best], [mass], [], []
@@ -269,7 +333,9 @@ def _backward_in_logs(lattice: Lattice) -> Messages:
             break
         reward, log_q = _edges_in_logs(lattice, best_ahead, mass_ahead)
         best = reward.amax(-1)
-        mass = logspace.logsumexp(log_q + scaled_advantage(reward, best[..., None], lattice.kl_coef))
+        mass = logspace.logsumexp(
+            log_q + scaled_advantage(reward, best[..., None], lattice.kl_coef)
+        )
         mass = torch.where(best > -math.inf, mass, -math.inf)
         bests.append(best)
         masses.append(mass)
@@ -284,17 +350,25 @@ def _mix_in_logs(lattice: Lattice, best: Tensor, mass: Tensor) -> tuple[Tensor, 
     log_q = lattice.log_transition[:, :, None]  # [c, c', s]
     reward = torch.where(log_q > -math.inf, best, -math.inf)
     top = reward.amax(1)
-    return top, logspace.logsumexp(log_q + scaled_advantage(reward, top[:, None], lattice.kl_coef) + mass, 1)
+    return top, logspace.logsumexp(
+        log_q + scaled_advantage(reward, top[:, None], lattice.kl_coef) + mass, 1
+    )
 
 
-def _edges_in_logs(lattice: Lattice, best_ahead: Tensor, mass_ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """For every (c,s) and column v: the best return behind it, and log q(v|c) + ℓ ahead, both [C,S,V] and −inf where either is."""
+def _edges_in_logs(
+    lattice: Lattice, best_ahead: Tensor, mass_ahead: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For every (c,s) and column v: the best return behind it, and log q(v|c) + ℓ ahead, both
+    [C,S,V] and −inf where either is.
+    """
     context, state = lattice.successor[:, None, :], lattice.next_state
     reward = lattice.word_rewards + best_ahead[context, state]
     log_q = lattice.log_emission[:, None, : state.shape[1]] + mass_ahead[context, state]
     if lattice.space.eos:
         final = lattice.final_rewards[None, :, None].expand(lattice.contexts, -1, 1)
         reward = torch.cat([reward, final], -1)
-        log_q = torch.cat([log_q, lattice.log_emission[:, None, -1:].expand(-1, lattice.states, 1)], -1)
+        log_q = torch.cat(
+            [log_q, lattice.log_emission[:, None, -1:].expand(-1, lattice.states, 1)], -1
+        )
     possible = (reward > -math.inf) & (log_q > -math.inf)
     return torch.where(possible, reward, -math.inf), torch.where(possible, log_q, -math.inf)

@@ -1,13 +1,15 @@
 """Mean and variance of k1, k2 and k3 in closed form, for two Gaussians of equal variance.
 
-    π = N(0, 1), q = N(μ, 1):   d = KL(π‖q) = μ²/2,   u = log π/q ~ N(d, 2d),   w = e^{−u},   E w² = e^{2d}           (1)
+    π = N(0, 1), q = N(μ, 1):   d = KL(π‖q) = μ²/2,   u = log π/q ~ N(d, 2d),   w = e^{−u},
+    E w² = e^{2d}                                                                                (1)
     k1 = u                Var = 2d
     k2 = u²/2             mean = d + d²/2,   Var = 2d² + 2d³
     k3 = w − 1 + u        Var = e^{2d} − 1 − 2d
-    u + c(w − 1)          Var = 2d − 4cd + c²(e^{2d} − 1),   least at c* = 2d/(e^{2d} − 1)                            (2)
+    u + c(w − 1)          Var = 2d − 4cd + c²(e^{2d} − 1),   least at c* = 2d/(e^{2d} − 1)       (2)
 
-k3 is the better estimator only while e^{2d} − 1 < 4d, up to d = 0.628 nats: a sequence that has moved further is better served by k1.
-The KL d is a number or a tensor [...], in nats. Schulman (2020), whose table has d = 0.005 and d = 0.5.
+k3 is the better estimator only while e^{2d} − 1 < 4d, up to d = 0.628 nats: a sequence that has
+moved further is better served by k1. The KL d is a number or a tensor [...], in nats. Schulman
+(2020), whose table has d = 0.005 and d = 0.5.
 """
 
 import math
@@ -69,5 +71,7 @@ def best_coefficient(kl: float | Tensor) -> Tensor:
 
 
 def crossing() -> float:
-    """The KL in nats at which k3 and k1 have equal variance, e^{2d} − 1 = 4d: 0.628…; above it k3 is the worse."""
+    """The KL in nats at which k3 and k1 have equal variance, e^{2d} − 1 = 4d: 0.628…; above it k3
+    is the worse.
+    """
     return float(brentq(lambda d: math.expm1(2 * d) - 4 * d, 0.5, 1.0, xtol=1e-15))

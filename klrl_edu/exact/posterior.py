@@ -1,6 +1,6 @@
 """The posterior of a problem: picks the method, and says which it took.
 
-    π*(y) = q(y) e^{r(y)/λ} / Z,    value = λ log Z = max_π J(π)                                                 (1)
+    π*(y) = q(y) e^{r(y)/λ} / Z,    value = λ log Z = max_π J(π)                                 (1)
 
 Korbak, Perez & Buckley (2022), eq. 3; Levine (2018).
 """
@@ -36,10 +36,12 @@ class Posterior:
     Attributes:
         problem: what it is the posterior of.
         model: π* as a LanguageModel.
-        value: λ log Z in reward units, the maximum of J; finite also where `log_evidence` overflows. max r on the support at λ = 0, E_q[r] at inf.
+        value: λ log Z in reward units, the maximum of J; finite also where `log_evidence`
+            overflows. max r on the support at λ = 0, E_q[r] at inf.
         log_evidence: log Z in nats; ±inf where it overflows or λ = 0.
         method: how it was computed.
-        support: the prior's sequences, where they were enumerated; None where the space is too large.
+        support: the prior's sequences, where they were enumerated; None where the space is too
+            large.
     """
 
     problem: Problem
@@ -63,12 +65,15 @@ class Posterior:
         """The support, or an error where there is none."""
         if self.support is None:
             raise InputError(
-                f"this posterior was computed by {self.method}, without enumerating its support; ask its `model`, or compare(..., n=, draw=)."
+                f"this posterior was computed by {self.method}, without enumerating its support;"
+                " ask its `model`, or compare(..., n=, draw=)."
             )
         return self.support
 
     def rows(self, count: int | None = None) -> list[tuple[str, float, float, float]]:
-        """(text, prior, reward, posterior) of the `count` most probable sequences, all by default."""
+        """(text, prior, reward, posterior) of the `count` most probable sequences, all by
+        default.
+        """
         support, log_probs = self.enumerated(), self.log_probs
         order = torch.argsort(log_probs, descending=True, stable=True)[:count]
         texts = self.problem.space.decode(support.tokens[order])
@@ -90,12 +95,17 @@ class Posterior:
 
     def text(self, count: int = _SHOWN) -> str:
         """The value, log Z and the `count` most probable sequences as plain text."""
-        head = f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}: log Z = {float(self.log_evidence):.12g} nats, "
+        head = (
+            f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}: log Z ="
+            f" {float(self.log_evidence):.12g} nats, "
+        )
         head += f"λ log Z = {float(self.value):.12g}"
         if self.support is None:
             return head
         more = len(self.support.tokens) - count
-        return f"{head}\n{text_table(*self._table(count))}" + (f"\n… and {more:,} more" if more > 0 else "")
+        return f"{head}\n{text_table(*self._table(count))}" + (
+            f"\n… and {more:,} more" if more > 0 else ""
+        )
 
     def _repr_html_(self) -> str:
         return html_table(*self._table(_SHOWN)) if self.support is not None else f"<p>{self}</p>"
@@ -105,14 +115,18 @@ class Posterior:
 
 
 @torch.no_grad()
-def posterior(problem: Problem, method: Method = "auto", max_sequences: int = MAX_SEQUENCES) -> Posterior:
+def posterior(
+    problem: Problem, method: Method = "auto", max_sequences: int = MAX_SEQUENCES
+) -> Posterior:
     """The exact posterior.
 
     Args:
-        method: "enumeration" (the support as a SequenceTable), "soft_bellman" (its prefix trie as a PrefixTable), "forward_backward" (an n-gram
-            or hidden Markov prior with an automaton's reward, any number of sequences, as a StructuredPosterior), or "auto": forward_backward
-            where it applies and the space has more than `max_sequences`; else soft_bellman for a network prior with a reward that an automaton
-            or a per-token table describes; else enumeration.
+        method: "enumeration" (the support as a SequenceTable), "soft_bellman" (its prefix trie as a
+            PrefixTable), "forward_backward" (an n-gram or hidden Markov prior with an automaton's
+            reward, any number of sequences, as a StructuredPosterior), or "auto": forward_backward
+            where it applies and the space has more than `max_sequences`; else soft_bellman for a
+            network prior with a reward that an automaton or a per-token table describes; else
+            enumeration.
         max_sequences: the largest support to enumerate.
 
     Raises:
@@ -140,25 +154,39 @@ def _choose(problem: Problem, max_sequences: int) -> Method:
         return "enumeration"
     if finite and problem.space.size > max_sequences:
         return "forward_backward"
-    return "enumeration" if finite or isinstance(problem.prior, SequenceTable | PrefixTable) else "soft_bellman"
+    return (
+        "enumeration"
+        if finite or isinstance(problem.prior, SequenceTable | PrefixTable)
+        else "soft_bellman"
+    )
 
 
 def _by_forward_backward(problem: Problem) -> Posterior:
     lattice = build_lattice(problem)
     model = StructuredPosterior(lattice, backward(lattice))
     if problem.kl_coef == math.inf:
-        value = model.log_mass.new_tensor(-math.inf) if model.forbids() else model.reward_moments()[0]
+        value = (
+            model.log_mass.new_tensor(-math.inf) if model.forbids() else model.reward_moments()[0]
+        )
         return Posterior(problem, model, value, model.log_mass, "forward_backward")
     value = model.best_return + problem.kl_coef * model.log_mass
-    return Posterior(problem, model, value, _log_evidence(model.best_return, model.log_mass, problem.kl_coef), "forward_backward")
+    return Posterior(
+        problem,
+        model,
+        value,
+        _log_evidence(model.best_return, model.log_mass, problem.kl_coef),
+        "forward_backward",
+    )
 
 
 def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> LanguageModel:
-    """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ > 0, and its limit at λ = inf.
+    """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ
+    > 0, and its limit at λ = inf.
 
     A SequenceTable, or a StructuredPosterior where `posterior` takes forward–backward.
 
-    Hard rewards leave the policy gradient undefined elsewhere: `restrict_to_support(policy, feasible_prior(problem))`.
+    Hard rewards leave the policy gradient undefined elsewhere:
+    `restrict_to_support(policy, feasible_prior(problem))`.
 
     Raises:
         As `posterior`.
@@ -178,12 +206,15 @@ class _EnumeratedReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         edge = self.support.trie.find(tokens)[1]
-        row = torch.where(edge >= 0, self.support.trie.leaf[edge], -1).amax(-1)  # the only edge of a path with a leaf is its last
+        row = torch.where(edge >= 0, self.support.trie.leaf[edge], -1).amax(
+            -1
+        )  # the only edge of a path with a leaf is its last
         return torch.where(row[:, None] >= 0, self.support.token_rewards[row], math.nan)
 
 
 def looked_up(target: Posterior) -> Problem:
-    """The same problem with log q and r read from the enumerated support: the same numbers, without computing them again at each training step.
+    """The same problem with log q and r read from the enumerated support: the same numbers, without
+    computing them again at each training step.
 
     Raises:
         InputError: the support was not enumerated.
@@ -203,7 +234,12 @@ def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
     logits[trie.parent, trie.token] = values.log_policy
     model = PrefixTable(problem.space, support.tokens, logits)
     return Posterior(
-        problem, model, values.state_values[0], _log_evidence(values.best_return, values.log_mass, problem.kl_coef), "soft_bellman", support
+        problem,
+        model,
+        values.state_values[0],
+        _log_evidence(values.best_return, values.log_mass, problem.kl_coef),
+        "soft_bellman",
+        support,
     )
 
 

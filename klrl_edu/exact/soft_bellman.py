@@ -1,10 +1,13 @@
-"""The posterior by backward induction over prefixes (soft Bellman; Todorov 2006; Levine 2018, §2; Korbak et al. 2022).
+"""The posterior by backward induction over prefixes (soft Bellman; Todorov 2006; Levine 2018, §2;
+Korbak et al. 2022).
 
-    Q(s,a) = r(s,a) + V(sa),    V(s) = λ log Σ_a q(a|s) e^{Q(s,a)/λ},    π*(a|s) = q(a|s) e^{(Q(s,a) − V(s))/λ}     (1)
-    V(∅) = λ log Z                                                                                            (2)
+    Q(s,a) = r(s,a) + V(sa),    V(s) = λ log Σ_a q(a|s) e^{Q(s,a)/λ},
+    π*(a|s) = q(a|s) e^{(Q(s,a) − V(s))/λ}                                                       (1)
+    V(∅) = λ log Z                                                                               (2)
 
-Each V is carried as m + λℓ: m the best return still in reach, ℓ ≤ 0 the log-mass left, so that (1) stays finite for any λ > 0 and
-its limit λ = 0 needs no other code. Nodes s and edges (s,a) are those of the support's trie; values in reward units.
+Each V is carried as m + λℓ: m the best return still in reach, ℓ ≤ 0 the log-mass left, so that (1)
+stays finite for any λ > 0 and its limit λ = 0 needs no other code. Nodes s and edges (s,a) are
+those of the support's trie; values in reward units.
 """
 
 import math
@@ -28,7 +31,8 @@ class SoftValues(NamedTuple):
         state_values: V [nodes] in reward units; V[0] = λ log Z.
         action_values: Q [E] in reward units.
         log_prior: log q(a|s) [E] in nats.
-        log_policy: log π*(a|s) [E] in nats; uniform over a node's edges where no continuation is feasible.
+        log_policy: log π*(a|s) [E] in nats; uniform over a node's edges where no continuation is
+            feasible.
         log_mass: ℓ at the root in nats: log Z = m/λ + ℓ.
         best_return: m at the root in reward units.
     """
@@ -46,9 +50,11 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     """Soft values of every prefix by (1), one backward sweep over T depths.
 
     Args:
-        support: the prior's sequences with `token_rewards` [K,T]; a whole-sequence reward stands on the last live token.
-        kl_coef: λ ≥ 0; 0 and inf by their limits, where ties at λ = 0 are exact equalities of summed token rewards (summed from the end,
-            where enumeration sums from the start: rewards that are not exact in binary may tie in one and not in the other).
+        support: the prior's sequences with `token_rewards` [K,T]; a whole-sequence reward stands on
+            the last live token.
+        kl_coef: λ ≥ 0; 0 and inf by their limits, where ties at λ = 0 are exact equalities of
+            summed token rewards (summed from the end, where enumeration sums from the start:
+            rewards that are not exact in binary may tie in one and not in the other).
 
     Raises:
         InputError: the rewards [K,T] are not causal.
@@ -57,7 +63,10 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     trie = support.trie
     log_prior = edge_log_prior(support)
     reward = edge_rewards(support)
-    best, mass = reward.new_full((trie.nodes,), -math.inf), reward.new_full((trie.nodes,), -math.inf)  # m and ℓ of V
+    best, mass = (
+        reward.new_full((trie.nodes,), -math.inf),
+        reward.new_full((trie.nodes,), -math.inf),
+    )  # m and ℓ of V
     mean = reward.new_zeros(trie.nodes)  # E_q of what follows: V at λ = inf
     edge_best, edge_mass, edge_mean = reward.clone(), log_prior.clone(), reward.clone()
     for first, last in reversed(list(zip(trie.depth_edges, trie.depth_edges[1:], strict=False))):
@@ -78,16 +87,22 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
         state_values, action_values = mean, edge_mean
     else:
         state_values = best + torch.where(mass == -math.inf, 0, kl_coef * mass)
-        action_values = edge_best + torch.where(edge_mass == -math.inf, 0, kl_coef * (edge_mass - log_prior))
+        action_values = edge_best + torch.where(
+            edge_mass == -math.inf, 0, kl_coef * (edge_mass - log_prior)
+        )
     return SoftValues(trie, state_values, action_values, log_prior, log_policy, mass[0], best[0])
 
 
 def edge_log_prior(support: Support) -> Tensor:
-    """log q(a|s) [E] from the sequences' log-probabilities: mass below the edge over mass below the node."""
+    """log q(a|s) [E] from the sequences' log-probabilities: mass below the edge over mass below the
+    node.
+    """
     trie = support.trie
     on_path = trie.edge_of >= 0
     spread = support.log_prior[:, None].expand_as(trie.edge_of)[on_path]
-    return _normalise_edges(logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key)), trie)
+    return _normalise_edges(
+        logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key)), trie
+    )
 
 
 def edge_rewards(support: Support) -> Tensor:
@@ -100,8 +115,9 @@ def edge_rewards(support: Support) -> Tensor:
     if bool(differs.any()):
         n, t = differs.nonzero()[0].tolist()
         raise InputError(
-            f"the reward is not causal: sequence {n} has {float(support.token_rewards[n, t])} at position {t}, and another sequence with the same "
-            "tokens up to there has another value. Return [N] for a whole-sequence reward."
+            f"the reward is not causal: sequence {n} has {float(support.token_rewards[n, t])} at"
+            f" position {t}, and another sequence with the same tokens up to there has another"
+            " value. Return [N] for a whole-sequence reward."
         )
     return rewards
 

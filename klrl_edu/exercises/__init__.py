@@ -2,9 +2,10 @@
 
     check("t01.mutual", answer)
 
-says whether an answer is right, and if it is not, what is wrong with it. References are recomputed at every call from
-`reference.py`; an answer counts when it agrees with them to 1e-9. What was checked is recorded in `.klrl/answers.json`, or in the
-file that KLRL_ANSWERS names. Each tutorial's exercises have a file of their own here.
+says whether an answer is right, and if it is not, what is wrong with it. References are recomputed
+at every call from `reference.py`; an answer counts when it agrees with them to 1e-9. What was
+checked is recorded in `.klrl/answers.json`, or in the file that KLRL_ANSWERS names. Each tutorial's
+exercises have a file of their own here.
 """
 
 import difflib
@@ -25,8 +26,8 @@ def check(name: str, answer: object) -> None:
 
     Args:
         name: of the exercise, "t01.mutual".
-        answer: a number, a dict sentence -> number, a sequence, an array or tensor of these, or a function where the exercise asks for one;
-            `...` is not answered yet.
+        answer: a number, a dict sentence -> number, a sequence, an array or tensor of these, or a
+            function where the exercise asks for one; `...` is not answered yet.
 
     Raises:
         InputError: no such exercise; the message lists those of the tutorial.
@@ -49,7 +50,9 @@ def find(name: str) -> Exercise:
     if name not in EXERCISES:
         near = difflib.get_close_matches(str(name), EXERCISES, 1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"exercise {name!r} is not known.{meant} The exercises are {', '.join(EXERCISES)}.")
+        raise InputError(
+            f"exercise {name!r} is not known.{meant} The exercises are {', '.join(EXERCISES)}."
+        )
     return EXERCISES[name]
 
 
@@ -71,16 +74,26 @@ def read_answers(path: Path | None = None) -> dict[str, dict[str, Any]]:
         return {}
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not all(isinstance(one, dict) and isinstance(one.get("correct"), bool) for one in found.values()):
-        raise InputError(f"{path} is not a record of answers; move it away, or name another file in KLRL_ANSWERS.")
+    if not isinstance(found, dict) or not all(
+        isinstance(one, dict) and isinstance(one.get("correct"), bool) for one in found.values()
+    ):
+        raise InputError(
+            f"{path} is not a record of answers; move it away, or name another file in"
+            " KLRL_ANSWERS."
+        )
     return found
 
 
 def _record(name: str, correct: bool) -> None:
-    """The latest result of each exercise; a folder that cannot be written to costs the record, not the tutorial."""
+    """The latest result of each exercise; a folder that cannot be written to costs the record, not
+    the tutorial.
+    """
     path = answers_path()
     try:
-        results = {**read_answers(path), name: {"correct": correct, "time": datetime.now(UTC).isoformat(timespec="seconds")}}
+        results = {
+            **read_answers(path),
+            name: {"correct": correct, "time": datetime.now(UTC).isoformat(timespec="seconds")},
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json_line(results) + "\n").encode())
     except (OSError, InputError) as error:
@@ -88,4 +101,8 @@ def _record(name: str, correct: bool) -> None:
         print(f"(not recorded: {reason})")
 
 
-EXERCISES: dict[str, Exercise] = {exercise.name: exercise for room in (t01, t02, t03, t04, t05, t06, t07, t08) for exercise in room.EXERCISES}
+EXERCISES: dict[str, Exercise] = {
+    exercise.name: exercise
+    for room in (t01, t02, t03, t04, t05, t06, t07, t08)
+    for exercise in room.EXERCISES
+}

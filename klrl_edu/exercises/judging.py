@@ -33,7 +33,8 @@ class Exercise:
 
     Attributes:
         name: "tNN.word".
-        reference: computes the right answer; a number, a text, a dict, a sequence. For an exercise that asks for a function: that function.
+        reference: computes the right answer; a number, a text, a dict, a sequence. For an exercise
+            that asks for a function: that function.
         unit: of the numbers, "nats" or "reward units" or empty.
         mistakes: the wrong answers to recognise.
         hint: said where the mistake is not recognised.
@@ -65,7 +66,9 @@ def judge(exercise: Exercise, answer: object) -> str | None:
                 given.append(answer(*copy.deepcopy(arguments)))
             except Exception as error:  # whatever the reader's function raises is for the reader
                 said = f"{type(error).__name__}: {error}".rstrip(": ")
-                return _with_hint(exercise, f"Your function raised {said}, called with {_arguments(arguments)}.")
+                return _with_hint(
+                    exercise, f"Your function raised {said}, called with {_arguments(arguments)}."
+                )
             if given[-1] is None:
                 return "Your function returned None; does it end with a return?"
     expected = [exercise.reference(*copy.deepcopy(arguments)) for arguments in trials]
@@ -77,7 +80,10 @@ def judge(exercise: Exercise, answer: object) -> str | None:
         if all(_fault(one, other, 1e-6) is None for one, other in zip(given, wrong, strict=True)):
             return mistake.says
     for says, recognised in _COMMON:
-        if all(recognised(_plain(one), right, exercise.unit) for one, right in zip(given, expected, strict=True)):
+        if all(
+            recognised(_plain(one), right, exercise.unit)
+            for one, right in zip(given, expected, strict=True)
+        ):
             return says
     first = next(index for index, fault in enumerate(faults) if fault)
     called = f" (called with {_arguments(trials[first])})" if exercise.inputs else ""
@@ -92,7 +98,8 @@ def _inputs(exercise: Exercise) -> Iterator[tuple[Any, ...]]:
         yield exercise.inputs(generator)
 
 
-# What is wrong with one value ---------------------------------------------------------------------------------------
+# What is wrong with one value
+# ---------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -120,20 +127,33 @@ def _fault(given: Any, expected: Any, tolerance: float = TOLERANCE) -> str | Non
     if isinstance(expected, list):
         return _list_fault(given, expected, tolerance)
     if isinstance(expected, str):
-        return None if isinstance(given, str) and given.split() == expected.split() else f"Your answer is {_describe(given)}, which is not it"
+        return (
+            None
+            if isinstance(given, str) and given.split() == expected.split()
+            else f"Your answer is {_describe(given)}, which is not it"
+        )
     return _number_fault(given, expected, tolerance)
 
 
 def _dict_fault(given: Any, expected: Table, tolerance: float) -> str | None:
-    if isinstance(given, list) and len(given) == len(expected):  # values in the order of the sentences
+    if isinstance(given, list) and len(given) == len(
+        expected
+    ):  # values in the order of the sentences
         given = dict(zip(expected, given, strict=True))
     if not isinstance(given, dict):
-        return f"A dict with the keys {_names(expected)} is expected; your answer is {_describe(given)}"
+        return (
+            f"A dict with the keys {_names(expected)} is expected; your answer is"
+            f" {_describe(given)}"
+        )
     if missing := [key for key in expected if key not in given]:
         return f"There is no entry for {_names(missing)}"
     if extra := [key for key in given if key not in expected]:
         return f"There is an entry too many: {_names(extra)}"
-    return _first_fault((repr(key), given[key], expected[key]) for key in expected if _fault(given[key], expected[key], tolerance))
+    return _first_fault(
+        (repr(key), given[key], expected[key])
+        for key in expected
+        if _fault(given[key], expected[key], tolerance)
+    )
 
 
 def _list_fault(given: Any, expected: list[Any], tolerance: float) -> str | None:
@@ -143,7 +163,9 @@ def _list_fault(given: Any, expected: list[Any], tolerance: float) -> str | None
     if len(given) != len(expected):
         return f"A sequence of {len(expected)} is expected; your answer has {len(given)}"
     pairs = enumerate(zip(given, expected, strict=True))
-    return _first_fault((f"[{index}]", one, right) for index, (one, right) in pairs if _fault(one, right, tolerance))
+    return _first_fault(
+        (f"[{index}]", one, right) for index, (one, right) in pairs if _fault(one, right, tolerance)
+    )
 
 
 def _first_fault(faults: Iterator[tuple[str, Any, Any]]) -> str | None:
@@ -168,12 +190,20 @@ def _number_fault(given: Any, expected: float, tolerance: float) -> str | None:
         return None
     size = "too large" if given > expected else "too small"
     if abs(given - expected) <= _ROUNDED * abs(expected):
-        return f"{given:.12g} is close but {size}: agreement to 1e-9 is asked, so let Python compute the number instead of typing it rounded"
+        return (
+            f"{given:.12g} is close but {size}: agreement to 1e-9 is asked, so let Python compute"
+            " the number instead of typing it rounded"
+        )
     return f"{given:.12g} is {size}"
 
 
 def _is_negative(given: Any, expected: Any, unit: str) -> bool:
-    return _is_number(given) and _is_number(expected) and expected != 0 and _number_fault(-given, expected, 1e-6) is None
+    return (
+        _is_number(given)
+        and _is_number(expected)
+        and expected != 0
+        and _number_fault(-given, expected, 1e-6) is None
+    )
 
 
 def _is_in_bits(given: Any, expected: Any, unit: str) -> bool:
@@ -184,7 +214,12 @@ def _is_in_bits(given: Any, expected: Any, unit: str) -> bool:
 
 def _is_unnormalised(given: Any, expected: Any, unit: str) -> bool:
     """The right proportions of a distribution, and another sum."""
-    if not (isinstance(given, dict) and isinstance(expected, dict) and set(given) == set(expected) and all(map(_is_number, given.values()))):
+    if not (
+        isinstance(given, dict)
+        and isinstance(expected, dict)
+        and set(given) == set(expected)
+        and all(map(_is_number, given.values()))
+    ):
         return False
     total = math.fsum(given.values())
     if abs(math.fsum(expected.values()) - 1) > TOLERANCE or not 0 < total < math.inf:
@@ -195,7 +230,10 @@ def _is_unnormalised(given: Any, expected: Any, unit: str) -> bool:
 _COMMON: tuple[tuple[str, Callable[[Any, Any, str], bool]], ...] = (
     ("The size is right and the sign is wrong.", _is_negative),
     ("That is in bits; nats are asked: use the natural logarithm.", _is_in_bits),
-    ("The proportions are right, but the probabilities do not sum to 1: divide by their sum.", _is_unnormalised),
+    (
+        "The proportions are right, but the probabilities do not sum to 1: divide by their sum.",
+        _is_unnormalised,
+    ),
 )
 
 
@@ -207,7 +245,13 @@ def _describe(value: Any) -> str:
     if callable(value) and not hasattr(value, "tolist"):
         return "a function"
     value = _plain(value)
-    return f"{value:.12g}" if isinstance(value, float) else f"{value!r:.60}" if isinstance(value, str | int) else f"a {type(value).__name__}"
+    return (
+        f"{value:.12g}"
+        if isinstance(value, float)
+        else f"{value!r:.60}"
+        if isinstance(value, str | int)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _names(keys: Any) -> str:
@@ -216,7 +260,11 @@ def _names(keys: Any) -> str:
 
 def _arguments(arguments: tuple[Any, ...]) -> str:
     def short(value: Any) -> str:
-        return "{" + ", ".join(f"{key!r}: {short(item)}" for key, item in value.items()) + "}" if isinstance(value, dict) else f"{value:.3g}"
+        return (
+            "{" + ", ".join(f"{key!r}: {short(item)}" for key, item in value.items()) + "}"
+            if isinstance(value, dict)
+            else f"{value:.3g}"
+        )
 
     return ", ".join(map(short, arguments))
 

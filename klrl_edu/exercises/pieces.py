@@ -7,7 +7,10 @@ from klrl_edu import reference
 from klrl_edu.exercises.judging import Table
 from klrl_edu.problems.examples import FOUR_REWARDS, FOUR_SENTENCES
 
-OTHER_WAY = "That is the KL the other way round: the first argument is the one that the mean is taken under."
+OTHER_WAY = (
+    "That is the KL the other way round: the first argument is the one that the mean is taken"
+    " under."
+)
 
 
 def words(p: Table) -> Table:
@@ -34,11 +37,17 @@ def independent(p: Table) -> Table:
 
 
 def mean_field(p: Table, rounds: int = 2000) -> Table:
-    """argmin KL(π‖p) over independent words, by coordinate descent: log π₁(a) = Σ_b π₂(b) log p(a b) + const, and so on."""
+    """argmin KL(π‖p) over independent words, by coordinate descent: log π₁(a) = Σ_b π₂(b) log p(a
+    b) + const, and so on.
+    """
     first, second = ({word: 1 / len(side) for word in side} for side in marginals(p))
     for _ in range(rounds):
-        first = reference.softmax({a: math.fsum(second[b] * math.log(p[f"{a} {b}"]) for b in second) for a in first})
-        second = reference.softmax({b: math.fsum(first[a] * math.log(p[f"{a} {b}"]) for a in first) for b in second})
+        first = reference.softmax(
+            {a: math.fsum(second[b] * math.log(p[f"{a} {b}"]) for b in second) for a in first}
+        )
+        second = reference.softmax(
+            {b: math.fsum(first[a] * math.log(p[f"{a} {b}"]) for a in first) for b in second}
+        )
     return product(first, second)
 
 

@@ -21,7 +21,11 @@ def _step(pi: Table, r: Table, eta: float) -> Table:
 
 
 def _step_inputs(generator: random.Random) -> tuple[Any, ...]:
-    return random_table(generator), {y: generator.gauss(0, 1) for y in "abcd"}, generator.uniform(0.05, 0.5)
+    return (
+        random_table(generator),
+        {y: generator.gauss(0, 1) for y in "abcd"},
+        generator.uniform(0.05, 0.5),
+    )
 
 
 def _steps_until(probability: float) -> int:
@@ -46,12 +50,18 @@ EXERCISES = (
         _step,
         "",
         (
-            Mistake("That is π + ηr: probabilities are multiplied by e^(ηr), not added to.", lambda pi, r, eta: {y: pi[y] + eta * r[y] for y in pi}),
+            Mistake(
+                "That is π + ηr: probabilities are multiplied by e^(ηr), not added to.",
+                lambda pi, r, eta: {y: pi[y] + eta * r[y] for y in pi},
+            ),
             Mistake(
                 "That multiplies by 1 + ηr, the first two terms of e^(ηr); use math.exp.",
                 lambda pi, r, eta: normalised({y: pi[y] * (1 + eta * r[y]) for y in pi}),
             ),
-            Mistake("That multiplies by e^(r/η); a small η must be a small step, e^(ηr).", lambda pi, r, eta: _step(pi, r, 1 / eta)),
+            Mistake(
+                "That multiplies by e^(r/η); a small η must be a small step, e^(ηr).",
+                lambda pi, r, eta: _step(pi, r, 1 / eta),
+            ),
             Mistake(
                 "That is a softmax of ηr; it forgets the probabilities that the step starts from.",
                 lambda pi, r, eta: reference.softmax(times(eta, r)),
@@ -65,8 +75,14 @@ EXERCISES = (
         lambda: _steps_until(0.99),
         "",
         (
-            Mistake("That is the last step with P('a dog') ≤ 0.99; the first one above it is asked.", lambda: _steps_until(0.99) - 1),
-            Mistake("One too many: start to count at k = 0, where π is q.", lambda: _steps_until(0.99) + 1),
+            Mistake(
+                "That is the last step with P('a dog') ≤ 0.99; the first one above it is asked.",
+                lambda: _steps_until(0.99) - 1,
+            ),
+            Mistake(
+                "One too many: start to count at k = 0, where π is q.",
+                lambda: _steps_until(0.99) + 1,
+            ),
         ),
         "a loop from q, counting steps until pi['a dog'] > 0.99",
     ),
@@ -75,24 +91,40 @@ EXERCISES = (
         lambda: reference.kl(_point_mass("a dog", FOUR_SENTENCES), FOUR_SENTENCES),
         "nats",
         (
-            Mistake("That is log 4, which is right only where q is uniform.", lambda: math.log(len(FOUR_SENTENCES))),
-            Mistake("That is the entropy of q. What remains is one sentence, of probability 1.", lambda: reference.entropy(FOUR_SENTENCES)),
+            Mistake(
+                "That is log 4, which is right only where q is uniform.",
+                lambda: math.log(len(FOUR_SENTENCES)),
+            ),
+            Mistake(
+                "That is the entropy of q. What remains is one sentence, of probability 1.",
+                lambda: reference.entropy(FOUR_SENTENCES),
+            ),
             Mistake(OTHER_WAY, lambda: math.inf),
         ),
         "all mass on 'a dog': one term is left in the sum",
     ),
     Exercise(
         "t02.tie",
-        lambda: normalised({y: FOUR_SENTENCES[y] if y in _best(TIED_REWARDS) else 0.0 for y in FOUR_SENTENCES}),
+        lambda: normalised(
+            {y: FOUR_SENTENCES[y] if y in _best(TIED_REWARDS) else 0.0 for y in FOUR_SENTENCES}
+        ),
         "",
         (
             Mistake(
-                "That shares equally between the two best; every step multiplies both by the same factor, so they keep the ratio that q gives them.",
-                lambda: {y: float(y in _best(TIED_REWARDS)) / len(_best(TIED_REWARDS)) for y in FOUR_SENTENCES},
+                "That shares equally between the two best; every step multiplies both by the same"
+                " factor, so they keep the ratio that q gives them.",
+                lambda: {
+                    y: float(y in _best(TIED_REWARDS)) / len(_best(TIED_REWARDS))
+                    for y in FOUR_SENTENCES
+                },
             ),
-            Mistake("That is the limit for the old rewards, where 'a dog' alone is best.", lambda: _point_mass("a dog", FOUR_SENTENCES)),
             Mistake(
-                "All mass on one of the two best; but every step multiplies both by the same factor.",
+                "That is the limit for the old rewards, where 'a dog' alone is best.",
+                lambda: _point_mass("a dog", FOUR_SENTENCES),
+            ),
+            Mistake(
+                "All mass on one of the two best; but every step multiplies both by the same"
+                " factor.",
                 lambda: _point_mass(_best(TIED_REWARDS)[0], FOUR_SENTENCES),
             ),
         ),

@@ -7,10 +7,19 @@ from typing import Any
 
 from klrl_edu import reference
 from klrl_edu.exercises.judging import Exercise, Mistake, Table
-from klrl_edu.exercises.pieces import OTHER_WAY, marginals, normalised, posterior, random_table, tilted, times
+from klrl_edu.exercises.pieces import (
+    OTHER_WAY,
+    marginals,
+    normalised,
+    posterior,
+    random_table,
+    tilted,
+    times,
+)
 from klrl_edu.problems.examples import FOUR_REWARDS, FOUR_SENTENCES
 
-# Q-learning ---------------------------------------------------------------------------------------------------------
+# Q-learning
+# --------------------------------------------------------------------------------------------------
 
 
 def _soft(prior: Table, values: Table, lam: float) -> float:
@@ -18,21 +27,33 @@ def _soft(prior: Table, values: Table, lam: float) -> float:
     return lam * math.log(math.fsum(prior[a] * math.exp(values[a] / lam) for a in prior))
 
 
-def _update(old: float, reward: float, prior: Table, values: Table, lam: float, gamma: float, alpha: float) -> float:
+def _update(
+    old: float, reward: float, prior: Table, values: Table, lam: float, gamma: float, alpha: float
+) -> float:
     """(1 − α)Q + α(r + γV)."""
     return (1 - alpha) * old + alpha * (reward + gamma * _soft(prior, values, lam))
 
 
 def _hard_update(look_ahead: Callable[[Table, Table], float]) -> Callable[..., float]:
     """The update with another value of what follows."""
-    return lambda old, reward, prior, values, lam, gamma, alpha: (1 - alpha) * old + alpha * (reward + gamma * look_ahead(prior, values))
+    return lambda old, reward, prior, values, lam, gamma, alpha: (
+        (1 - alpha) * old + alpha * (reward + gamma * look_ahead(prior, values))
+    )
 
 
 def _update_inputs(generator: random.Random) -> tuple[Any, ...]:
     prior = random_table(generator)
     values = {a: generator.gauss(0, 1) for a in prior}
     old, reward = generator.gauss(0, 1), generator.gauss(0, 1)
-    return old, reward, prior, values, generator.uniform(0.2, 3.0), generator.uniform(0.3, 0.95), generator.uniform(0.1, 0.4)
+    return (
+        old,
+        reward,
+        prior,
+        values,
+        generator.uniform(0.2, 3.0),
+        generator.uniform(0.3, 0.95),
+        generator.uniform(0.1, 0.4),
+    )
 
 
 def _first_word_by_the_maximum(prior: Table) -> Table:
@@ -51,7 +72,8 @@ def _greedy_gap() -> float:
     return -math.log(posterior(1.0)["a dog"])
 
 
-# Policy gradient ----------------------------------------------------------------------------------------------------
+# Policy gradient
+# --------------------------------------------------------------------------------------------------
 
 
 def _advantage(pi: Table, q: Table, r: Table, lam: float) -> Table:
@@ -83,7 +105,8 @@ def _natural_inputs(generator: random.Random) -> tuple[Any, ...]:
     return (*_gradient_inputs(generator), generator.uniform(0.1, 0.3))
 
 
-# A world that answers -----------------------------------------------------------------------------------------------
+# A world that answers
+# -----------------------------------------------------------------------------------------------
 
 
 def _action_value(reward: float, replies: Table, values: Table, lam: float, gamma: float) -> float:
@@ -94,7 +117,13 @@ def _action_value(reward: float, replies: Table, values: Table, lam: float, gamm
 def _replies_inputs(generator: random.Random) -> tuple[Any, ...]:
     replies = random_table(generator, "xyz")
     values = {s: generator.gauss(0, 1) for s in replies}
-    return generator.gauss(0, 1), replies, values, generator.uniform(0.2, 3.0), generator.uniform(0.3, 0.95)
+    return (
+        generator.gauss(0, 1),
+        replies,
+        values,
+        generator.uniform(0.2, 3.0),
+        generator.uniform(0.3, 0.95),
+    )
 
 
 EXERCISES = (
@@ -103,26 +132,48 @@ EXERCISES = (
         _update,
         "reward units",
         (
-            Mistake("That takes the largest Q of what follows; take its soft value under the prior.", _hard_update(lambda q, v: max(v.values()))),
             Mistake(
-                "That takes the prior's mean of what follows, which is the value of q, not of the optimum.",
+                "That takes the largest Q of what follows; take its soft value under the prior.",
+                _hard_update(lambda q, v: max(v.values())),
+            ),
+            Mistake(
+                "That takes the prior's mean of what follows, which is the value of q, not of the"
+                " optimum.",
                 _hard_update(lambda q, v: math.fsum(q[a] * v[a] for a in q)),
             ),
             Mistake(
                 "That forgets the prior in the soft value: weigh exp(Q/λ) by q(a).",
-                lambda old, r, q, v, lam, gamma, alpha: _update(old, r, dict.fromkeys(q, 1.0), v, lam, gamma, alpha),
+                lambda old, r, q, v, lam, gamma, alpha: _update(
+                    old, r, dict.fromkeys(q, 1.0), v, lam, gamma, alpha
+                ),
             ),
             Mistake(
-                "The target goes in whole there: α belongs before it, so that the new Q is a mean of the old one and the target.",
-                lambda old, r, q, v, lam, gamma, alpha: (1 - alpha) * old + r + gamma * _soft(q, v, lam),
+                "The target goes in whole there: α belongs before it, so that the new Q is a mean"
+                " of the old one and the target.",
+                lambda old, r, q, v, lam, gamma, alpha: (
+                    (1 - alpha) * old + r + gamma * _soft(q, v, lam)
+                ),
             ),
             Mistake(
                 "That weighs the reward by α and what follows by 1 − α, and forgets the old Q.",
-                lambda old, r, q, v, lam, gamma, alpha: alpha * r + (1 - alpha) * gamma * _soft(q, v, lam),
+                lambda old, r, q, v, lam, gamma, alpha: (
+                    alpha * r + (1 - alpha) * gamma * _soft(q, v, lam)
+                ),
             ),
-            Mistake("α and 1 − α have changed places.", lambda old, r, q, v, lam, gamma, alpha: _update(old, r, q, v, lam, gamma, 1 - alpha)),
-            Mistake("The reward is missing from the target.", lambda old, r, q, v, lam, gamma, alpha: _update(old, 0.0, q, v, lam, gamma, alpha)),
-            Mistake("γ is missing before the value of what follows.", lambda old, r, q, v, lam, gamma, alpha: _update(old, r, q, v, lam, 1.0, alpha)),
+            Mistake(
+                "α and 1 − α have changed places.",
+                lambda old, r, q, v, lam, gamma, alpha: _update(
+                    old, r, q, v, lam, gamma, 1 - alpha
+                ),
+            ),
+            Mistake(
+                "The reward is missing from the target.",
+                lambda old, r, q, v, lam, gamma, alpha: _update(old, 0.0, q, v, lam, gamma, alpha),
+            ),
+            Mistake(
+                "γ is missing before the value of what follows.",
+                lambda old, r, q, v, lam, gamma, alpha: _update(old, r, q, v, lam, 1.0, alpha),
+            ),
         ),
         "(1 − α)·old + α·(r + γ V), with V = λ log Σ q·exp(Q/λ)",
         _update_inputs,
@@ -132,15 +183,31 @@ EXERCISES = (
         lambda: _gap_at_the_first_word(_first_word_by_the_maximum(marginals(FOUR_SENTENCES)[0])),
         "reward units",
         (
-            Mistake(OTHER_WAY, lambda: reference.kl(marginals(posterior(1.0))[0], _first_word_by_the_maximum(marginals(FOUR_SENTENCES)[0]))),
+            Mistake(
+                OTHER_WAY,
+                lambda: reference.kl(
+                    marginals(posterior(1.0))[0],
+                    _first_word_by_the_maximum(marginals(FOUR_SENTENCES)[0]),
+                ),
+            ),
             Mistake(
                 "That policy forgets the prior at the first word: π ∝ q·exp(Q/λ).",
-                lambda: _gap_at_the_first_word(_first_word_by_the_maximum(dict.fromkeys(marginals(FOUR_SENTENCES)[0], 1.0))),
+                lambda: _gap_at_the_first_word(
+                    _first_word_by_the_maximum(dict.fromkeys(marginals(FOUR_SENTENCES)[0], 1.0))
+                ),
             ),
-            Mistake("That is the gap of the greedy policy, which always says 'a dog'; here π ∝ q·exp(Q/λ).", _greedy_gap),
-            Mistake("That is the gap of the prior.", lambda: reference.kl(FOUR_SENTENCES, posterior(1.0))),
+            Mistake(
+                "That is the gap of the greedy policy, which always says 'a dog'; here π ∝"
+                " q·exp(Q/λ).",
+                _greedy_gap,
+            ),
+            Mistake(
+                "That is the gap of the prior.",
+                lambda: reference.kl(FOUR_SENTENCES, posterior(1.0)),
+            ),
         ),
-        "only the first word is wrong, so the gap is λ times the KL of the first word's law to π*'s",
+        "only the first word is wrong, so the gap is λ times the KL of the first word's law to"
+        " π*'s",
     ),
     Exercise(
         "t05.gradient",
@@ -148,15 +215,26 @@ EXERCISES = (
         "reward units",
         (
             Mistake(
-                "Those do not sum to 0, but adding a constant to all logits changes nothing: subtract J.",
-                lambda pi, q, r, lam: {y: pi[y] * (r[y] - lam * math.log(pi[y] / q[y])) for y in pi},
+                "Those do not sum to 0, but adding a constant to all logits changes nothing:"
+                " subtract J.",
+                lambda pi, q, r, lam: {
+                    y: pi[y] * (r[y] - lam * math.log(pi[y] / q[y])) for y in pi
+                },
             ),
             Mistake(
                 "That is the gradient of E[r] alone; the KL term is missing.",
-                lambda pi, q, r, lam: {y: pi[y] * (r[y] - reference.expectation(pi, lambda z: r[z])) for y in pi},
+                lambda pi, q, r, lam: {
+                    y: pi[y] * (r[y] - reference.expectation(pi, lambda z: r[z])) for y in pi
+                },
             ),
-            Mistake("That is the advantage, without the factor π(y) that a logit's derivative brings.", _advantage),
-            Mistake("That points downhill: it is −∇J.", lambda pi, q, r, lam: times(-1.0, _gradient(pi, q, r, lam))),
+            Mistake(
+                "That is the advantage, without the factor π(y) that a logit's derivative brings.",
+                _advantage,
+            ),
+            Mistake(
+                "That points downhill: it is −∇J.",
+                lambda pi, q, r, lam: times(-1.0, _gradient(pi, q, r, lam)),
+            ),
         ),
         "π(y)·(r(y) − λ log π(y)/q(y) − J)",
         _gradient_inputs,
@@ -167,13 +245,18 @@ EXERCISES = (
         "",
         (
             Mistake(
-                "That multiplies by exp(η r) alone and never feels the prior; the KL term belongs in the exponent.",
+                "That multiplies by exp(η r) alone and never feels the prior; the KL term belongs"
+                " in the exponent.",
                 lambda pi, q, r, lam, eta: normalised(tilted(pi, times(eta, r))),
             ),
-            Mistake("That starts from the prior; the step starts from π.", lambda pi, q, r, lam, eta: normalised(tilted(q, times(eta, r)))),
+            Mistake(
+                "That starts from the prior; the step starts from π.",
+                lambda pi, q, r, lam, eta: normalised(tilted(q, times(eta, r))),
+            ),
             Mistake("That is the plain gradient's step: leave out the factor π(y).", _plain_step),
             Mistake(
-                "That is the posterior itself, which only a step of η = 1/λ reaches.", lambda pi, q, r, lam, eta: reference.posterior(q, r, lam)[0]
+                "That is the posterior itself, which only a step of η = 1/λ reaches.",
+                lambda pi, q, r, lam, eta: reference.posterior(q, r, lam)[0],
             ),
         ),
         "π(y)·exp(η(r(y) − λ log π(y)/q(y))), normalised",
@@ -185,20 +268,29 @@ EXERCISES = (
         "reward units",
         (
             Mistake(
-                "That takes a soft value over the replies, as if they were ours to choose; they are the world's: take their plain mean.",
+                "That takes a soft value over the replies, as if they were ours to choose; they are"
+                " the world's: take their plain mean.",
                 lambda r, replies, values, lam, gamma: r + gamma * _soft(replies, values, lam),
             ),
-            Mistake("That counts on the best reply.", lambda r, replies, values, lam, gamma: r + gamma * max(values.values())),
             Mistake(
-                "That counts on the most likely reply alone; take the mean over all.",
-                lambda r, replies, values, lam, gamma: r + gamma * values[max(replies, key=lambda s: replies[s])],
+                "That counts on the best reply.",
+                lambda r, replies, values, lam, gamma: r + gamma * max(values.values()),
             ),
             Mistake(
-                "γ is missing before the value of what follows.", lambda r, replies, values, lam, gamma: _action_value(r, replies, values, lam, 1.0)
+                "That counts on the most likely reply alone; take the mean over all.",
+                lambda r, replies, values, lam, gamma: (
+                    r + gamma * values[max(replies, key=lambda s: replies[s])]
+                ),
+            ),
+            Mistake(
+                "γ is missing before the value of what follows.",
+                lambda r, replies, values, lam, gamma: _action_value(r, replies, values, lam, 1.0),
             ),
             Mistake(
                 "γ discounts what comes next, not the reward of now.",
-                lambda r, replies, values, lam, gamma: gamma * _action_value(r, replies, values, lam, 1.0),
+                lambda r, replies, values, lam, gamma: (
+                    gamma * _action_value(r, replies, values, lam, 1.0)
+                ),
             ),
         ),
         "r + γ·Σ P(s')·V(s')",

@@ -14,7 +14,9 @@ SAMPLES = 64
 
 def _noise(estimator: reference.Function) -> float:
     """The standard deviation of one sample, relative to KL(π‖q)."""
-    return math.sqrt(reference.mean_and_variance(FOUR_POLICY, estimator)[1]) / reference.kl(FOUR_POLICY, FOUR_SENTENCES)
+    return math.sqrt(reference.mean_and_variance(FOUR_POLICY, estimator)[1]) / reference.kl(
+        FOUR_POLICY, FOUR_SENTENCES
+    )
 
 
 def _difference(p: Table, q: Table) -> Table:
@@ -68,15 +70,25 @@ EXERCISES = (
                 "The variance falls as 1/64, the standard deviation as 1/√64; yours fell as 1/64.",
                 lambda: _noise(reference.k1(FOUR_POLICY, FOUR_SENTENCES)) / SAMPLES,
             ),
-            Mistake("That is k3's; k1's is asked.", lambda: _noise(reference.k3(FOUR_POLICY, FOUR_SENTENCES)) / math.sqrt(SAMPLES)),
+            Mistake(
+                "That is k3's; k1's is asked.",
+                lambda: _noise(reference.k3(FOUR_POLICY, FOUR_SENTENCES)) / math.sqrt(SAMPLES),
+            ),
             Mistake(
                 "That is the standard deviation in nats; divide it by KL(π‖q).",
-                lambda: math.sqrt(reference.mean_and_variance(FOUR_POLICY, reference.k1(FOUR_POLICY, FOUR_SENTENCES))[1] / SAMPLES),
+                lambda: math.sqrt(
+                    reference.mean_and_variance(
+                        FOUR_POLICY, reference.k1(FOUR_POLICY, FOUR_SENTENCES)
+                    )[1]
+                    / SAMPLES
+                ),
             ),
             Mistake(
                 "That is the variance over the KL; take the square root of the variance first.",
                 lambda: (
-                    reference.mean_and_variance(FOUR_POLICY, reference.k1(FOUR_POLICY, FOUR_SENTENCES))[1]
+                    reference.mean_and_variance(
+                        FOUR_POLICY, reference.k1(FOUR_POLICY, FOUR_SENTENCES)
+                    )[1]
                     / SAMPLES
                     / reference.kl(FOUR_POLICY, FOUR_SENTENCES)
                 ),
@@ -89,14 +101,20 @@ EXERCISES = (
         _difference,
         "",
         (
-            Mistake("That is ∇KL(π‖q), the gradient of k3's *mean*; on samples the loss gives the mean of its gradient, E[∇k3].", _reverse),
+            Mistake(
+                "That is ∇KL(π‖q), the gradient of k3's *mean*; on samples the loss gives the mean"
+                " of its gradient, E[∇k3].",
+                _reverse,
+            ),
             Mistake("That is E[k3 s], the half that k3 follows in the reward.", _in_the_reward),
             Mistake(
-                "The sign is wrong: the slope of k3 is 1 − q/π, so a sentence that π likes more than q has a positive entry.",
+                "The sign is wrong: the slope of k3 is 1 − q/π, so a sentence that π likes more"
+                " than q has a positive entry.",
                 lambda pi, q: _difference(q, pi),
             ),
             Mistake(
-                "That is the slope 1 − q/π of each sentence; its mean with s is asked, and each sentence comes with probability π.",
+                "That is the slope 1 − q/π of each sentence; its mean with s is asked, and each"
+                " sentence comes with probability π.",
                 lambda pi, q: {y: 1 - q[y] / pi[y] for y in pi},
             ),
         ),
@@ -108,11 +126,21 @@ EXERCISES = (
         lambda: _in_the_reward(FOUR_POLICY, FOUR_SENTENCES),
         "",
         (
-            Mistake("That is k1 in the reward, ∇KL(π‖q); k3 is asked.", lambda: _reverse(FOUR_POLICY, FOUR_SENTENCES)),
-            Mistake("That is k3 in the loss; in the reward k3 is a number that weighs s.", lambda: _difference(FOUR_POLICY, FOUR_SENTENCES)),
             Mistake(
-                "That is π·k3; the entry of a sentence is π(y)(k3(y) − E[k3]), as its logit also lowers all the others.",
-                lambda: {y: p * reference.k3(FOUR_POLICY, FOUR_SENTENCES)(y) for y, p in FOUR_POLICY.items()},
+                "That is k1 in the reward, ∇KL(π‖q); k3 is asked.",
+                lambda: _reverse(FOUR_POLICY, FOUR_SENTENCES),
+            ),
+            Mistake(
+                "That is k3 in the loss; in the reward k3 is a number that weighs s.",
+                lambda: _difference(FOUR_POLICY, FOUR_SENTENCES),
+            ),
+            Mistake(
+                "That is π·k3; the entry of a sentence is π(y)(k3(y) − E[k3]), as its logit also"
+                " lowers all the others.",
+                lambda: {
+                    y: p * reference.k3(FOUR_POLICY, FOUR_SENTENCES)(y)
+                    for y, p in FOUR_POLICY.items()
+                },
             ),
             Mistake(
                 "The sign is wrong: a KL penalty is descended, and k3 counts as a cost.",
@@ -126,7 +154,10 @@ EXERCISES = (
         lambda pi, mu: _difference(mu, pi),
         "",
         (
-            Mistake("That is the answer on-policy: E_π[s] = 0; here the samples come from μ.", lambda pi, mu: dict.fromkeys(pi, 0.0)),
+            Mistake(
+                "That is the answer on-policy: E_π[s] = 0; here the samples come from μ.",
+                lambda pi, mu: dict.fromkeys(pi, 0.0),
+            ),
             Mistake("The sign is wrong: E_μ[s] at sentence y is μ(y) − π(y).", _difference),
             Mistake("That is ∇KL(π‖μ); k1 has the slope 1, and s is averaged under μ.", _reverse),
         ),
@@ -139,12 +170,20 @@ EXERCISES = (
         "",
         (
             Mistake(
-                "That is π*, where E[r] − λ KL(π‖q) is largest; k3 as a loss has KL(q‖π) there.", lambda q, r, lam: reference.posterior(q, r, lam)[0]
+                "That is π*, where E[r] − λ KL(π‖q) is largest; k3 as a loss has KL(q‖π) there.",
+                lambda q, r, lam: reference.posterior(q, r, lam)[0],
             ),
-            Mistake("That forgets λ: the optimum is λq/(ν − r).", lambda q, r, lam: _forward_optimum(q, r, 1.0)),
-            Mistake("The exponent of λ is wrong: the optimum is λq/(ν − r), yours has 1/λ.", lambda q, r, lam: _forward_optimum(q, r, 1 / lam)),
             Mistake(
-                "That takes ν = max r + λ and divides by the sum; no constant factor is free here: ν itself must make the sum one.",
+                "That forgets λ: the optimum is λq/(ν − r).",
+                lambda q, r, lam: _forward_optimum(q, r, 1.0),
+            ),
+            Mistake(
+                "The exponent of λ is wrong: the optimum is λq/(ν − r), yours has 1/λ.",
+                lambda q, r, lam: _forward_optimum(q, r, 1 / lam),
+            ),
+            Mistake(
+                "That takes ν = max r + λ and divides by the sum; no constant factor is free here:"
+                " ν itself must make the sum one.",
                 lambda q, r, lam: normalised({y: q[y] / (max(r.values()) + lam - r[y]) for y in q}),
             ),
         ),

@@ -47,7 +47,9 @@ def _squared_score(y: str) -> float:
 
 def _mean_log_ratio(prior: Table, weight: reference.Function) -> float:
     """E_π[weight · log π/prior]."""
-    return reference.expectation(FOUR_POLICY, lambda y: weight(y) * math.log(FOUR_POLICY[y] / prior[y]))
+    return reference.expectation(
+        FOUR_POLICY, lambda y: weight(y) * math.log(FOUR_POLICY[y] / prior[y])
+    )
 
 
 def _best_constant(prior: Table, weight: reference.Function = _squared_score) -> float:
@@ -67,7 +69,12 @@ def _repaired(p: Table, q: Table, r: Table, lam: float) -> Table:
 
 def _problem_inputs(generator: random.Random) -> tuple[Any, ...]:
     p = random_table(generator)
-    return p, random_table(generator), {y: generator.gauss(0, 1) for y in p}, generator.uniform(0.2, 3.0)
+    return (
+        p,
+        random_table(generator),
+        {y: generator.gauss(0, 1) for y in p},
+        generator.uniform(0.2, 3.0),
+    )
 
 
 EXERCISES = (
@@ -76,10 +83,22 @@ EXERCISES = (
         lambda: _variance(AUXILIARY, _weighted_reward),
         "",
         (
-            Mistake("That is the variance of r under q: of a draw from q itself.", lambda: _variance(FOUR_SENTENCES, lambda y: FOUR_REWARDS[y])),
-            Mistake("That is the variance of r under p; the draw is weighted: w·r.", lambda: _variance(AUXILIARY, lambda y: FOUR_REWARDS[y])),
-            Mistake("That is E_p[(w r)²]; subtract (E_p[w r])².", lambda: reference.expectation(AUXILIARY, lambda y: _weighted_reward(y) ** 2)),
-            Mistake("That is the standard deviation; its square is asked.", lambda: math.sqrt(_variance(AUXILIARY, _weighted_reward))),
+            Mistake(
+                "That is the variance of r under q: of a draw from q itself.",
+                lambda: _variance(FOUR_SENTENCES, lambda y: FOUR_REWARDS[y]),
+            ),
+            Mistake(
+                "That is the variance of r under p; the draw is weighted: w·r.",
+                lambda: _variance(AUXILIARY, lambda y: FOUR_REWARDS[y]),
+            ),
+            Mistake(
+                "That is E_p[(w r)²]; subtract (E_p[w r])².",
+                lambda: reference.expectation(AUXILIARY, lambda y: _weighted_reward(y) ** 2),
+            ),
+            Mistake(
+                "That is the standard deviation; its square is asked.",
+                lambda: math.sqrt(_variance(AUXILIARY, _weighted_reward)),
+            ),
         ),
         "E_p[(w r)²] − (E_p[w r])², with w = q/p",
     ),
@@ -88,20 +107,34 @@ EXERCISES = (
         _pair_mean,
         "",
         (
-            Mistake("That is E_p[f], the mean of one self-normalised draw; take two.", lambda p, q, f: reference.expectation(p, lambda y: f[y])),
             Mistake(
-                "That is E_q[f], the ratio of the means; the mean of the ratio is asked, pair by pair.",
+                "That is E_p[f], the mean of one self-normalised draw; take two.",
+                lambda p, q, f: reference.expectation(p, lambda y: f[y]),
+            ),
+            Mistake(
+                "That is E_q[f], the ratio of the means; the mean of the ratio is asked, pair by"
+                " pair.",
                 lambda p, q, f: reference.expectation(q, lambda y: f[y]),
             ),
-            Mistake("The pairs come from q there; they are drawn from p.", lambda p, q, f: math.fsum(_pairs(q, _weights(p, q), f).values())),
-            Mistake("The weights are upside down: w = q/p.", lambda p, q, f: math.fsum(_pairs(p, _weights(q, p), f).values())),
+            Mistake(
+                "The pairs come from q there; they are drawn from p.",
+                lambda p, q, f: math.fsum(_pairs(q, _weights(p, q), f).values()),
+            ),
+            Mistake(
+                "The weights are upside down: w = q/p.",
+                lambda p, q, f: math.fsum(_pairs(p, _weights(q, p), f).values()),
+            ),
             Mistake(
                 "That leaves out the pairs of a sentence with itself.",
-                lambda p, q, f: math.fsum(part for (x, y), part in _pairs(p, _weights(p, q), f).items() if x != y),
+                lambda p, q, f: math.fsum(
+                    part for (x, y), part in _pairs(p, _weights(p, q), f).items() if x != y
+                ),
             ),
             Mistake(
                 "That counts a pair of different sentences once; it is drawn in two orders.",
-                lambda p, q, f: math.fsum(part for (x, y), part in _pairs(p, _weights(p, q), f).items() if x <= y),
+                lambda p, q, f: math.fsum(
+                    part for (x, y), part in _pairs(p, _weights(p, q), f).items() if x <= y
+                ),
             ),
         ),
         "sum p(x)·p(y)·(w(x) f(x) + w(y) f(y))/(w(x) + w(y)) over all x and y, equal ones too",
@@ -112,10 +145,22 @@ EXERCISES = (
         lambda: _best_constant(AUXILIARY),
         "nats",
         (
-            Mistake("That is −KL(π‖p), which centres log π/p; the variance weighs by ‖s‖².", lambda: -reference.kl(FOUR_POLICY, AUXILIARY)),
-            Mistake("That weighs by ‖s‖; the variance holds its square.", lambda: _best_constant(AUXILIARY, lambda y: math.sqrt(_squared_score(y)))),
-            Mistake("That is the best constant for log π/q; the article weighs with log π/p.", lambda: _best_constant(FOUR_SENTENCES)),
-            Mistake("That is −E_π[‖s‖² log π/p]; divide by E_π[‖s‖²].", lambda: -_mean_log_ratio(AUXILIARY, _squared_score)),
+            Mistake(
+                "That is −KL(π‖p), which centres log π/p; the variance weighs by ‖s‖².",
+                lambda: -reference.kl(FOUR_POLICY, AUXILIARY),
+            ),
+            Mistake(
+                "That weighs by ‖s‖; the variance holds its square.",
+                lambda: _best_constant(AUXILIARY, lambda y: math.sqrt(_squared_score(y))),
+            ),
+            Mistake(
+                "That is the best constant for log π/q; the article weighs with log π/p.",
+                lambda: _best_constant(FOUR_SENTENCES),
+            ),
+            Mistake(
+                "That is −E_π[‖s‖² log π/p]; divide by E_π[‖s‖²].",
+                lambda: -_mean_log_ratio(AUXILIARY, _squared_score),
+            ),
         ),
         "set the derivative of E_π[‖s‖²(log π/p + c)²] by c to 0; ‖s(y)‖² = 1 − 2π(y) + Σ π²",
     ),
@@ -124,12 +169,24 @@ EXERCISES = (
         _regret,
         "reward units",
         (
-            Mistake("That is KL(π*_p‖π*_q) in nats; the regret is λ times that.", lambda p, q, r, lam: _regret(p, q, r, lam) / lam),
-            Mistake("That is the KL the other way round: the policy is π*_p, and stands first.", lambda p, q, r, lam: _regret(q, p, r, lam)),
-            Mistake("That is the distance of the priors, λ KL(p‖q); the posteriors are compared.", lambda p, q, r, lam: lam * reference.kl(p, q)),
             Mistake(
-                "That is λ log Z of q less λ log Z of p, which compares two yardsticks; measure π*_p by the J that holds q.",
-                lambda p, q, r, lam: lam * (reference.posterior(q, r, lam)[1] - reference.posterior(p, r, lam)[1]),
+                "That is KL(π*_p‖π*_q) in nats; the regret is λ times that.",
+                lambda p, q, r, lam: _regret(p, q, r, lam) / lam,
+            ),
+            Mistake(
+                "That is the KL the other way round: the policy is π*_p, and stands first.",
+                lambda p, q, r, lam: _regret(q, p, r, lam),
+            ),
+            Mistake(
+                "That is the distance of the priors, λ KL(p‖q); the posteriors are compared.",
+                lambda p, q, r, lam: lam * reference.kl(p, q),
+            ),
+            Mistake(
+                "That is λ log Z of q less λ log Z of p, which compares two yardsticks; measure"
+                " π*_p by the J that holds q.",
+                lambda p, q, r, lam: (
+                    lam * (reference.posterior(q, r, lam)[1] - reference.posterior(p, r, lam)[1])
+                ),
             ),
         ),
         "λ log Z − J(π*_p), both with the prior q; by tutorial 3 that is λ KL(π*_p‖π*_q)",
@@ -140,10 +197,22 @@ EXERCISES = (
         _repaired,
         "reward units",
         (
-            Mistake("log q/p is in nats; times λ it is in reward units.", lambda p, q, r, lam: {y: r[y] + math.log(q[y] / p[y]) for y in p}),
-            Mistake("The ratio is upside down: q/p is asked.", lambda p, q, r, lam: {y: r[y] + lam * math.log(p[y] / q[y]) for y in p}),
-            Mistake("That weighs the reward by q/p; solve for r′ in the exponent.", lambda p, q, r, lam: {y: r[y] * q[y] / p[y] for y in p}),
-            Mistake("That is the correction alone; add it to r.", lambda p, q, r, lam: {y: lam * math.log(q[y] / p[y]) for y in p}),
+            Mistake(
+                "log q/p is in nats; times λ it is in reward units.",
+                lambda p, q, r, lam: {y: r[y] + math.log(q[y] / p[y]) for y in p},
+            ),
+            Mistake(
+                "The ratio is upside down: q/p is asked.",
+                lambda p, q, r, lam: {y: r[y] + lam * math.log(p[y] / q[y]) for y in p},
+            ),
+            Mistake(
+                "That weighs the reward by q/p; solve for r′ in the exponent.",
+                lambda p, q, r, lam: {y: r[y] * q[y] / p[y] for y in p},
+            ),
+            Mistake(
+                "That is the correction alone; add it to r.",
+                lambda p, q, r, lam: {y: lam * math.log(q[y] / p[y]) for y in p},
+            ),
         ),
         "solve p·exp(r′/λ) = q·exp(r/λ) for r′",
         _problem_inputs,

@@ -21,7 +21,9 @@ def _predictive(alpha: float) -> Table:
 
 
 def _even(p: float, length: int) -> float:
-    """P(an even number of successes among `length` draws of probability p), by two states and one step a draw."""
+    """P(an even number of successes among `length` draws of probability p), by two states and one
+    step a draw.
+    """
     even, odd = 1.0, 0.0
     for _ in range(length):
         even, odd = (1 - p) * even + p * odd, (1 - p) * odd + p * even
@@ -50,7 +52,9 @@ def _texts() -> dict[tuple[str, ...], float]:
 def _first_given_one_b() -> Table:
     """P(first word | exactly one 'b')."""
     kept = {text: q for text, q in _texts().items() if text.count("b") == 1}
-    return normalised({word: math.fsum(q for text, q in kept.items() if text[0] == word) for word in "ab"})
+    return normalised(
+        {word: math.fsum(q for text, q in kept.items() if text[0] == word) for word in "ab"}
+    )
 
 
 def _uniform_given_one_b() -> Table:
@@ -64,7 +68,10 @@ EXERCISES = (
         lambda: _predictive(1.0),
         "",
         (
-            Mistake("Those are the plain shares; Dirichlet(1) adds one to each count.", lambda: _predictive(0.0)),
+            Mistake(
+                "Those are the plain shares; Dirichlet(1) adds one to each count.",
+                lambda: _predictive(0.0),
+            ),
             Mistake("That adds ½ to each count; here α = 1.", lambda: _predictive(0.5)),
         ),
         "(n + 1)/(N + 4)",
@@ -74,9 +81,13 @@ EXERCISES = (
         _even,
         "",
         (
-            Mistake("That is the probability of an odd number.", lambda p, length: 1 - _even(p, length)),
+            Mistake(
+                "That is the probability of an odd number.", lambda p, length: 1 - _even(p, length)
+            ),
             Mistake("That takes one step too few.", lambda p, length: _even(p, length - 1)),
-            Mistake("That is the probability of none at all.", lambda p, length: _binomial(p, length, 0)),
+            Mistake(
+                "That is the probability of none at all.", lambda p, length: _binomial(p, length, 0)
+            ),
         ),
         "two states, even and odd; each draw moves a share p across",
         _even_inputs,
@@ -87,7 +98,9 @@ EXERCISES = (
         "",
         (
             Mistake("That counts texts without weighing them by the prior.", _uniform_given_one_b),
-            Mistake("That is the prior's first word; the constraint must be heard.", lambda: dict(START)),
+            Mistake(
+                "That is the prior's first word; the constraint must be heard.", lambda: dict(START)
+            ),
         ),
         "sum q over the three texts with one 'b', split by the first word",
     ),

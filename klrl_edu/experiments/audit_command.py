@@ -1,6 +1,8 @@
-"""`klrl audit`: anyone's loss or estimator by its name, or the package's own against what they claim.
+"""`klrl audit`: anyone's loss or estimator by its name, or the package's own against what they
+claim.
 
-A name is `module:function`, `file.py:function`, or a function of this package such as `kl_values.k3` or `losses.rloo`.
+A name is `module:function`, `file.py:function`, or a function of this package such as
+`kl_values.k3` or `losses.rloo`.
 """
 
 import importlib
@@ -45,18 +47,21 @@ def audit(
     out: Path = Path("runs/audit"),
     quiet: Quiet = False,
 ) -> None:
-    """The exact bias and variance of a loss or an estimator; without a name, of every one of this package, against what it claims.
+    """The exact bias and variance of a loss or an estimator; without a name, of every one of this
+    package, against what it claims.
 
-    The policy of four-sentences is (.5, .2, .1, .2); of another problem it is the prior tilted by cos k, k = 1, 2, …, in the order of its
-    sequences, so that no formula is right because policy and prior agree. Writes result.json (the report: mean, variance, targets, bias,
-    relative_bias, cosine, scale, verdict, …; without a name: rows, a claim each) and audit.png/.pdf.
+    The policy of four-sentences is (.5, .2, .1, .2); of another problem it is the prior tilted by
+    cos k, k = 1, 2, …, in the order of its sequences, so that no formula is right because policy
+    and prior agree. Writes result.json (the report: mean, variance, targets, bias, relative_bias,
+    cosine, scale, verdict, …; without a name: rows, a claim each) and audit.png/.pdf.
 
     Args:
         target: module:function, file.py:function, or a name such as kl_values.k3 or losses.rloo.
         problem: four-sentences, another standing problem, or a table (CSV or JSON).
         kl_coef: λ, at least 0.
         batch_size: sequences an estimate.
-        kind: gradient (a loss) or value (an estimator of KL); auto takes for a loss what takes a Batch or is called one.
+        kind: gradient (a loss) or value (an estimator of KL); auto takes for a loss what takes a
+            Batch or is called one.
         max_executions: the most batches to enumerate.
         out: where to write.
     """
@@ -68,9 +73,20 @@ def audit(
     world = ProblemSource(problem, kl_coef).load()
     policy = four_sentences_policy() if problem == "four-sentences" else tilted_prior(world)
     kind = _kind_of(function) if kind == "auto" else kind
-    report = _run(target, kind, function, policy, world, batch_size=batch_size, max_executions=max_executions)
+    report = _run(
+        target, kind, function, policy, world, batch_size=batch_size, max_executions=max_executions
+    )
     directory = claim_directory(out, "audit")
-    write_json(directory / "result.json", {"command": "audit", "target": target, "problem": problem, "kl_coef": kl_coef, **report.to_dict()})
+    write_json(
+        directory / "result.json",
+        {
+            "command": "audit",
+            "target": target,
+            "problem": problem,
+            "kl_coef": kl_coef,
+            **report.to_dict(),
+        },
+    )
     _draw(report, directory / "audit")
     say(f"{report}\n\nresult.json, audit.png and .pdf are in {directory}")
 
@@ -87,17 +103,29 @@ def find_function(target: str) -> Callable[..., Any]:
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise InputError(f"{place} has no function {name!r}; it has {', '.join(functions) or 'none'}.")
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and not key.startswith("_")
+        ]
+        raise InputError(
+            f"{place} has no function {name!r}; it has {', '.join(functions) or 'none'}."
+        )
     return _made(function, target) if inspect.isclass(function) else function
 
 
 def tilted_prior(problem: Problem) -> SequenceTable:
-    """A policy that is neither prior nor posterior: log π = log q + cos k + constant, k = 1, 2, … on the feasible support."""
+    """A policy that is neither prior nor posterior: log π = log q + cos k + constant, k = 1, 2, …
+    on the feasible support.
+    """
     support = posterior(problem).enumerated()
     kept = support.rewards > -torch.inf
     tokens, log_prior = support.tokens[kept], support.log_prior[kept]
-    return SequenceTable(problem.space, tokens, log_prior + torch.cos(torch.arange(1, len(tokens) + 1, dtype=torch.float64)))
+    return SequenceTable(
+        problem.space,
+        tokens,
+        log_prior + torch.cos(torch.arange(1, len(tokens) + 1, dtype=torch.float64)),
+    )
 
 
 def _own_function(target: str) -> Callable[..., Any]:
@@ -109,7 +137,8 @@ def _own_function(target: str) -> Callable[..., Any]:
             if callable(function):
                 return function
     raise InputError(
-        f"{target!r} is no function of this package; give one such as kl_values.k3 or losses.rloo, or module:function, file.py:function."
+        f"{target!r} is no function of this package; give one such as kl_values.k3 or losses.rloo,"
+        " or module:function, file.py:function."
     )
 
 
@@ -120,7 +149,9 @@ def _module_of_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours can be imported, as when Python runs the file
+    sys.path.insert(
+        0, str(path.parent.resolve())
+    )  # its neighbours can be imported, as when Python runs the file
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
@@ -136,8 +167,13 @@ def _module_of_name(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise InputError(f"there is no module {name!r} here or installed; give module:function, or file.py:function with a path.") from None
-        raise InputError(f"module {name!r} does not import: {_said(error)}; install what is missing.") from None
+            raise InputError(
+                f"there is no module {name!r} here or installed; give module:function, or"
+                " file.py:function with a path."
+            ) from None
+        raise InputError(
+            f"module {name!r} does not import: {_said(error)}; install what is missing."
+        ) from None
     except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise InputError(f"module {name!r} does not import: {_said(error)}; fix it.") from None
     finally:
@@ -149,32 +185,51 @@ def _made(cls: Callable[..., Any], target: str) -> Callable[..., Any]:
     try:
         made: Callable[..., Any] = cls()
     except Exception as error:  # of the user's constructor
-        raise InputError(f"{target} is a class and cannot be made without arguments: {_said(error)}; name a function.") from None
+        raise InputError(
+            f"{target} is a class and cannot be made without arguments: {_said(error)}; name a"
+            " function."
+        ) from None
     return made
 
 
 def _kind_of(function: Callable[..., Any]) -> Literal["value", "gradient"]:
-    """A loss takes a Batch, or has "loss" or "gradient" in its name or in that of its file; everything else estimates a value."""
+    """A loss takes a Batch, or has "loss" or "gradient" in its name or in that of its file;
+    everything else estimates a value.
+    """
     first = next(iter(parameters_of(function).values()), None)
-    takes_batch = first is not None and (first.name == "batch" or first.annotation in (Batch, "Batch"))
+    takes_batch = first is not None and (
+        first.name == "batch" or first.annotation in (Batch, "Batch")
+    )
     words = f"{getattr(function, '__module__', '')}.{name_of(function)}".lower()
     return "gradient" if takes_batch or "loss" in words or "gradient" in words else "value"
 
 
-def _run(target: str, kind: str, function: Callable[..., Any], policy: LanguageModel, world: Problem, **options: int) -> AuditReport:
+def _run(
+    target: str,
+    kind: str,
+    function: Callable[..., Any],
+    policy: LanguageModel,
+    world: Problem,
+    **options: Any,
+) -> AuditReport:
     """The audit; whatever the function itself raises becomes one line."""
     try:
-        return (audit_gradient if kind == "gradient" else audit_value)(function, policy, world, **options)  # type: ignore[arg-type]
+        audit_it = audit_gradient if kind == "gradient" else audit_value
+        return audit_it(function, policy, world, **options)
     except KlrlError:
         raise
     except Exception as error:  # of the user's function
         raise InputError(
-            f"{target} failed as a {'loss' if kind == 'gradient' else 'value'}: {_said(error)}; try it on one Batch, or --kind."
+            f"{target} failed as a {'loss' if kind == 'gradient' else 'value'}: {_said(error)}; try"
+            " it on one Batch, or --kind."
         ) from None
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return (
+        f"{type(error).__name__}:"
+        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    )
 
 
 def _draw(report: AuditReport, path: Path) -> None:
@@ -192,7 +247,14 @@ def _audit_catalogue(out: Path, say: Callable[[str], None]) -> None:
     rows = check_catalogue()
     directory = claim_directory(out, "audit")
     listed = [
-        {"name": row.entry.name, "world": row.world, "claim": row.entry.words, "error": row.error, "variance": row.variance, "holds": row.holds}
+        {
+            "name": row.entry.name,
+            "world": row.world,
+            "claim": row.entry.words,
+            "error": row.error,
+            "variance": row.variance,
+            "holds": row.holds,
+        }
         for row in rows
     ]
     write_json(directory / "result.json", {"command": "audit", "target": "own", "rows": listed})

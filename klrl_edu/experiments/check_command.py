@@ -1,4 +1,6 @@
-"""`klrl check`: every identity of the theory on random problems, and every claim of the articles, by number."""
+"""`klrl check`: every identity of the theory on random problems, and every claim of the articles,
+by number.
+"""
 
 import time
 from collections.abc import Sequence
@@ -17,8 +19,11 @@ from klrl_edu.theory.claims import CLAIMS, claims_text
 from klrl_edu.theory.identities import HEADER, IDENTITIES, check_identities, find_identity
 
 
-def run_check(out: Path, *, quiet: bool, name: str | None, claims_only: bool, seed: int, examples: int) -> bool:
-    """Checks, prints a table of each kind, and writes result.json; returns whether everything holds.
+def run_check(
+    out: Path, *, quiet: bool, name: str | None, claims_only: bool, seed: int, examples: int
+) -> bool:
+    """Checks, prints a table of each kind, and writes result.json; returns whether everything
+    holds.
 
     Args:
         out: where result.json goes.
@@ -36,21 +41,45 @@ def run_check(out: Path, *, quiet: bool, name: str | None, claims_only: bool, se
     directory, say = claim_directory(out, "check"), speaker(quiet)
     started = time.process_time()
     trying = check_identities(statements, seed=seed, examples=examples) if statements else ()
-    identities = list(tqdm(trying, desc="checking", total=len(statements), disable=quiet or None, leave=False))
+    identities = list(
+        tqdm(trying, desc="checking", total=len(statements), disable=quiet or None, leave=False)
+    )
     checks = [CLAIMS[claim].check() for claim in claims]
     if identities:
-        say(f"{len(identities)} statements on {examples} random problems, each beside a broken twin that must fail")
+        say(
+            f"{len(identities)} statements on {examples} random problems, each beside a broken twin"
+            " that must fail"
+        )
         say(text_table(HEADER, [checked.row() for checked in identities]))
     if checks:
-        say(("\n" if identities else "") + claims_text(checks, details=claims_only or not identities))
-    wrong = [*(c.statement.name for c in identities if not c.holds), *(c.claim.name for c in checks if not c.passed)]
+        say(
+            ("\n" if identities else "")
+            + claims_text(checks, details=claims_only or not identities)
+        )
+    wrong = [
+        *(c.statement.name for c in identities if not c.holds),
+        *(c.claim.name for c in checks if not c.passed),
+    ]
     seconds = time.process_time() - started
-    numbers: dict[str, Any] = {"seed": seed, "examples": examples, "seconds": seconds, "wrong": wrong}
+    numbers: dict[str, Any] = {
+        "seed": seed,
+        "examples": examples,
+        "seconds": seconds,
+        "wrong": wrong,
+    }
     write_json(
         directory / "result.json",
-        {"command": "check", **numbers, "identities": [c.to_dict() for c in identities], "claims": [c.to_dict() for c in checks]},
+        {
+            "command": "check",
+            **numbers,
+            "identities": [c.to_dict() for c in identities],
+            "claims": [c.to_dict() for c in checks],
+        },
     )
-    say(f"\n{_summary(len(identities), len(checks), wrong)} ({seconds:.1f} s of CPU time). result.json is in {directory}")
+    say(
+        f"\n{_summary(len(identities), len(checks), wrong)} ({seconds:.1f} s of CPU time)."
+        f" result.json is in {directory}"
+    )
     return not wrong
 
 
@@ -59,12 +88,17 @@ def _asked_for(name: str | None, claims_only: bool) -> tuple[list[str], list[str
     if name is None:
         return ([] if claims_only else list(IDENTITIES)), list(CLAIMS)
     if claims_only:
-        raise InputError(f"--name {name} and --claims do not go together: --name takes one statement or one claim, by its name.")
+        raise InputError(
+            f"--name {name} and --claims do not go together: --name takes one statement or one"
+            " claim, by its name."
+        )
     return ([], [name]) if name in CLAIMS else ([find_identity(name).name], [])
 
 
 def _summary(statements: int, claims: int, wrong: Sequence[str]) -> str:
     if wrong:
         return f"WRONG: {', '.join(wrong)}"
-    held = [f"{statements} statements hold"] * bool(statements) + [f"the verdicts of {claims} claims agree with their numbers"] * bool(claims)
+    held = [f"{statements} statements hold"] * bool(statements) + [
+        f"the verdicts of {claims} claims agree with their numbers"
+    ] * bool(claims)
     return ", ".join(held)

@@ -1,6 +1,7 @@
 """The command line: `klrl COMMAND …`.
 
-Exit 0: done; 1: a check failed; 2: bad input, in one line with the remedy; 130: interrupted, with what was written so far kept.
+Exit 0: done; 1: a check failed; 2: bad input, in one line with the remedy; 130: interrupted, with
+what was written so far kept.
 """
 
 import contextlib
@@ -57,9 +58,11 @@ _EVALUATIONS = 20  # exact comparisons in the course of a training run
 
 
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) -> None:
-    """Four sentences, networks trained to their posterior, US surnames, and 262,144 digit sequences: one to two minutes.
+    """Four sentences, networks trained to their posterior, US surnames, and 262,144 digit
+    sequences: one to two minutes.
 
-    Writes result.json (four_sentences, networks, surnames, count_threes: every printed number) and three pictures as .png and .pdf.
+    Writes result.json (four_sentences, networks, surnames, count_threes: every printed number) and
+    three pictures as .png and .pdf.
 
     Args:
         out: where to write.
@@ -84,10 +87,11 @@ def posterior(
     out: Path = Path("runs/posterior"),
     quiet: Quiet = False,
 ) -> None:
-    """The exact posterior of a table (CSV with the header sentence,prob,reward, or JSON) or of a standing problem.
+    """The exact posterior of a table (CSV with the header sentence,prob,reward, or JSON) or of a
+    standing problem.
 
-    Writes result.json (value, log_evidence, method, support_size, expected_reward, kl_posterior_to_prior, prior), posterior.csv with
-    every sequence, and posterior.png/.pdf.
+    Writes result.json (value, log_evidence, method, support_size, expected_reward,
+    kl_posterior_to_prior, prior), posterior.csv with every sequence, and posterior.png/.pdf.
 
     Args:
         file: the table, or four-sentences, surnames, count-threes.
@@ -103,9 +107,15 @@ def posterior(
     directory = claim_directory(out, "posterior")
     say = speaker(quiet)
     rows = target.rows()
-    prior_side, self_side = compare_models(target.problem.prior, target), compare_models(target.model, target)
+    prior_side, self_side = (
+        compare_models(target.problem.prior, target),
+        compare_models(target.model, target),
+    )
     say(target.text(count))
-    say(f"E[r]: prior {prior_side.expected_reward:.12g}, posterior {self_side.expected_reward:.12g};  KL(π*‖q) = {self_side.kl_to_prior:.12g} nats")
+    say(
+        f"E[r]: prior {prior_side.expected_reward:.12g}, posterior"
+        f" {self_side.expected_reward:.12g};  KL(π*‖q) = {self_side.kl_to_prior:.12g} nats"
+    )
     _write_posterior_csv(directory / "posterior.csv", rows)
     _draw_posterior(target, directory / "posterior", count)
     write_json(
@@ -140,10 +150,12 @@ def train(
     out: Path | None = None,
     quiet: Quiet = False,
 ) -> None:
-    """Trains a policy towards the exact posterior of a table or of a standing problem, and compares them.
+    """Trains a policy towards the exact posterior of a table or of a standing problem, and compares
+    them.
 
-    The policy is restricted to the sequences with prior mass and a finite reward, and says so. Writes config.json, metrics.jsonl
-    (a record a step), metrics.csv, policy.pt, result.json (start, end: the comparison's metrics; steps_done; interrupted) and training.png/.pdf.
+    The policy is restricted to the sequences with prior mass and a finite reward, and says so.
+    Writes config.json, metrics.jsonl (a record a step), metrics.csv, policy.pt, result.json (start,
+    end: the comparison's metrics; steps_done; interrupted) and training.png/.pdf.
 
     Args:
         problem: a table (CSV or JSON), or four-sentences, surnames, count-threes.
@@ -168,39 +180,81 @@ def train(
     target = exact_posterior(loaded)
     policy = build_policy(model, target, seed)
     start = comparison_metrics(policy, target)
-    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "schedule": SCHEDULES[schedule], "max_grad_norm": 1.0}
+    options = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "schedule": SCHEDULES[schedule],
+        "max_grad_norm": 1.0,
+    }
     loop = train_steps(policy, looked_up(target), LOSSES[loss], draw=draw, **options)  # type: ignore[arg-type]
     first = next(loop, None)  # bad arguments surface here, before anything is written
     directory = claim_directory(fresh_directory(out, "train"), "train")
     config = {
         "command": "train",
-        "problem": {"name": problem, "kl_coef": loaded.kl_coef, "separator": separator, "normalize": normalize},
-        **{"model": model, "loss": loss, "steps": steps, "batch_size": batch_size, "lr": lr, "schedule": schedule, "seed": seed},
-        **{"device": str(where), "torch_threads": torch.get_num_threads(), "torch": torch.__version__},
+        "problem": {
+            "name": problem,
+            "kl_coef": loaded.kl_coef,
+            "separator": separator,
+            "normalize": normalize,
+        },
+        **{
+            "model": model,
+            "loss": loss,
+            "steps": steps,
+            "batch_size": batch_size,
+            "lr": lr,
+            "schedule": schedule,
+            "seed": seed,
+        },
+        **{
+            "device": str(where),
+            "torch_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
     writer = RunWriter(directory, config, None if problem in EXAMPLES else Path(problem))
     say = speaker(quiet)
     feasible = int((target.enumerated().rewards > -math.inf).sum())
-    say(f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the {feasible:,} of {loaded.space.size:,}")
-    say(f"sequences with prior mass and a finite reward, whose log q and r are looked up; exact λ log Z = {float(target.value):.12g}")
+    say(
+        f"{model} trained by {loss} on {problem} at kl_coef = {loaded.kl_coef:g}, restricted to the"
+        f" {feasible:,} of {loaded.space.size:,}"
+    )
+    say(
+        "sequences with prior mass and a finite reward, whose log q and r are looked up; exact λ"
+        f" log Z = {float(target.value):.12g}"
+    )
     writer.record({"step": 0, **start})
-    stopped = _record_steps(_progress(quiet)(_chain(first, loop), steps, "training"), steps, writer, policy, target)
+    stopped = _record_steps(
+        _progress(quiet)(_chain(first, loop), steps, "training"), steps, writer, policy, target
+    )
     writer.close(policy)
     end = compare_models(policy, target)
-    _finish_training(directory, writer, target, start, end.metrics(), interrupted=stopped is not None)
+    _finish_training(
+        directory, writer, target, start, end.metrics(), interrupted=stopped is not None
+    )
     say(f"\n{end}\n\nmetrics, policy, pictures and result.json are in {directory}")
     if isinstance(stopped, KeyboardInterrupt):
-        print(f"klrl: interrupted after step {len(writer.history) - 1}; metrics and weights so far are in {directory}", file=sys.stderr)
+        print(
+            f"klrl: interrupted after step {len(writer.history) - 1}; metrics and weights so far"
+            f" are in {directory}",
+            file=sys.stderr,
+        )
         raise SystemExit(INTERRUPTED)
     if stopped is not None:
-        stopped.args = (f"{stopped} Metrics and weights so far are in {directory}.", *stopped.args[1:])
+        stopped.args = (
+            f"{stopped} Metrics and weights so far are in {directory}.",
+            *stopped.args[1:],
+        )
         raise stopped
 
 
 def _record_steps(
     loop: Iterable[Record], steps: int, writer: RunWriter, policy: LanguageModel, target: Posterior
 ) -> KeyboardInterrupt | KlrlError | None:
-    """Every step to disk as it comes, an exact comparison now and then; returns what stopped it early, if anything did."""
+    """Every step to disk as it comes, an exact comparison now and then; returns what stopped it
+    early, if anything did.
+    """
     every = max(1, steps // _EVALUATIONS)
     try:
         for record in loop:
@@ -212,8 +266,11 @@ def _record_steps(
     return None
 
 
-def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None = None, quiet: Quiet = False) -> None:
-    """Holds the policy of a training run against its exact posterior again, from the files of the run alone.
+def compare(
+    run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None = None, quiet: Quiet = False
+) -> None:
+    """Holds the policy of a training run against its exact posterior again, from the files of the
+    run alone.
 
     Writes result.json (the comparison's metrics).
 
@@ -223,25 +280,42 @@ def compare(run: Annotated[Path, tyro.conf.Positional], /, *, out: Path | None =
     """
     _, comparison = compare_run(run)
     directory = claim_directory(run / "compare" if out is None else out, "compare")
-    write_json(directory / "result.json", {"command": "compare", "run": str(run.resolve()), **comparison.metrics()})
+    write_json(
+        directory / "result.json",
+        {"command": "compare", "run": str(run.resolve()), **comparison.metrics()},
+    )
     say = speaker(quiet)
     say(str(comparison))
     say(f"\nresult.json is in {directory}")
 
 
-def figure(name: Annotated[str, tyro.conf.Positional] = "list", /, *, out: Path | None = None, quiet: Quiet = False) -> None:
-    """Computes and draws a figure of the registry, or one's own; without a name, lists the registry.
+def figure(
+    name: Annotated[str, tyro.conf.Positional] = "list",
+    /,
+    *,
+    out: Path | None = None,
+    quiet: Quiet = False,
+) -> None:
+    """Computes and draws a figure of the registry, or one's own; without a name, lists the
+    registry.
 
-    Writes result.json (number, title, source, script, config, seconds, data: every number of the picture), data.json (the data alone) and
-    the picture as .png and vector .pdf, named as the script.
+    Writes result.json (number, title, source, script, config, seconds, data: every number of the
+    picture), data.json (the data alone) and the picture as .png and vector .pdf, named as the
+    script.
 
     Args:
-        name: a number such as 01, or the path of a .py file that defines Config (a dataclass), compute(config) -> dict and draw(data) -> Figure.
+        name: a number such as 01, or the path of a .py file that defines Config (a dataclass),
+            compute(config) -> dict and draw(data) -> Figure.
         out: where to write; runs/figure-NAME by default.
     """
     say = speaker(quiet)
     if name == "list":
-        say(text_table(["figure", "title", "source"], [[entry.number, entry.title, entry.source] for entry in figures.find_figures()]))
+        say(
+            text_table(
+                ["figure", "title", "source"],
+                [[entry.number, entry.title, entry.source] for entry in figures.find_figures()],
+            )
+        )
         return
     entry = figures.find_figure(name)
     out = Path("runs") / f"figure-{entry.number or entry.script.stem}" if out is None else out
@@ -249,10 +323,15 @@ def figure(name: Annotated[str, tyro.conf.Positional] = "list", /, *, out: Path 
     say(f"{entry.title}\n{entry.source}")
     made = figures.make_figure(entry.script)
     directory = figures.save_made_figure(entry, made, out)
-    numbers: list[list[Cell]] = [[key, value] for key, value in made.data.items() if isinstance(value, float | int)]
+    numbers: list[list[Cell]] = [
+        [key, value] for key, value in made.data.items() if isinstance(value, float | int)
+    ]
     if numbers:
         say("\n" + text_table(["number", "value"], numbers))
-    say(f"\n{entry.script.stem}.png, .pdf, data.json and result.json are in {directory} ({made.seconds:.1f} s)")
+    say(
+        f"\n{entry.script.stem}.png, .pdf, data.json and result.json are in {directory}"
+        f" ({made.seconds:.1f} s)"
+    )
 
 
 def check(
@@ -264,9 +343,11 @@ def check(
     out: Path = Path("runs/check"),
     quiet: Quiet = False,
 ) -> None:
-    """Tries every identity and bound of the theory on random problems, and every claim of the five articles; exit 1 where one is not as stated.
+    """Tries every identity and bound of the theory on random problems, and every claim of the five
+    articles; exit 1 where one is not as stated.
 
-    Writes result.json (seed, examples, wrong: names; identities and claims: each with its formula, source, largest error, verdict and twin).
+    Writes result.json (seed, examples, wrong: names; identities and claims: each with its formula,
+    source, largest error, verdict and twin).
 
     Args:
         name: one statement or claim by its name; all by default.
@@ -300,7 +381,9 @@ def env(*, out: Path | None = None, quiet: Quiet = False) -> None:
         say(f"{name:14} {value}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {run.__name__: run for run in (demo, posterior, train, compare, audit, check, figure, env)}
+COMMANDS: dict[str, Callable[..., None]] = {
+    run.__name__: run for run in (demo, posterior, train, compare, audit, check, figure, env)
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -327,7 +410,13 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         with contextlib.redirect_stderr(captured):
             tyro.extras.subcommand_cli_from_dict(
-                deferred, prog="klrl", description="An exact laboratory for KL-regularised reinforcement learning of language models.", args=arguments
+                deferred,
+                prog="klrl",
+                description=(
+                    "An exact laboratory for KL-regularised reinforcement learning of language"
+                    " models."
+                ),
+                args=arguments,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -340,8 +429,12 @@ def _dispatch(arguments: list[str]) -> int:
     return OK
 
 
-def _deferred(command: Callable[..., None], parsed: list[Callable[[], None]]) -> Callable[..., None]:
-    """The command with its work put off until parsing is over, so that only tyro's own words are captured."""
+def _deferred(
+    command: Callable[..., None], parsed: list[Callable[[], None]]
+) -> Callable[..., None]:
+    """The command with its work put off until parsing is over, so that only tyro's own words are
+    captured.
+    """
 
     @functools.wraps(command)
     def later(*args: Any, **kwargs: Any) -> None:
@@ -354,7 +447,11 @@ def _one_line(boxed: str) -> str:
     """The words inside a box up to its first rule, and the suggestion after it if there is one."""
     lines = [line.strip("│╭╮╰╯ ") for line in boxed.splitlines()[1:]]
     parts = " ".join("\n" if line.startswith("───") else line for line in lines if line).split("\n")
-    said = [part.strip() for part in parts if part is parts[0] or part.strip().startswith("Perhaps you meant")]
+    said = [
+        part.strip()
+        for part in parts
+        if part is parts[0] or part.strip().startswith("Perhaps you meant")
+    ]
     return "; ".join(part for part in said if part) or "bad arguments"
 
 
@@ -377,7 +474,9 @@ def _speak_utf8() -> None:
 
 def _progress(quiet: bool) -> Callable[[Iterable[Record], int, str], Iterable[Record]]:
     def bar(loop: Iterable[Record], steps: int, label: str) -> Iterable[Record]:
-        return tqdm(loop, desc=label, total=steps, disable=quiet or None, leave=False, mininterval=0.2)
+        return tqdm(
+            loop, desc=label, total=steps, disable=quiet or None, leave=False, mininterval=0.2
+        )
 
     return bar
 
@@ -401,22 +500,50 @@ def _draw_posterior(target: Posterior, path: Path, count: int) -> None:
         shown = min(count, len(target.enumerated().tokens))
         figure, (ax,) = plots.new_figure(1, 5.5, max(2.2, 0.32 * shown + 1))
         plots.plot_posterior(target, ax=ax, count=count)
-        ax.set_title(f"λ = {target.problem.kl_coef:g}, log Z = {float(target.log_evidence):.4g} nats")
+        ax.set_title(
+            f"λ = {target.problem.kl_coef:g}, log Z = {float(target.log_evidence):.4g} nats"
+        )
         plots.save_figure(figure, path)
 
 
 def _finish_training(
-    directory: Path, writer: RunWriter, target: Posterior, start: Record, end: dict[str, float | None], *, interrupted: bool
+    directory: Path,
+    writer: RunWriter,
+    target: Posterior,
+    start: Record,
+    end: dict[str, float | None],
+    *,
+    interrupted: bool,
 ) -> None:
     write_json(
         directory / "result.json",
-        {"command": "train", **target.to_dict(), "steps_done": len(writer.history) - 1, "interrupted": interrupted, "start": start, "end": end},
+        {
+            "command": "train",
+            **target.to_dict(),
+            "steps_done": len(writer.history) - 1,
+            "interrupted": interrupted,
+            "start": start,
+            "end": end,
+        },
     )
     with plots.publication_style():
         figure, (divergences, objective) = plots.new_figure(2)
-        plots.plot_metrics(writer.history, {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}, divergences, ylabel="nats a sequence", log=True)
-        plots.plot_metrics(writer.history, {"exact_objective": "J(π)"}, objective, ylabel="reward units")
-        objective.axhline(float(target.value), color=plots.POSTERIOR_COLOUR, linestyle="--", label="λ log Z, the most there is")
+        plots.plot_metrics(
+            writer.history,
+            {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"},
+            divergences,
+            ylabel="nats a sequence",
+            log=True,
+        )
+        plots.plot_metrics(
+            writer.history, {"exact_objective": "J(π)"}, objective, ylabel="reward units"
+        )
+        objective.axhline(
+            float(target.value),
+            color=plots.POSTERIOR_COLOUR,
+            linestyle="--",
+            label="λ log Z, the most there is",
+        )
         objective.legend(loc="lower right")
         plots.save_figure(figure, directory / "training")
 

@@ -1,4 +1,6 @@
-"""The four parts of `klrl demo`: a posterior by hand, networks trained to it, real text, and a space nobody can eyeball."""
+"""The four parts of `klrl demo`: a posterior by hand, networks trained to it, real text, and a
+space nobody can eyeball.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -25,7 +27,13 @@ from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.automata import accept_reward
 from klrl_edu.problems.corpora import surname_frequencies
-from klrl_edu.problems.examples import SURNAME_PATTERN, count_threes, four_sentences, four_sentences_policy, surnames
+from klrl_edu.problems.examples import (
+    SURNAME_PATTERN,
+    count_threes,
+    four_sentences,
+    four_sentences_policy,
+    surnames,
+)
 from klrl_edu.problems.patterns import regular_expression
 from klrl_edu.problems.problem import Problem
 
@@ -66,8 +74,20 @@ def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, An
     target = posterior(four_sentences())
     first = show_four_sentences(target, say)
     runs = {
-        "LSTM": _train_small("LSTM", target, RecurrentModel(target.problem.space, hidden_size=32, seed=seed), seed, progress),
-        "Transformer": _train_small("Transformer", target, TransformerModel(target.problem.space, width=32, layers=1, seed=seed), seed, progress),
+        "LSTM": _train_small(
+            "LSTM",
+            target,
+            RecurrentModel(target.problem.space, hidden_size=32, seed=seed),
+            seed,
+            progress,
+        ),
+        "Transformer": _train_small(
+            "Transformer",
+            target,
+            TransformerModel(target.problem.space, width=32, layers=1, seed=seed),
+            seed,
+            progress,
+        ),
     }
     collapsed_target = posterior(four_sentences(kl_coef=0.0))
     network = RecurrentModel(target.problem.space, hidden_size=32, seed=seed)
@@ -86,16 +106,36 @@ def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
     tokens = target.enumerated().tokens
     pi = sequence_log_probs(policy, tokens).exp().tolist()
     support = target.enumerated()
-    columns = (support.log_prior.exp().tolist(), support.rewards.tolist(), target.log_probs.exp().tolist(), pi)
+    columns = (
+        support.log_prior.exp().tolist(),
+        support.rewards.tolist(),
+        target.log_probs.exp().tolist(),
+        pi,
+    )
     table = list(zip(target.problem.space.decode(tokens), *columns, strict=True))
-    say("1. Four sentences: the prior q, the reward r, and the posterior π* ∝ q·exp(r/λ) at λ = 1\n")
-    say(text_table(["sentence", "prior q", "reward r", "posterior π*", "policy π"], table, digits=12))
+    say(
+        "1. Four sentences: the prior q, the reward r, and the posterior π* ∝ q·exp(r/λ) at λ = 1\n"
+    )
+    say(
+        text_table(
+            ["sentence", "prior q", "reward r", "posterior π*", "policy π"], table, digits=12
+        )
+    )
     z = float(target.log_evidence.exp())
-    say(f"\nZ = {z:.12f},  log Z = {float(target.log_evidence):.12f} nats,  λ log Z = {float(target.value):.12f} = the best J there is")
+    say(
+        f"\nZ = {z:.12f},  log Z = {float(target.log_evidence):.12f} nats,  λ log Z ="
+        f" {float(target.value):.12f} = the best J there is"
+    )
     kl = comparison.kl_to_prior
     bits = kl / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
-    say(f"KL(π‖q)  = {kl:.11f} nats = {bits:.4f} bits (an article prints ≈ {ARTICLE_KL}, which is neither)")
-    say(f"KL(π‖π*) = {comparison.reverse_kl:.11f} nats;  J(π) = {comparison.objective:.11f} = λ log Z − λ KL(π‖π*)\n")
+    say(
+        f"KL(π‖q)  = {kl:.11f} nats = {bits:.4f} bits (an article prints ≈ {ARTICLE_KL}, which is"
+        " neither)"
+    )
+    say(
+        f"KL(π‖π*) = {comparison.reverse_kl:.11f} nats;  J(π) = {comparison.objective:.11f} = λ log"
+        " Z − λ KL(π‖π*)\n"
+    )
     return {
         **target.to_dict(),
         "evidence": z,
@@ -104,37 +144,84 @@ def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
     }
 
 
-def show_networks(target: Posterior, runs: dict[str, Trained], collapsed: Trained, say: Say) -> dict[str, Any]:
+def show_networks(
+    target: Posterior, runs: dict[str, Trained], collapsed: Trained, say: Say
+) -> dict[str, Any]:
     """Part 2: how far each network ended from π*, and the collapse without the KL term."""
-    say("2. The same problem learned by networks from samples alone (RLOO, λ·log π/q in the reward)\n")
+    say(
+        "2. The same problem learned by networks from samples alone (RLOO, λ·log π/q in the"
+        " reward)\n"
+    )
     rows: list[list[Cell]] = [
-        [name, run.history["reverse_kl"][0], run.history["reverse_kl"][-1], run.history["total_variation"][-1]] for name, run in runs.items()
+        [
+            name,
+            run.history["reverse_kl"][0],
+            run.history["reverse_kl"][-1],
+            run.history["total_variation"][-1],
+        ]
+        for name, run in runs.items()
     ]
-    say(text_table(["policy", "KL(π‖π*) at the start", f"after {SMALL.steps} steps", "total variation"], rows))
+    say(
+        text_table(
+            ["policy", "KL(π‖π*) at the start", f"after {SMALL.steps} steps", "total variation"],
+            rows,
+        )
+    )
     best = collapsed.history["expected_reward"][-1]
     entropy = float(logspace.entropy(target.log_probs))
-    say(f"\nWithout the KL term (λ = 0) the same LSTM collapses on one sentence: entropy {collapsed.entropy[0]:.4f} ->")
-    say(f"{collapsed.entropy[-1]:.2g} nats, E[r] = {best:.6f}; π* at λ = 1 keeps {entropy:.4f} nats.\n")
+    say(
+        "\nWithout the KL term (λ = 0) the same LSTM collapses on one sentence: entropy"
+        f" {collapsed.entropy[0]:.4f} ->"
+    )
+    say(
+        f"{collapsed.entropy[-1]:.2g} nats, E[r] = {best:.6f}; π* at λ = 1 keeps {entropy:.4f}"
+        " nats.\n"
+    )
     out: dict[str, Any] = {
-        name: {"reverse_kl_start": run.history["reverse_kl"][0], "reverse_kl": run.history["reverse_kl"][-1], "steps": SMALL.steps}
+        name: {
+            "reverse_kl_start": run.history["reverse_kl"][0],
+            "reverse_kl": run.history["reverse_kl"][-1],
+            "steps": SMALL.steps,
+        }
         for name, run in runs.items()
     }
     out["posterior_entropy"] = entropy
-    out["collapse"] = {"entropy_start": collapsed.entropy[0], "entropy": collapsed.entropy[-1], "expected_reward": best}
+    out["collapse"] = {
+        "entropy_start": collapsed.entropy[0],
+        "entropy": collapsed.entropy[-1],
+        "expected_reward": best,
+    }
     return out
 
 
-def draw_four_sentences(target: Posterior, runs: dict[str, Trained], collapsed: Trained, path: Path) -> list[Path]:
+def draw_four_sentences(
+    target: Posterior, runs: dict[str, Trained], collapsed: Trained, path: Path
+) -> list[Path]:
     """The picture of parts 1 and 2."""
     with plots.publication_style():
         figure, (bars, curves, collapse) = plots.new_figure(3, 3.6, 3.0)
-        plots.plot_posterior(target, {f"trained {name}": run.policy for name, run in runs.items()}, bars)
+        plots.plot_posterior(
+            target, {f"trained {name}": run.policy for name, run in runs.items()}, bars
+        )
         bars.set_title("Posterior π* ∝ q·exp(r/λ), λ = 1")
-        plots.plot_runs({name: run.history for name, run in runs.items()}, ax=curves, ylabel="KL(π‖π*) in nats")
+        plots.plot_runs(
+            {name: run.history for name, run in runs.items()}, ax=curves, ylabel="KL(π‖π*) in nats"
+        )
         curves.set_title("RLOO reaches it from samples")
-        entropies = {"λ = 1": (runs["LSTM"].steps, runs["LSTM"].entropy), "λ = 0 (no KL term)": (collapsed.steps, collapsed.entropy)}
-        plots.plot_lines(entropies, collapse, xlabel="training step", ylabel="entropy of the LSTM in nats")
-        collapse.axhline(float(logspace.entropy(target.log_probs)), color=plots.POSTERIOR_COLOUR, linestyle="--", linewidth=1, label="entropy of π*")
+        entropies = {
+            "λ = 1": (runs["LSTM"].steps, runs["LSTM"].entropy),
+            "λ = 0 (no KL term)": (collapsed.steps, collapsed.entropy),
+        }
+        plots.plot_lines(
+            entropies, collapse, xlabel="training step", ylabel="entropy of the LSTM in nats"
+        )
+        collapse.axhline(
+            float(logspace.entropy(target.log_probs)),
+            color=plots.POSTERIOR_COLOUR,
+            linestyle="--",
+            linewidth=1,
+            label="entropy of π*",
+        )
         collapse.legend()
         collapse.set_ylim(0, None)
         collapse.set_title("Reward alone collapses")
@@ -142,26 +229,59 @@ def draw_four_sentences(target: Posterior, runs: dict[str, Trained], collapsed: 
 
 
 def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
-    """Part 3: the posterior of US surnames under a reward on their spelling, and a network trained to it."""
+    """Part 3: the posterior of US surnames under a reward on their spelling, and a network trained
+    to it.
+    """
     problem = surnames(kl_coef=0.5)
     target = posterior(problem)
     support = target.enumerated()
-    say(f"3. Real text: the {len(support.tokens):,} most frequent US surnames (census 1990), spelled as characters; reward 1 where the spelling")
-    say(f"   matches /{SURNAME_PATTERN}/, λ = {problem.kl_coef:g}. The space holds {problem.space.size:,} spellings; π* is exact on all of them.\n")
-    policy = restrict_to_support(RecurrentModel(problem.space, hidden_size=64, seed=seed, dtype=torch.float32), problem.prior)
+    say(
+        f"3. Real text: the {len(support.tokens):,} most frequent US surnames (census 1990),"
+        " spelled as characters; reward 1 where the spelling"
+    )
+    say(
+        f"   matches /{SURNAME_PATTERN}/, λ = {problem.kl_coef:g}. The space holds"
+        f" {problem.space.size:,} spellings; π* is exact on all of them.\n"
+    )
+    policy = restrict_to_support(
+        RecurrentModel(problem.space, hidden_size=64, seed=seed, dtype=torch.float32), problem.prior
+    )
     run = _train(policy, target, SURNAMES, seed, progress, "LSTM on surnames")
-    q_side, star_side, network_side = (compare(model, target) for model in (problem.prior, target.model, policy))
+    q_side, star_side, network_side = (
+        compare(model, target) for model in (problem.prior, target.model, policy)
+    )
     rows = target.rows(_SURNAMES_SHOWN)
-    learned = sequence_log_probs(policy, problem.space.encode([text for text, *_ in rows])).exp().tolist()
+    learned = (
+        sequence_log_probs(policy, problem.space.encode([text for text, *_ in rows])).exp().tolist()
+    )
     by_prior = support.log_prior.argsort(descending=True, stable=True)[:_SURNAMES_SHOWN]
-    top = list(zip(problem.space.decode(support.tokens[by_prior]), support.log_prior[by_prior].exp().tolist(), strict=True))
-    table = [[*first, text, reward, star, pi] for first, (text, _, reward, star), pi in zip(top, rows, learned, strict=True)]
-    say(text_table(["top of the prior", "q", "top of the posterior", "reward", "π*", "network"], table))
+    top = list(
+        zip(
+            problem.space.decode(support.tokens[by_prior]),
+            support.log_prior[by_prior].exp().tolist(),
+            strict=True,
+        )
+    )
+    table = [
+        [*first, text, reward, star, pi]
+        for first, (text, _, reward, star), pi in zip(top, rows, learned, strict=True)
+    ]
+    say(
+        text_table(
+            ["top of the prior", "q", "top of the posterior", "reward", "π*", "network"], table
+        )
+    )
     rewards = [side.expected_reward for side in (q_side, star_side, network_side)]
-    say(f"\nlog Z = {float(target.log_evidence):.12f} nats,  KL(π*‖q) = {star_side.kl_to_prior:.12f} nats")
+    say(
+        f"\nlog Z = {float(target.log_evidence):.12f} nats,  KL(π*‖q) ="
+        f" {star_side.kl_to_prior:.12f} nats"
+    )
     say("E[r]: prior {:.6f}, posterior {:.6f}, network {:.6f}".format(*rewards))
     start = run.history["reverse_kl"][0]
-    say(f"network: KL(π‖π*) {start:.4f} -> {network_side.reverse_kl:.4f} nats, total variation {network_side.total_variation:.4f}")
+    say(
+        f"network: KL(π‖π*) {start:.4f} -> {network_side.reverse_kl:.4f} nats, total variation"
+        f" {network_side.total_variation:.4f}"
+    )
     _draw_surnames(target, run, path)
     spelled = show_spelling(problem, say)
     return {
@@ -169,7 +289,10 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
         "trigram": spelled,
         "kl_posterior_to_prior": star_side.kl_to_prior,
         "expected_reward": dict(zip(("prior", "posterior", "network"), rewards, strict=True)),
-        "top": [{"name": text, "prior": q, "reward": r, "posterior": p, "network": pi} for (text, q, r, p), pi in zip(rows, learned, strict=True)],
+        "top": [
+            {"name": text, "prior": q, "reward": r, "posterior": p, "network": pi}
+            for (text, q, r, p), pi in zip(rows, learned, strict=True)
+        ],
         "top_of_prior": [{"name": name, "prior": q} for name, q in top],
         "network_start": {"reverse_kl": start},
         "network": network_side.metrics(),
@@ -178,9 +301,13 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
 
 
 def show_spelling(problem: Problem, say: Say) -> dict[str, Any]:
-    """The same reward under a trigram of the names' letters, which spells names that nobody has: exact over every spelling there is."""
+    """The same reward under a trigram of the names' letters, which spells names that nobody has:
+    exact over every spelling there is.
+    """
     table = surname_frequencies(len(enumerate_support(problem.prior)))
-    people = [1e3 * percent for percent in table.values()]  # of 100,000: smoothing weighs counts, not shares
+    people = [
+        1e3 * percent for percent in table.values()
+    ]  # of 100,000: smoothing weighs counts, not shares
     prior = NGramModel.fit(problem.space, list(table), 3, weights=people)
     reward = accept_reward(regular_expression(SURNAME_PATTERN, problem.space))
     target = posterior(Problem(prior, reward, problem.kl_coef))
@@ -190,12 +317,25 @@ def show_spelling(problem: Problem, say: Say) -> dict[str, Any]:
     assert isinstance(before, StructuredPosterior)
     top = model.top_sequences(_SURNAMES_SHOWN)
     names = list(zip(problem.space.decode(top.tokens), top.log_weights.exp().tolist(), strict=True))
-    say(f"\n   A trigram of their letters gives mass to all {problem.space.size:,} spellings; by {target.method} its posterior is exact too:")
+    say(
+        f"\n   A trigram of their letters gives mass to all {problem.space.size:,} spellings; by"
+        f" {target.method} its posterior is exact too:"
+    )
     prior_mean, kl = float(before.reward_moments()[0]), float(model.kl_to_prior())
-    say(f"   log Z = {float(target.log_evidence):.12f} nats, KL(π*‖q) = {kl:.6f}, E[r]: {prior_mean:.6f} under the trigram, {float(mean):.6f} under")
-    say(f"   its posterior, whose most probable names are {', '.join(f'{name} {p:.4f}' for name, p in names[:6])}")
+    say(
+        f"   log Z = {float(target.log_evidence):.12f} nats, KL(π*‖q) = {kl:.6f}, E[r]:"
+        f" {prior_mean:.6f} under the trigram, {float(mean):.6f} under"
+    )
+    say(
+        "   its posterior, whose most probable names are"
+        f" {', '.join(f'{name} {p:.4f}' for name, p in names[:6])}"
+    )
     numbers = {"kl_posterior_to_prior": kl, "expected_reward": float(mean)}
-    return {**target.to_dict(), **numbers, "top": [{"name": name, "posterior": p} for name, p in names]}
+    return {
+        **target.to_dict(),
+        **numbers,
+        "top": [{"name": name, "posterior": p} for name, p in names],
+    }
 
 
 def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:
@@ -209,48 +349,122 @@ def _draw_surnames(target: Posterior, run: Trained, path: Path) -> list[Path]:
 
 
 def show_count_threes(path: Path, seed: int, say: Say, progress: Progress) -> dict[str, Any]:
-    """Part 4: a Transformer prior over 262,144 sequences; a copy of it trained on samples only, held against the exact π*."""
+    """Part 4: a Transformer prior over 262,144 sequences; a copy of it trained on samples only,
+    held against the exact π*.
+    """
     problem = count_threes()
     target = posterior(problem)
     support = target.enumerated()
-    say(f"\n4. A Transformer prior over {len(support.tokens):,} sequences of digits, r = number of 3s − ½·adjacent repeats, λ = {problem.kl_coef:g};")
-    entropy, divergence = float(logspace.entropy(support.log_prior)), float(logspace.kl_divergence(support.log_prior, target.log_probs))
-    say(f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) = {divergence:.4f}, exact by walking the prefix trie;")
+    say(
+        f"\n4. A Transformer prior over {len(support.tokens):,} sequences of digits, r = number of"
+        f" 3s − ½·adjacent repeats, λ = {problem.kl_coef:g};"
+    )
+    entropy, divergence = (
+        float(logspace.entropy(support.log_prior)),
+        float(logspace.kl_divergence(support.log_prior, target.log_probs)),
+    )
+    say(
+        f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) ="
+        f" {divergence:.4f}, exact by walking the prefix trie;"
+    )
     say("   training reads log q and r from the table that the walk left\n")
     policy = copy_of_prior(problem)
     before = compare(policy, target)
-    run = _train(policy, target, COUNT_THREES, seed, progress, "Transformer on count-threes", EVALUATE_LARGE_EVERY)
+    run = _train(
+        policy,
+        target,
+        COUNT_THREES,
+        seed,
+        progress,
+        "Transformer on count-threes",
+        EVALUATE_LARGE_EVERY,
+    )
     after = compare(policy, target)
-    shown = ("reverse_kl", "forward_kl", "total_variation", "expected_reward", "objective", "objective_gap")
-    rows: list[list[Cell]] = [[name, before.metrics()[name], after.metrics()[name]] for name in shown]
-    say(text_table(["exact", "copy of the prior", f"after {COUNT_THREES.steps} RLOO steps of {COUNT_THREES.batch_size}"], rows))
+    shown = (
+        "reverse_kl",
+        "forward_kl",
+        "total_variation",
+        "expected_reward",
+        "objective",
+        "objective_gap",
+    )
+    rows: list[list[Cell]] = [
+        [name, before.metrics()[name], after.metrics()[name]] for name in shown
+    ]
+    say(
+        text_table(
+            [
+                "exact",
+                "copy of the prior",
+                f"after {COUNT_THREES.steps} RLOO steps of {COUNT_THREES.batch_size}",
+            ],
+            rows,
+        )
+    )
     say(f"   the best objective there is: λ log Z = {float(target.value):.6f}")
     _draw_count_threes(target, run, path)
-    return {**target.to_dict(), "entropy": entropy, "before": before.metrics(), "after": after.metrics(), "steps": COUNT_THREES.steps}
+    return {
+        **target.to_dict(),
+        "entropy": entropy,
+        "before": before.metrics(),
+        "after": after.metrics(),
+        "steps": COUNT_THREES.steps,
+    }
 
 
 def _draw_count_threes(target: Posterior, run: Trained, path: Path) -> list[Path]:
     with plots.publication_style():
         figure, (divergence, objective) = plots.new_figure(2, 3.6, 3.0)
         plots.plot_metrics(
-            run.history, {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"}, divergence, ylabel="nats, over 262,144 sequences", log=True
+            run.history,
+            {"reverse_kl": "KL(π‖π*)", "forward_kl": "KL(π*‖π)"},
+            divergence,
+            ylabel="nats, over 262,144 sequences",
+            log=True,
         )
         divergence.set_title("A Transformer trained on samples only")
-        plots.plot_metrics(run.history, {"exact_objective": "J(π)", "expected_reward": "E[r]"}, objective, ylabel="reward units")
-        objective.axhline(float(target.value), color=plots.POSTERIOR_COLOUR, linestyle="--", label="λ log Z, the most J there is")
+        plots.plot_metrics(
+            run.history,
+            {"exact_objective": "J(π)", "expected_reward": "E[r]"},
+            objective,
+            ylabel="reward units",
+        )
+        objective.axhline(
+            float(target.value),
+            color=plots.POSTERIOR_COLOUR,
+            linestyle="--",
+            label="λ log Z, the most J there is",
+        )
         objective.legend()
         objective.set_title("Its objective, exactly")
         return plots.save_figure(figure, path)
 
 
-def _train_small(name: str, target: Posterior, network: LanguageModel, seed: int, progress: Progress) -> Trained:
-    return _train(restrict_to_support(network, target.problem.prior), target, SMALL, seed, progress, f"{name} on four sentences")
+def _train_small(
+    name: str, target: Posterior, network: LanguageModel, seed: int, progress: Progress
+) -> Trained:
+    return _train(
+        restrict_to_support(network, target.problem.prior),
+        target,
+        SMALL,
+        seed,
+        progress,
+        f"{name} on four sentences",
+    )
 
 
 def _train(
-    policy: LanguageModel, target: Posterior, recipe: Recipe, seed: int, progress: Progress, label: str, every: int = EVALUATE_EVERY
+    policy: LanguageModel,
+    target: Posterior,
+    recipe: Recipe,
+    seed: int,
+    progress: Progress,
+    label: str,
+    every: int = EVALUATE_EVERY,
 ) -> Trained:
-    """RLOO with an exact look at the distribution every few steps; log q and r come from the enumerated table."""
+    """RLOO with an exact look at the distribution every few steps; log q and r come from the
+    enumerated table.
+    """
     trained = Trained(policy, History())
     support = target.enumerated()
 
@@ -258,11 +472,22 @@ def _train(
         trained.history.records.append({**record, **comparison_metrics(policy, target)})
         trained.steps.append(record["step"])
         with torch.no_grad():
-            trained.entropy.append(float(logspace.entropy(support_log_mass(policy, support.tokens, support.trie)[0])))
+            trained.entropy.append(
+                float(logspace.entropy(support_log_mass(policy, support.tokens, support.trie)[0]))
+            )
 
     look({"step": 0})
-    options = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
-    loop = train_steps(policy, looked_up(target), losses.rloo, **options, draw=seeded_draw(seed), schedule=cosine, max_grad_norm=1.0)  # type: ignore[arg-type]
+    loop = train_steps(
+        policy,
+        looked_up(target),
+        losses.rloo,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        draw=seeded_draw(seed),
+        schedule=cosine,
+        max_grad_norm=1.0,
+    )
     for record in progress(loop, recipe.steps, label):
         if record["step"] % every == 0:
             look(record)

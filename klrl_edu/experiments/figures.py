@@ -3,13 +3,16 @@
 A figure is one Python file that defines
 
     Config                  a frozen dataclass; its defaults are the published figure
-    compute(config)         -> a dict of numbers, texts, lists and dicts: everything that the picture shows
+    compute(config)         -> a dict of numbers, texts, lists and dicts: everything that the
+    picture shows
     draw(data)              -> a matplotlib Figure
 
-Its docstring opens with the title and holds a paragraph that starts with "Source:". The figures of the package lie in figures/, named
-figNN_slug.py, each with its data (figures/data/figNN.json) and its picture beside it; one's own may lie anywhere.
+Its docstring opens with the title and holds a paragraph that starts with "Source:". The figures of
+the package lie in figures/, named figNN_slug.py, each with its data (figures/data/figNN.json) and
+its picture beside it; one's own may lie anywhere.
 
-    python -m klrl_edu.experiments.figures [NN …]     redraws pictures and data of the package in place, and figures/README.md
+    python -m klrl_edu.experiments.figures [NN …]     redraws pictures and data of the package in
+    place, and figures/README.md
 """
 
 import ast
@@ -65,7 +68,9 @@ class FigureEntry:
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """What a figure's file made: its config, its data, the picture, and the seconds that `compute` took."""
+    """What a figure's file made: its config, its data, the picture, and the seconds that `compute`
+    took.
+    """
 
     config: Any
     data: dict[str, Any]
@@ -88,7 +93,11 @@ def figures_folder() -> Path:
 
 def find_figures() -> list[FigureEntry]:
     """The figures of the package in the order of their numbers; their files are read, not run."""
-    return [read_entry(path) for path in sorted(figures_folder().glob("fig*.py")) if _NAME.fullmatch(path.name)]
+    return [
+        read_entry(path)
+        for path in sorted(figures_folder().glob("fig*.py"))
+        if _NAME.fullmatch(path.name)
+    ]
 
 
 def find_figure(name: str) -> FigureEntry:
@@ -102,7 +111,10 @@ def find_figure(name: str) -> FigureEntry:
     known = {entry.number: entry for entry in find_figures()}
     if name.isdecimal() and name.zfill(2) in known:
         return known[name.zfill(2)]
-    raise InputError(f"figure {name!r} is not known; choose from {', '.join(known)}, or give the path of a .py file with Config, compute and draw.")
+    raise InputError(
+        f"figure {name!r} is not known; choose from {', '.join(known)}, or give the path of a .py"
+        " file with Config, compute and draw."
+    )
 
 
 def read_entry(script: Path) -> FigureEntry:
@@ -113,7 +125,10 @@ def read_entry(script: Path) -> FigureEntry:
     """
     documentation = (ast.get_docstring(_parse(script)) or script.stem).strip()
     paragraphs = [" ".join(text.split()) for text in documentation.split("\n\n")]
-    source = next((text.removeprefix("Source:").strip() for text in paragraphs if text.startswith("Source:")), "")
+    source = next(
+        (text.removeprefix("Source:").strip() for text in paragraphs if text.startswith("Source:")),
+        "",
+    )
     return FigureEntry(script, paragraphs[0], source)
 
 
@@ -141,14 +156,20 @@ def load_module(script: Path) -> ModuleType:
     _guarded(script, "running it", lambda: exec(code, module.__dict__))
     missing = [name for name in _CONTRACT if not callable(getattr(module, name, None))]
     if missing:
-        raise InputError(f"{script} defines no {', '.join(missing)}; a figure's file has Config (a dataclass), compute(config) and draw(data).")
+        raise InputError(
+            f"{script} defines no {', '.join(missing)}; a figure's file has Config (a dataclass),"
+            " compute(config) and draw(data)."
+        )
     if not (isinstance(module.Config, type) and dataclasses.is_dataclass(module.Config)):
-        raise InputError(f"{script}: Config is not a dataclass; write @dataclass(frozen=True) above it.")
+        raise InputError(
+            f"{script}: Config is not a dataclass; write @dataclass(frozen=True) above it."
+        )
     return module
 
 
 def make_figure(script: Path) -> DrawnFigure:
-    """Loads a figure's file, computes its data from the default Config, and draws it in the publication style.
+    """Loads a figure's file, computes its data from the default Config, and draws it in the
+    publication style.
 
     Raises:
         InputError: the file breaks the contract or fails; the message has the line.
@@ -159,15 +180,24 @@ def make_figure(script: Path) -> DrawnFigure:
     data = _guarded(script, "compute(Config())", lambda: module.compute(config))
     seconds = time.perf_counter() - started
     if not isinstance(data, dict):
-        raise InputError(f"{script}: compute returned a {type(data).__name__}; return a dict of numbers, texts, lists and dicts.")
+        raise InputError(
+            f"{script}: compute returned a {type(data).__name__}; return a dict of numbers, texts,"
+            " lists and dicts."
+        )
     try:
         data_bytes(data)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{script}: compute returned what JSON cannot hold ({error}); return plain numbers and lists, e.g. by .tolist().") from None
+        raise InputError(
+            f"{script}: compute returned what JSON cannot hold ({error}); return plain numbers and"
+            " lists, e.g. by .tolist()."
+        ) from None
     with plots.publication_style():
         picture = _guarded(script, "draw(data)", lambda: module.draw(data))
     if not isinstance(picture, Figure):
-        raise InputError(f"{script}: draw returned a {type(picture).__name__}; return the matplotlib Figure (ax.figure of an Axes).")
+        raise InputError(
+            f"{script}: draw returned a {type(picture).__name__}; return the matplotlib Figure"
+            " (ax.figure of an Axes)."
+        )
     return DrawnFigure(config, data, picture, seconds)
 
 
@@ -178,19 +208,29 @@ def _guarded(script: Path, what: str, call: Callable[[], Any]) -> Any:
     except KlrlError as error:
         raise InputError(f"{script}: {what}: {error}") from error
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(script)]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(script)
+        ]
         place = f" at line {lines[-1]}" if lines else ""
-        raise InputError(f"{script}: {what} failed{place}: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{script}: {what} failed{place}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def data_bytes(data: dict[str, Any]) -> bytes:
     """Strict JSON, one line a key; infinities as the strings "inf" and "-inf"."""
-    lines = (f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in jsonable(data).items())
+    lines = (
+        f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+        for key, value in jsonable(data).items()
+    )
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
-    """Writes data.json, result.json and the picture (.png, .pdf, named as the script) into a folder that this figure owns.
+    """Writes data.json, result.json and the picture (.png, .pdf, named as the script) into a folder
+    that this figure owns.
 
     Returns:
         The folder.
@@ -202,8 +242,17 @@ def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
     write_atomically(directory / "data.json", data_bytes(made.data))
     with plots.publication_style():
         plots.save_figure(made.picture, directory / entry.script.stem)
-    about = {"number": entry.number, "title": entry.title, "source": entry.source, "script": entry.script.name}
-    numbers = {"config": dataclasses.asdict(made.config), "seconds": made.seconds, "data": made.data}
+    about = {
+        "number": entry.number,
+        "title": entry.title,
+        "source": entry.source,
+        "script": entry.script.name,
+    }
+    numbers = {
+        "config": dataclasses.asdict(made.config),
+        "seconds": made.seconds,
+        "data": made.data,
+    }
     write_json(directory / "result.json", {"command": "figure", **about, **numbers})
     return directory
 
@@ -220,19 +269,24 @@ def _owner(entry: FigureEntry) -> str:
 def registry_table() -> str:
     """figures/README.md: every figure with its source, script, data and picture."""
     rows = [
-        f"| {e.number} | {e.title} | {e.source} | [{e.script.name}]({e.script.name}) | [{e.data.name}](data/{e.data.name}) "
-        f"| [png]({e.script.stem}.png) [pdf]({e.script.stem}.pdf) |\n"
+        f"| {e.number} | {e.title} | {e.source} | [{e.script.name}]({e.script.name}) |"
+        f" [{e.data.name}](data/{e.data.name}) | [png]({e.script.stem}.png)"
+        f" [pdf]({e.script.stem}.pdf) |\n"
         for e in find_figures()
     ]
     return (
-        "# Figures\n\nOne file a figure: `Config`, `compute(config)` → data, `draw(data)` → picture. `klrl figure 01` computes and draws one again,\n"
-        "`klrl figure path.py` one of your own. `python -m klrl_edu.experiments.figures` renews everything here, this table included.\n\n"
-        "| fig | title | source | script | data | picture |\n|---|---|---|---|---|---|\n" + "".join(rows)
+        "# Figures\n\nOne file a figure: `Config`, `compute(config)` → data, `draw(data)` →"
+        " picture. `klrl figure 01` computes and draws one again,\n`klrl figure path.py` one of"
+        " your own. `python -m klrl_edu.experiments.figures` renews everything here, this table"
+        " included.\n\n| fig | title | source | script | data | picture"
+        " |\n|---|---|---|---|---|---|\n" + "".join(rows)
     )
 
 
 def redraw(numbers: list[str]) -> None:
-    """Renews data and pictures of the package's figures (all by default) in place, and the table."""
+    """Renews data and pictures of the package's figures (all by default) in place, and the
+    table.
+    """
     for entry in [find_figure(number) for number in numbers] or find_figures():
         made = make_figure(entry.script)
         entry.data.parent.mkdir(exist_ok=True)

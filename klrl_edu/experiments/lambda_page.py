@@ -1,9 +1,10 @@
 """The λ page: one HTML file that needs no server, no network and no Python, where a slider moves λ.
 
-    π*_λ(y) = q(y) e^{r(y)/λ} / Z_λ,    λ = 20^s with the slider at s ∈ [−1, 1]                                   (1)
+    π*_λ(y) = q(y) e^{r(y)/λ} / Z_λ,    λ = 20^s with the slider at s ∈ [−1, 1]                  (1)
 
-Python lays the page out; `lambda_page.js` beside this file computes (1) in the reader's browser, for the four sentences or for
-a table that the reader types. `python -m klrl_edu.experiments.lambda_page OUT.html` writes it.
+Python lays the page out; `lambda_page.js` beside this file computes (1) in the reader's browser,
+for the four sentences or for a table that the reader types.
+`python -m klrl_edu.experiments.lambda_page OUT.html` writes it.
 """
 
 import sys
@@ -23,7 +24,8 @@ _TEMPLATE = """
 {% block preamble %}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-  main { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 52rem; margin: 1rem auto; padding: 0 1rem; }
+  main { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+         max-width: 52rem; margin: 1rem auto; padding: 0 1rem; }
   h1 { font-size: 1.6rem; margin: .5rem 0; }
   .formula span { display: inline-block; padding: 0 1rem; }
   .formula { text-align: center; font-size: 1.15rem; }
@@ -33,9 +35,11 @@ _TEMPLATE = """
 <main>
 <p><a href="index.html">← klrl_edu</a></p>
 <h1>Move λ</h1>
-<p>A prior q, a reward r and a KL coefficient λ define a posterior, the best policy there is. Move λ to the right and it returns to the prior;
+<p>A prior q, a reward r and a KL coefficient λ define a posterior, the best policy there is.
+Move λ to the right and it returns to the prior;
 to the left, and it keeps only what the reward likes most. Everything is computed in this page.</p>
-<p class="formula"><span>π*(y) = q(y) · exp(r(y)/λ) / Z</span> <span>max<sub>π</sub> E<sub>π</sub>[r] − λ KL(π‖q) = λ log Z</span></p>
+<p class="formula"><span>π*(y) = q(y) · exp(r(y)/λ) / Z</span>
+<span>max<sub>π</sub> E<sub>π</sub>[r] − λ KL(π‖q) = λ log Z</span></p>
 {{ super() }}
 </main>
 {% endblock %}
@@ -43,7 +47,8 @@ to the left, and it keeps only what the reward likes most. Everything is compute
 
 _TABLE_STYLE = """
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px; }
-th, td { padding: 2px 14px 2px 0; text-align: right; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+th, td { padding: 2px 14px 2px 0; text-align: right; border-bottom: 1px solid #ddd;
+         overflow-wrap: anywhere; }
 th:first-child { text-align: left; }
 .unit { color: #555; text-align: left; }
 .error { color: #a11; font-weight: 600; font-size: 15px; }
@@ -52,7 +57,9 @@ th:first-child { text-align: left; }
 
 
 def typed_table(problem: Problem) -> str:
-    """A problem with a table for a prior -> the lines `sentence, prob, reward` that a reader would type."""
+    """A problem with a table for a prior -> the lines `sentence, prob, reward` that a reader would
+    type.
+    """
     support = problem_support(problem)
     texts = problem.space.decode(support.tokens)
     rows = zip(texts, support.log_prior.exp().tolist(), support.rewards.tolist(), strict=True)
@@ -82,20 +89,47 @@ def lambda_page() -> str:
     style = InlineStyleSheet(css=_TABLE_STYLE)
     text = {"sizing_mode": "stretch_width", "stylesheets": [style]}
     format_lambda = CustomJSTickFormatter(code="return (20 ** tick).toPrecision(4)")
-    slider = Slider(start=-1, end=1, value=0, step=SLIDER_STEP, title="λ", format=format_lambda, sizing_mode="stretch_width", name="slider")
+    slider = Slider(
+        start=-1,
+        end=1,
+        value=0,
+        step=SLIDER_STEP,
+        title="λ",
+        format=format_lambda,
+        sizing_mode="stretch_width",
+        name="slider",
+    )
     typed = NumericInput(value=1.0, mode="float", title="or type λ", width=160, name="lambda")
     source = ColumnDataSource({"sentence": [], "q": [], "posterior": [], "reward": []})
     bars = figure(
-        y_range=["…"], x_range=(0, 1), height=250, sizing_mode="stretch_width", toolbar_location=None, tools="hover", x_axis_label="probability"
+        y_range=["…"],
+        x_range=(0, 1),
+        height=250,
+        sizing_mode="stretch_width",
+        toolbar_location=None,
+        tools="hover",
+        x_axis_label="probability",
     )
-    bars.hover.tooltips = [("sentence", "@sentence"), ("q", "@q"), ("π*", "@posterior"), ("r", "@reward")]
-    for name, label, colour, shift in (("q", "prior q", PRIOR_COLOUR, 0.18), ("posterior", "posterior π*", POSTERIOR_COLOUR, -0.18)):
+    bars.hover.tooltips = [
+        ("sentence", "@sentence"),
+        ("q", "@q"),
+        ("π*", "@posterior"),
+        ("r", "@reward"),
+    ]
+    for name, label, colour, shift in (
+        ("q", "prior q", PRIOR_COLOUR, 0.18),
+        ("posterior", "posterior π*", POSTERIOR_COLOUR, -0.18),
+    ):
         place = dodge("sentence", shift, range=bars.y_range)
         bars.hbar(y=place, right=name, height=0.34, color=colour, legend_label=label, source=source)
     bars.ygrid.grid_line_color = None
     bars.add_layout(bars.legend[0], "above")
     bars.legend.orientation = "horizontal"
-    numbers, listing, message = Div(name="numbers", **text), Div(name="listing", **text), Div(name="message", **text)
+    numbers, listing, message = (
+        Div(name="numbers", **text),
+        Div(name="listing", **text),
+        Div(name="message", **text),
+    )
     opening = typed_table(four_sentences())
     table = TextAreaInput(
         value=opening,
@@ -109,14 +143,31 @@ def lambda_page() -> str:
     normalise = CheckboxGroup(labels=["divide by their sum"], active=[], name="normalise")
     outputs = {"numbers": numbers, "listing": listing, "message": message}
     inputs = {"slider": slider, "typed": typed, "table": table, "normalise": normalise}
-    update = CustomJS(args={**inputs, **outputs, "source": source, "bars": bars}, code=SCRIPT.read_text(encoding="utf-8"))
+    update = CustomJS(
+        args={**inputs, **outputs, "source": source, "bars": bars},
+        code=SCRIPT.read_text(encoding="utf-8"),
+    )
     slider.js_on_change("value", update)
     typed.js_on_change("value", update)
-    table.js_on_change("value_input", CustomJS(args={"table": table}, code="table.value = table.value_input"))
+    table.js_on_change(
+        "value_input", CustomJS(args={"table": table}, code="table.value = table.value_input")
+    )
     table.js_on_change("value", update)
     normalise.js_on_change("active", update)
     document = Document()
-    document.add_root(column(slider, typed, message, bars, numbers, table, normalise, listing, sizing_mode="stretch_width"))
+    document.add_root(
+        column(
+            slider,
+            typed,
+            message,
+            bars,
+            numbers,
+            table,
+            normalise,
+            listing,
+            sizing_mode="stretch_width",
+        )
+    )
     document.js_on_event("document_ready", update)
     return str(file_html(document, INLINE, title=f"{TITLE} · klrl_edu", template=_TEMPLATE))
 

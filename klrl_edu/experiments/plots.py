@@ -1,6 +1,8 @@
-"""Pictures in one publication style: readable at column width, vector output, colours that colour-blind readers can tell apart.
+"""Pictures in one publication style: readable at column width, vector output, colours that
+colour-blind readers can tell apart.
 
-Every function takes `ax=None` and returns the Axes; none shows a window. Import sets nothing global.
+Every function takes `ax=None` and returns the Axes; none shows a window. Import sets nothing
+global.
 """
 
 import builtins
@@ -26,7 +28,15 @@ from klrl_edu.exact.posterior import Posterior
 from klrl_edu.models.contract import LanguageModel, sequence_log_probs
 
 # Okabe & Ito (2008)
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 PRIOR_COLOUR, POSTERIOR_COLOUR = "#9A9A9A", BLUE
 POLICY_COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -45,10 +55,25 @@ _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
-# matplotlib's own font lacks these scripts; it asks the next family for a glyph that one does not have
+# matplotlib's own font lacks these scripts; it asks the next family for a glyph that one does not
+# have
 _OTHER_SCRIPTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
-    *("Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "SimHei", "Malgun Gothic", "Arial Unicode MS"),
+    *(
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "Noto Sans SC",
+        "WenQuanYi Zen Hei",
+        "WenQuanYi Micro Hei",
+        "Droid Sans Fallback",
+    ),
+    *(
+        "Microsoft YaHei",
+        "PingFang SC",
+        "Hiragino Sans GB",
+        "SimHei",
+        "Malgun Gothic",
+        "Arial Unicode MS",
+    ),
     *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai"),
 )
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
@@ -63,24 +88,38 @@ def publication_style() -> Iterator[None]:
         yield
 
 
-def new_figure(columns: int = 1, width: float = 3.4, height: float = 2.8) -> tuple[Figure, list[Axes]]:
-    """A figure with `columns` panels side by side, each `width` × `height` inches; call it inside `publication_style()`."""
+def new_figure(
+    columns: int = 1, width: float = 3.4, height: float = 2.8
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `columns` panels side by side, each `width` × `height` inches; call it inside
+    `publication_style()`.
+    """
     figure = Figure(figsize=(columns * width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Writes `path` as .png and, beside it, as vector .pdf; returns both. Warns once where no installed font has a character."""
+    """Writes `path` as .png and, beside it, as vector .pdf; returns both. Warns once where no
+    installed font has a character.
+    """
     paths = [path.with_suffix(".png"), path.with_suffix(".pdf")]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for one_path in paths:
-            figure.savefig(one_path, metadata={"CreationDate": None} if one_path.suffix == ".pdf" else None)
-    missing = dict.fromkeys(match[1] for one in caught if (match := _MISSING_GLYPH.match(str(one.message))))
+            figure.savefig(
+                one_path, metadata={"CreationDate": None} if one_path.suffix == ".pdf" else None
+            )
+    missing = dict.fromkeys(
+        match[1] for one in caught if (match := _MISSING_GLYPH.match(str(one.message)))
+    )
     if missing:
         shown = "".join(chr(int(code)) for code in list(missing)[:8])
-        warnings.warn(f"no installed font has {shown!r}: {path.name} shows boxes there. Install a font such as Noto Sans CJK.", stacklevel=2)
+        warnings.warn(
+            f"no installed font has {shown!r}: {path.name} shows boxes there. Install a font such"
+            " as Noto Sans CJK.",
+            stacklevel=2,
+        )
     for one in caught:
         if not _MISSING_GLYPH.match(str(one.message)):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -104,7 +143,9 @@ class Picture:
 
 
 def picture(figure: Figure, path: str | Path) -> Picture:
-    """The figure of a script that is also a notebook: a notebook shows it, plain Python writes `path`.png and .pdf and says so."""
+    """The figure of a script that is also a notebook: a notebook shows it, plain Python writes
+    `path`.png and .pdf and says so.
+    """
     buffer = io.BytesIO()
     paths: tuple[Path, ...] = ()
     with publication_style():
@@ -126,8 +167,14 @@ def _try_to_save(figure: Figure, path: Path) -> tuple[Path, ...]:
     return paths
 
 
-def plot_posterior(posterior: Posterior, policies: Mapping[str, LanguageModel] | None = None, ax: Axes | None = None, count: int = 12) -> Axes:
-    """Bars of prior, posterior and policies for the `count` sequences that prior or posterior finds most probable, with their rewards.
+def plot_posterior(
+    posterior: Posterior,
+    policies: Mapping[str, LanguageModel] | None = None,
+    ax: Axes | None = None,
+    count: int = 12,
+) -> Axes:
+    """Bars of prior, posterior and policies for the `count` sequences that prior or posterior finds
+    most probable, with their rewards.
 
     Args:
         posterior: an enumerated one.
@@ -135,10 +182,15 @@ def plot_posterior(posterior: Posterior, policies: Mapping[str, LanguageModel] |
     """
     ax = _axes(ax)
     support, problem = posterior.enumerated(), posterior.problem
-    order = (support.log_prior.exp() + posterior.log_probs.exp()).argsort(descending=True, stable=True)[:count]
+    order = (support.log_prior.exp() + posterior.log_probs.exp()).argsort(
+        descending=True, stable=True
+    )[:count]
     order = order[posterior.log_probs[order].argsort(descending=True, stable=True)]
     tokens = support.tokens[order]
-    bars = [("prior q", support.log_prior[order], PRIOR_COLOUR), ("posterior π*", posterior.log_probs[order], POSTERIOR_COLOUR)]
+    bars = [
+        ("prior q", support.log_prior[order], PRIOR_COLOUR),
+        ("posterior π*", posterior.log_probs[order], POSTERIOR_COLOUR),
+    ]
     for (name, model), colour in zip((policies or {}).items(), POLICY_COLOURS, strict=False):
         bars.append((name, sequence_log_probs(model, tokens, problem.prompt).detach(), colour))
     height = 0.8 / len(bars)
@@ -146,14 +198,27 @@ def plot_posterior(posterior: Posterior, policies: Mapping[str, LanguageModel] |
         places = [row + (index - (len(bars) - 1) / 2) * height for row in range(len(order))]
         ax.barh(places, log_probs.exp().tolist(), height, label=name, color=colour)
     rewards = support.rewards[order].tolist()
-    ax.set_yticks(range(len(order)), [f"{text or '(empty)'}  (r = {r:g})" for text, r in zip(problem.space.decode(tokens), rewards, strict=True)])
+    ax.set_yticks(
+        range(len(order)),
+        [
+            f"{text or '(empty)'}  (r = {r:g})"
+            for text, r in zip(problem.space.decode(tokens), rewards, strict=True)
+        ],
+    )
     ax.invert_yaxis()
     ax.set_xlabel("probability")
     ax.legend(loc="lower right")
     return ax
 
 
-def plot_runs(histories: Mapping[str, History], metric: str = "reverse_kl", ax: Axes | None = None, *, ylabel: str, log: bool = True) -> Axes:
+def plot_runs(
+    histories: Mapping[str, History],
+    metric: str = "reverse_kl",
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    log: bool = True,
+) -> Axes:
     """One metric of several runs against the step.
 
     Args:
@@ -165,20 +230,42 @@ def plot_runs(histories: Mapping[str, History], metric: str = "reverse_kl", ax: 
     return plot_lines(lines, ax, xlabel="training step", ylabel=ylabel, log=log)
 
 
-def plot_metrics(history: History, metrics: Mapping[str, str], ax: Axes | None = None, *, ylabel: str, log: bool = False) -> Axes:
+def plot_metrics(
+    history: History,
+    metrics: Mapping[str, str],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    log: bool = False,
+) -> Axes:
     """Several metrics (name -> label) of one run against the step."""
     lines = {label: (history.steps(metric), history[metric]) for metric, label in metrics.items()}
     return plot_lines(lines, ax, xlabel="training step", ylabel=ylabel, log=log)
 
 
 def plot_lines(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str, ylabel: str, log: bool = False
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
 ) -> Axes:
     """Named lines (x, y), told apart by colour and marker; infinities leave gaps."""
     ax = _axes(ax)
-    for (name, (x, y)), colour, marker in zip(lines.items(), POLICY_COLOURS, _MARKERS, strict=False):
+    for (name, (x, y)), colour, marker in zip(
+        lines.items(), POLICY_COLOURS, _MARKERS, strict=False
+    ):
         shown = [value if math.isfinite(value) else math.nan for value in y]
-        ax.plot(x, shown, label=name, color=colour, marker=marker, markersize=3, markevery=max(1, len(x) // 8))
+        ax.plot(
+            x,
+            shown,
+            label=name,
+            color=colour,
+            marker=marker,
+            markersize=3,
+            markevery=max(1, len(x) // 8),
+        )
     if log and any(0 < value < math.inf for _, y in lines.values() for value in y):
         ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -187,26 +274,47 @@ def plot_lines(
 
 
 def plot_audit(report: AuditReport, ax: Axes | None = None) -> Axes:
-    """A bar a target: for a gradient the cosine to its mean, for a value the targets beside the mean; with the relative bias in words.
+    """A bar a target: for a gradient the cosine to its mean, for a value the targets beside the
+    mean; with the relative bias in words.
 
     Args:
         report: of `audit_gradient` or `audit_value`.
     """
     ax = _axes(ax)
     names, value = list(report.targets), len(report.mean) == 1
-    lengths = [float(target) for target in report.targets.values()] if value else list(report.cosine.values())
+    lengths = (
+        [float(target) for target in report.targets.values()]
+        if value
+        else list(report.cosine.values())
+    )
     shown = [length if math.isfinite(length) else 0.0 for length in lengths]
     ax.barh(range(len(names)), shown, 0.6, color=[_match(report, name)[1] for name in names])
-    ax.set_yticks(range(len(names)), [name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ") for name in names])
+    ax.set_yticks(
+        range(len(names)),
+        [
+            name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ")
+            for name in names
+        ],
+    )
     ax.invert_yaxis()
     ax.axvline(0, color=BLACK, linewidth=0.8)
     if value:
         ax.axvline(float(report.mean), color=VERMILION, linestyle="--")
     for place, name in enumerate(names):
-        ax.annotate(_match(report, name)[0], (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.annotate(
+            _match(report, name)[0],
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
     if not value:
         ax.set_xlim(-1.05, 1.05)
-    ax.set_xlabel(f"nats (dashed: the mean, {float(report.mean):.4g})" if value else "cosine between E[gradient] and target")
+    ax.set_xlabel(
+        f"nats (dashed: the mean, {float(report.mean):.4g})"
+        if value
+        else "cosine between E[gradient] and target"
+    )
     return ax
 
 
@@ -215,7 +323,9 @@ def _match(report: AuditReport, name: str) -> tuple[str, str]:
     bias, scale = report.relative_bias[name], report.scale[name]
     if bias < report.precision:
         return "unbiased", POSTERIOR_COLOUR
-    if len(report.mean) > 1 and abs(bias - abs(scale - 1)) < report.precision * bias:  # as far off as the scale alone accounts for
+    if (
+        len(report.mean) > 1 and abs(bias - abs(scale - 1)) < report.precision * bias
+    ):  # as far off as the scale alone accounts for
         return f"{scale:.4g} × exactly", SKY
     return "infinite" if math.isinf(bias) else f"off by {100 * bias:.3g} %", PRIOR_COLOUR
 

@@ -1,4 +1,5 @@
-"""A run: a directory with what was asked (config.json), what came out (result.json), metrics, pictures and weights.
+"""A run: a directory with what was asked (config.json), what came out (result.json), metrics,
+pictures and weights.
 
 config.json     command and arguments; enough to build problem and policy again
 metrics.jsonl   a record a step, written as they come; metrics.csv, the same as a table at the end
@@ -18,7 +19,14 @@ import torch
 from klrl_edu.core.display import Cell
 from klrl_edu.core.errors import CheckpointError, InputError
 from klrl_edu.evaluation.compare import Comparison, compare
-from klrl_edu.evaluation.records import History, json_line, jsonable, load_checkpoint, save_checkpoint, write_atomically
+from klrl_edu.evaluation.records import (
+    History,
+    json_line,
+    jsonable,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Loss
@@ -33,7 +41,11 @@ from klrl_edu.problems.tables import load_table
 ModelName = Literal["table", "lstm", "gru", "transformer"]
 LossName = Literal["exact", "reinforce", "rloo"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-LOSSES: dict[str, Loss] = {"exact": losses.exact, "reinforce": losses.reinforce, "rloo": losses.rloo}
+LOSSES: dict[str, Loss] = {
+    "exact": losses.exact,
+    "reinforce": losses.reinforce,
+    "rloo": losses.rloo,
+}
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,18 @@ class ProblemSource:
         if self.name in EXAMPLES:
             return example(self.name, self.kl_coef)
         if not Path(self.name).exists():
-            raise InputError(f"{self.name!r} is neither a file nor a standing problem ({', '.join(EXAMPLES)}); check the spelling.")
-        return load_table(self.name, self.kl_coef, separator=self.separator, normalize=self.normalize)
+            raise InputError(
+                f"{self.name!r} is neither a file nor a standing problem ({', '.join(EXAMPLES)});"
+                " check the spelling."
+            )
+        return load_table(
+            self.name, self.kl_coef, separator=self.separator, normalize=self.normalize
+        )
 
 
 def check_directory(out: Path, command: str) -> Path:
-    """A directory that a run may claim: not there yet, empty, or left by the same command; writes nothing.
+    """A directory that a run may claim: not there yet, empty, or left by the same command; writes
+    nothing.
 
     Returns:
         The resolved path.
@@ -77,12 +95,16 @@ def check_directory(out: Path, command: str) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a directory.")
     if out.is_dir() and any(out.iterdir()) and _command_of(out) != command:
-        raise InputError(f"--out {out} holds files that `klrl {command}` did not write; choose a new or an empty directory.")
+        raise InputError(
+            f"--out {out} holds files that `klrl {command}` did not write; choose a new or an empty"
+            " directory."
+        )
     return out
 
 
 def claim_directory(out: Path, command: str) -> Path:
-    """A directory for a run: new, empty, or left by the same command; anything else is refused, so that nothing is lost.
+    """A directory for a run: new, empty, or left by the same command; anything else is refused, so
+    that nothing is lost.
 
     Returns:
         The resolved path.
@@ -95,21 +117,29 @@ def claim_directory(out: Path, command: str) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", json_bytes({"command": command}))
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror or error}; choose another directory.") from None
+        raise InputError(
+            f"--out {out} cannot be written: {error.strerror or error}; choose another directory."
+        ) from None
     return out
 
 
 def fresh_directory(out: Path | None, stem: str) -> Path:
-    """A directory for a training run: `out` if it holds nothing yet, by default the first free of runs/stem, runs/stem-2, …
+    """A directory for a training run: `out` if it holds nothing yet, by default the first free of
+    runs/stem, runs/stem-2, …
 
     Raises:
         InputError: `out` already holds something: runs are not overwritten.
     """
     if out is None:
-        numbers: Iterator[Path] = (Path("runs") / (stem if k == 1 else f"{stem}-{k}") for k in range(1, 1_000_000))
+        numbers: Iterator[Path] = (
+            Path("runs") / (stem if k == 1 else f"{stem}-{k}") for k in range(1, 1_000_000)
+        )
         return next(path for path in numbers if not path.exists())
     if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty, and runs are not overwritten; choose another directory, or remove it.")
+        raise InputError(
+            f"--out {out} is not empty, and runs are not overwritten; choose another directory, or"
+            " remove it."
+        )
     return out
 
 
@@ -123,7 +153,9 @@ def _command_of(directory: Path) -> str | None:
 
 def json_bytes(value: Any) -> bytes:
     """Strict JSON, indented, UTF-8."""
-    return (json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -134,7 +166,11 @@ def write_json(path: Path, value: Any) -> Path:
 
 def spreadsheet_cell(text: Cell) -> Cell:
     """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return (
+        f"'{text}"
+        if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r"))
+        else text
+    )
 
 
 def pick_device(name: DeviceName) -> torch.device:
@@ -145,11 +181,15 @@ def pick_device(name: DeviceName) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device(
+        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
+    )
 
 
 def build_policy(name: ModelName, target: Posterior, seed: int) -> LanguageModel:
-    """An untrained policy on the sequences with prior mass and a finite reward: a copy of q there for "table", else a restricted network."""
+    """An untrained policy on the sequences with prior mass and a finite reward: a copy of q there
+    for "table", else a restricted network.
+    """
     problem = target.problem
     space, device = problem.space, target.enumerated().tokens.device
     allowed = feasible_prior(problem)
@@ -157,7 +197,9 @@ def build_policy(name: ModelName, target: Posterior, seed: int) -> LanguageModel
         return allowed
     size = 0 if problem.prompt is None else len(problem.prompt)
     network: LanguageModel = (
-        TransformerModel(space, max_prompt=size, seed=seed) if name == "transformer" else RecurrentModel(space, cell=name, seed=seed)
+        TransformerModel(space, max_prompt=size, seed=seed)
+        if name == "transformer"
+        else RecurrentModel(space, cell=name, seed=seed)
     )
     return restrict_to_support(network.to(device), allowed)
 
@@ -202,15 +244,25 @@ def load_run(directory: Path) -> tuple[dict[str, Any], Posterior, LanguageModel]
     """
     config_path = directory / "config.json"
     if _command_of(directory) != "train":
-        raise InputError(f"{directory} is not a training run (no config.json by `klrl train` in it); give the --out of a `klrl train`.")
+        raise InputError(
+            f"{directory} is not a training run (no config.json by `klrl train` in it); give the"
+            " --out of a `klrl train`."
+        )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     try:
         source = ProblemSource(**config["problem"])
         if "table" in config:
-            source = ProblemSource(str(directory / Path(config["table"]).name), source.kl_coef, source.separator, source.normalize)
+            source = ProblemSource(
+                str(directory / Path(config["table"]).name),
+                source.kl_coef,
+                source.separator,
+                source.normalize,
+            )
         model, seed = config["model"], config["seed"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{config_path} is incomplete ({error}); it was altered since `klrl train` wrote it.") from None
+        raise InputError(
+            f"{config_path} is incomplete ({error}); it was altered since `klrl train` wrote it."
+        ) from None
     target = posterior(source.load())
     policy = build_policy(model, target, seed)
     try:
@@ -218,7 +270,9 @@ def load_run(directory: Path) -> tuple[dict[str, Any], Posterior, LanguageModel]
     except (RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{directory / 'policy.pt'} does not fit the run's model: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{directory / 'policy.pt'} does not fit the run's model: {str(error).splitlines()[0]}"
+        ) from None
     return config, target, policy
 
 

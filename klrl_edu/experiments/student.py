@@ -1,4 +1,5 @@
-"""Copies of the tutorials for students: the same scripts without their solutions, as .py and as notebooks.
+"""Copies of the tutorials for students: the same scripts without their solutions, as .py and as
+notebooks.
 
 python -m klrl_edu.experiments.student OUT
 """
@@ -23,26 +24,34 @@ def tutorials_folder() -> Path:
     for folder in (package.parent / "tutorials", package / "tutorials"):
         if any(folder.glob("t[0-9][0-9]_*.py")):
             return folder
-    raise InputError(f"no tutorials (tNN_*.py) lie beside or in {package}; run this in a checkout of klrl_edu.")
+    raise InputError(
+        f"no tutorials (tNN_*.py) lie beside or in {package}; run this in a checkout of klrl_edu."
+    )
 
 
 def write_student_copies(source: Path, out: Path) -> list[Path]:
     """Writes every tutorial of a folder without its solution cells, as .py and as .ipynb.
 
     Args:
-        source: a folder with tNN_*.py, jupytext percent scripts whose solution cells carry the tag `solution`.
-        out: made if it is missing. A file there that differs may hold a student's answers, and is never overwritten.
+        source: a folder with tNN_*.py, jupytext percent scripts whose solution cells carry the tag
+            `solution`.
+        out: made if it is missing. A file there that differs may hold a student's answers, and is
+            never overwritten.
 
     Returns:
         The written files, .py and .ipynb of each tutorial in order.
 
     Raises:
-        InputError: jupytext is not installed; no tutorial in `source`; a file in `out` would be overwritten.
+        InputError: jupytext is not installed; no tutorial in `source`; a file in `out` would be
+            overwritten.
     """
     try:
         import jupytext
     except ImportError:
-        raise InputError("student copies need jupytext; install it: pip install 'klrl_edu[docs]', or pip install jupytext.") from None
+        raise InputError(
+            "student copies need jupytext; install it: pip install 'klrl_edu[docs]', or pip install"
+            " jupytext."
+        ) from None
     tutorials = sorted(source.glob("t[0-9][0-9]_*.py"))
     if not tutorials:
         raise InputError(f"{source} holds no tutorial tNN_*.py.")
@@ -51,8 +60,13 @@ def write_student_copies(source: Path, out: Path) -> list[Path]:
         notebook = without_solutions(jupytext.read(path), path.stem)
         copies[out / path.name] = jupytext.writes(notebook, fmt="py:percent").encode()
         copies[out / f"{path.stem}.ipynb"] = jupytext.writes(notebook, fmt="ipynb").encode()
-    if changed := [path for path, text in copies.items() if path.exists() and path.read_bytes() != text]:
-        raise InputError(f"{changed[0]} is already there and differs; it may hold answers. Choose another folder, or move it away.")
+    if changed := [
+        path for path, text in copies.items() if path.exists() and path.read_bytes() != text
+    ]:
+        raise InputError(
+            f"{changed[0]} is already there and differs; it may hold answers. Choose another"
+            " folder, or move it away."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for path, text in copies.items():
         write_atomically(path, text)
@@ -60,8 +74,12 @@ def write_student_copies(source: Path, out: Path) -> list[Path]:
 
 
 def without_solutions(notebook: Any, stem: str) -> Any:
-    """The notebook without the cells tagged `solution`; cells get ids that are the same at every call."""
-    notebook.cells = [cell for cell in notebook.cells if SOLUTION_TAG not in cell.metadata.get("tags", [])]
+    """The notebook without the cells tagged `solution`; cells get ids that are the same at every
+    call.
+    """
+    notebook.cells = [
+        cell for cell in notebook.cells if SOLUTION_TAG not in cell.metadata.get("tags", [])
+    ]
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"{stem[:40]}-{number:02d}"
     return notebook

@@ -1,12 +1,14 @@
-"""Losses, one flat function a method: each takes a Batch and returns a scalar to minimise, in reward units.
+"""Losses, one flat function a method: each takes a Batch and returns a scalar to minimise, in
+reward units.
 
-    J(π) = E_π[r − λu],    u = log π/q,    ∇J = E_π[(r − λu) ∇log π] = −λ ∇KL(π‖π*)                               (1)
-    ρ = π/μ,    L = −E_μ[min(ρA, clip(ρ, 1 − ε, 1 + ε) A)],    ∇L = −E_π[A ∇log π] at π = μ                          (2)
+    J(π) = E_π[r − λu],    u = log π/q,    ∇J = E_π[(r − λu) ∇log π] = −λ ∇KL(π‖π*)              (1)
+    ρ = π/μ,    L = −E_μ[min(ρA, clip(ρ, 1 − ε, 1 + ε) A)],    ∇L = −E_π[A ∇log π] at π = μ      (2)
 
-Where samples come from the policy itself (ρ = 1, as in the first step on a batch) clipping does nothing, and a method's expected gradient is
-decided by its advantage, its mean over tokens and the place of its KL; that is what the docstrings state. N sequences, T tokens, L_i live
-tokens of sequence i, G sequences a group (prompt), μ the behaviour policy that drew them. Williams (1992); Schulman et al. (2017);
-Kool et al. (2019); Ahmadian et al. (2024); Shao et al. (2024).
+Where samples come from the policy itself (ρ = 1, as in the first step on a batch) clipping does
+nothing, and a method's expected gradient is decided by its advantage, its mean over tokens and the
+place of its KL; that is what the docstrings state. N sequences, T tokens, L_i live tokens of
+sequence i, G sequences a group (prompt), μ the behaviour policy that drew them. Williams (1992);
+Schulman et al. (2017); Kool et al. (2019); Ahmadian et al. (2024); Shao et al. (2024).
 """
 
 from collections.abc import Callable
@@ -15,7 +17,13 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.estimators.advantages import centred, gae, leave_one_out_mean, population_z_score, sample_z_score
+from klrl_edu.estimators.advantages import (
+    centred,
+    gae,
+    leave_one_out_mean,
+    population_z_score,
+    sample_z_score,
+)
 from klrl_edu.estimators.aggregation import fixed_length, seq_mean_token_mean, token_mean
 from klrl_edu.estimators.kl_values import k3
 from klrl_edu.learning.batches import Batch, needs
@@ -26,7 +34,8 @@ def exact(batch: Batch) -> Tensor:
     """−J(π), exactly: its gradient is −∇J by autograd, without sampling.
 
     Args:
-        batch: every supported sequence once a problem (`train` and the audit give it that), `log_probs` [N,T] with gradient.
+        batch: every supported sequence once a problem (`train` and the audit give it that),
+            `log_probs` [N,T] with gradient.
 
     Returns:
         −J averaged over the problems, a scalar in reward units.
@@ -35,11 +44,13 @@ def exact(batch: Batch) -> Tensor:
     """
     log_prob = batch.log_probs.sum(-1)
     log_ratio = log_prob - batch.prior_log_probs.sum(-1)  # u [N], nats
-    objective = logspace.expectation(log_prob, batch.rewards.sum(-1) - batch.kl_coef * log_ratio)  # a sequence that π never gives counts 0
+    objective = logspace.expectation(
+        log_prob, batch.rewards.sum(-1) - batch.kl_coef * log_ratio
+    )  # a sequence that π never gives counts 0
     return -objective / (batch.group.max() + 1)
 
 
-# --- REINFORCE and its baselines, with the KL in the reward ------------------------------------------------------------
+# --- REINFORCE and its baselines, with the KL in the reward ---------------------------------------
 
 
 def reinforce(batch: Batch, baseline: float | Tensor = 0.0) -> Tensor:
@@ -47,7 +58,8 @@ def reinforce(batch: Batch, baseline: float | Tensor = 0.0) -> Tensor:
 
     Args:
         batch: `log_probs` [N,T] with gradient, `rewards` [N,T].
-        baseline: b in reward units, a number or [N]; must not depend on the sequence that it is subtracted from.
+        baseline: b in reward units, a number or [N]; must not depend on the sequence that it is
+            subtracted from.
 
     Returns:
         −mean (r − λu − b) log π, a scalar in reward units; only its gradient is meant.
@@ -61,10 +73,12 @@ def rloo(batch: Batch) -> Tensor:
     """REINFORCE with a leave-one-out baseline and the KL penalty in the reward: unbiased for −∇J.
 
     Args:
-        batch: `log_probs` [N,T] with gradient (nats), `rewards` [N,T]; `group` [N] names each sequence's prompt, at least two sequences a group.
+        batch: `log_probs` [N,T] with gradient (nats), `rewards` [N,T]; `group` [N] names each
+            sequence's prompt, at least two sequences a group.
 
     Returns:
-        −mean (r − λu − leave-one-out mean) log π, a scalar in reward units. Its variance vanishes at π = π*, where r − λu = λ log Z.
+        −mean (r − λu − leave-one-out mean) log π, a scalar in reward units. Its variance vanishes
+        at π = π*, where r − λu = λ log Z.
 
     Raises:
         InputError: a group holds one sequence, which leaves nothing to average.
@@ -77,27 +91,31 @@ def rloo(batch: Batch) -> Tensor:
 
 
 def group_mean(batch: Batch) -> Tensor:
-    """REINFORCE minus the mean of the whole group, the sequence included: the expected gradient is −(G − 1)/G · ∇J.
+    """REINFORCE minus the mean of the whole group, the sequence included: the expected gradient is
+    −(G − 1)/G · ∇J.
 
     Args:
         batch: as for `rloo`; at G = 1 the loss is 0.
 
     Returns:
-        −mean (r − λu − mean) log π, a scalar in reward units: (G − 1)/G times `rloo`, sample by sample.
+        −mean (r − λu − mean) log π, a scalar in reward units: (G − 1)/G times `rloo`, sample by
+        sample.
     """
     advantage = centred(penalised_reward(batch), batch.group)
     return -(advantage * batch.log_probs.sum(-1)).mean()
 
 
 def z_score(batch: Batch) -> Tensor:
-    """REINFORCE on the reward's z-score in its group (population std, no ε), without KL: GRPO's gradient in its simplest form.
+    """REINFORCE on the reward's z-score in its group (population std, no ε), without KL: GRPO's
+    gradient in its simplest form.
 
     Args:
         batch: as for `rloo`; λ is not used.
 
     Returns:
-        −mean A log π with A = (r − mean)/std, a scalar. At G = 2, A = sign(r − r'): it follows the probability of beating another sample.
-        For rewards 0 and 1: E_{k~Bin(G,p)}[√(k/G (1 − k/G))] ∇p/(p(1 − p)), p = E_π[r].
+        −mean A log π with A = (r − mean)/std, a scalar. At G = 2, A = sign(r − r'): it follows the
+        probability of beating another sample. For rewards 0 and 1: E_{k~Bin(G,p)}[√(k/G (1 − k/G))]
+        ∇p/(p(1 − p)), p = E_π[r].
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -106,42 +124,57 @@ def z_score(batch: Batch) -> Tensor:
     return -(advantage * batch.log_probs.sum(-1)).mean()
 
 
-# --- clipped ratios -----------------------------------------------------------------------------------------------------
+# --- clipped ratios -------------------------------------------------------------------------------
 
 
-def ppo_clip(batch: Batch, values: Tensor | float = 0.0, *, clip: float = 0.2, decay: float = 1.0) -> Tensor:
-    """PPO with the KL penalty in each token's reward and given values: unbiased for −∇J on-policy with decay = 1, whatever the values.
+def ppo_clip(
+    batch: Batch, values: Tensor | float = 0.0, *, clip: float = 0.2, decay: float = 1.0
+) -> Tensor:
+    """PPO with the KL penalty in each token's reward and given values: unbiased for −∇J on-policy
+    with decay = 1, whatever the values.
 
     Args:
         batch: `log_probs` [N,T] with gradient, `behaviour_log_probs` and `rewards` [N,T].
-        values: V(y_<t) [N,T] in reward units, or a number; with decay < 1 the gradient is biased unless they are exact.
+        values: V(y_<t) [N,T] in reward units, or a number; with decay < 1 the gradient is biased
+            unless they are exact.
         clip: ε of (2).
         decay: the λ of GAE; γ is 1.
 
     Returns:
-        −mean Σ_t min(ρ_t A_t, clip(ρ_t) A_t), a scalar in reward units. The penalty λ log μ/q is fixed when the sequences are drawn. Off-policy, or
-        after the first step on a batch, ρ_t corrects the token and not its prefix, and clipping adds its own bias.
+        −mean Σ_t min(ρ_t A_t, clip(ρ_t) A_t), a scalar in reward units. The penalty λ log μ/q is
+        fixed when the sequences are drawn. Off-policy, or after the first step on a batch, ρ_t
+        corrects the token and not its prefix, and clipping adds its own bias.
 
     Source: Schulman et al. (2017), eq. 7; Ziegler et al. (2019) for the reward.
     """
-    rewards = batch.rewards - batch.kl_coef.unsqueeze(-1) * (batch.behaviour_log_probs - batch.prior_log_probs)
-    advantage = gae(rewards, torch.as_tensor(values, dtype=rewards.dtype).expand_as(rewards), batch.live, decay=decay)
+    rewards = batch.rewards - batch.kl_coef.unsqueeze(-1) * (
+        batch.behaviour_log_probs - batch.prior_log_probs
+    )
+    advantage = gae(
+        rewards,
+        torch.as_tensor(values, dtype=rewards.dtype).expand_as(rewards),
+        batch.live,
+        decay=decay,
+    )
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
     return -_clipped(ratio, advantage, clip, clip).sum(-1).mean()
 
 
 def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
-    """GRPO as published and as TRL's loss_type="grpo": z-scored reward, per-token clipping, mean over each sequence's tokens, k3 in the loss.
+    """GRPO as published and as TRL's loss_type="grpo": z-scored reward, per-token clipping, mean
+    over each sequence's tokens, k3 in the loss.
 
     Args:
-        batch: `log_probs` [N,T] with gradient, `prior_log_probs`, `behaviour_log_probs`, `rewards` [N,T], `live`, `group`, `kl_coef`.
+        batch: `log_probs` [N,T] with gradient, `prior_log_probs`, `behaviour_log_probs`, `rewards`
+            [N,T], `live`, `group`, `kl_coef`.
         clip: ε of (2).
         epsilon: added to the sample std (TRL 1e-4, verl 1e-6).
 
     Returns:
-        −mean_i (1/L_i) Σ_t [min(ρ_t A_i, clip(ρ_t) A_i) − λ k3(u_t)], a scalar. On-policy it follows −E[A s/L] of `grpo_without_kl` plus
-        λ E_π[(1/L) Σ_t (1 − q_t/π_t) s_t]: at one length λ/T times the per-token *forward* ∇KL(q_t‖π_t), at several not even that, as L depends on
-        the tokens. It is not 0 at π*.
+        −mean_i (1/L_i) Σ_t [min(ρ_t A_i, clip(ρ_t) A_i) − λ k3(u_t)], a scalar. On-policy it
+        follows −E[A s/L] of `grpo_without_kl` plus λ E_π[(1/L) Σ_t (1 − q_t/π_t) s_t]: at one
+        length λ/T times the per-token *forward* ∇KL(q_t‖π_t), at several not even that, as L
+        depends on the tokens. It is not 0 at π*.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -161,8 +194,9 @@ def grpo_without_kl(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -
         batch, clip, epsilon: as for `grpo`; λ and the prior are not used.
 
     Returns:
-        −mean_i (1/L_i) Σ_t min(ρ_t A_i, clip(ρ_t) A_i), a scalar. On-policy it follows −E[A s/L]: at one length 1/T of that of `z_score`
-        times √((G − 1)/G) and a little less for ε, otherwise tilted towards short answers.
+        −mean_i (1/L_i) Σ_t min(ρ_t A_i, clip(ρ_t) A_i), a scalar. On-policy it follows −E[A s/L]:
+        at one length 1/T of that of `z_score` times √((G − 1)/G) and a little less for ε, otherwise
+        tilted towards short answers.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -173,7 +207,8 @@ def grpo_without_kl(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -
 
 
 def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
-    """GRPO done right: the reward minus the group's mean, no std, and a fixed length: the expected gradient on-policy is −(G − 1)/(GT) · ∇E[r].
+    """GRPO done right: the reward minus the group's mean, no std, and a fixed length: the expected
+    gradient on-policy is −(G − 1)/(GT) · ∇E[r].
 
     Args:
         batch: as for `grpo`; λ and the prior are not used, so λ = 0 is the objective.
@@ -189,8 +224,11 @@ def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
     return -fixed_length(_clipped(ratio, advantage, clip, clip), batch.live)
 
 
-def dapo(batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, epsilon: float = 1e-4) -> Tensor:
-    """DAPO's loss: GRPO without KL, with a higher upper clip and the mean over all tokens of the batch (its dynamic sampling is the sampler's).
+def dapo(
+    batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, epsilon: float = 1e-4
+) -> Tensor:
+    """DAPO's loss: GRPO without KL, with a higher upper clip and the mean over all tokens of the
+    batch (its dynamic sampling is the sampler's).
 
     Args:
         batch: as for `grpo`; λ and the prior are not used.
@@ -198,7 +236,8 @@ def dapo(batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, epsilo
         epsilon: added to the sample std.
 
     Returns:
-        −Σ_i Σ_t min(ρ_t A_i, clip(ρ_t) A_i)/Σ_i L_i, a scalar; a ratio of sums, so not a mean over sequences where lengths vary.
+        −Σ_i Σ_t min(ρ_t A_i, clip(ρ_t) A_i)/Σ_i L_i, a scalar; a ratio of sums, so not a mean over
+        sequences where lengths vary.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -210,7 +249,9 @@ def dapo(batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, epsilo
     return -token_mean(_clipped(ratio, advantage, clip_low, clip_high), batch.live)
 
 
-def gspo(batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4, epsilon: float = 1e-4) -> Tensor:
+def gspo(
+    batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4, epsilon: float = 1e-4
+) -> Tensor:
     """GSPO: one ratio a sequence, the geometric mean of its tokens' ratios, clipped as a whole.
 
     Args:
@@ -219,8 +260,9 @@ def gspo(batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4, epsil
         epsilon: added to the sample std.
 
     Returns:
-        −mean_i min(s_i A_i, clip(s_i) A_i), s_i = ρ_i^{1/L_i}, a scalar. On-policy its gradient is that of `grpo_without_kl`, sample by sample.
-        s is no density ratio, so off-policy it corrects for μ only in part.
+        −mean_i min(s_i A_i, clip(s_i) A_i), s_i = ρ_i^{1/L_i}, a scalar. On-policy its gradient is
+        that of `grpo_without_kl`, sample by sample. s is no density ratio, so off-policy it
+        corrects for μ only in part.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -233,7 +275,8 @@ def gspo(batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4, epsil
 
 
 def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Tensor:
-    """CISPO: REINFORCE with the token ratio as a weight, clipped from above and without gradient, so that no token is dropped.
+    """CISPO: REINFORCE with the token ratio as a weight, clipped from above and without gradient,
+    so that no token is dropped.
 
     Args:
         batch: as for `grpo`; λ and the prior are not used.
@@ -241,7 +284,8 @@ def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Ten
         epsilon: added to the sample std.
 
     Returns:
-        −Σ_i Σ_t sg(min(ρ_t, 1 + clip_high)) A_i log π_t/Σ_i L_i, a scalar. On-policy its gradient is that of `dapo`, sample by sample.
+        −Σ_i Σ_t sg(min(ρ_t, 1 + clip_high)) A_i log π_t/Σ_i L_i, a scalar. On-policy its gradient
+        is that of `dapo`, sample by sample.
 
     Raises:
         InputError: a group of one, or a reward that is not finite.
@@ -249,27 +293,34 @@ def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Ten
     Source: MiniMax-M1 (2025).
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
-    weight = torch.exp(batch.log_probs - batch.behaviour_log_probs).detach().clamp(max=1 + clip_high)
+    weight = (
+        torch.exp(batch.log_probs - batch.behaviour_log_probs).detach().clamp(max=1 + clip_high)
+    )
     return -token_mean(weight * advantage * batch.log_probs, batch.live)
 
 
-# --- distribution matching ----------------------------------------------------------------------------------------------
+# --- distribution matching ------------------------------------------------------------------------
 
 
-def f_dpg(batch: Batch, pseudo_reward: Callable[[Tensor], Tensor], log_evidence: float | Tensor) -> Tensor:
+def f_dpg(
+    batch: Batch, pseudo_reward: Callable[[Tensor], Tensor], log_evidence: float | Tensor
+) -> Tensor:
     """REINFORCE on a pseudo-reward −f'(π/π*): unbiased for ∇D_f(π‖π*), by samples of π.
 
     Args:
         batch: `log_probs` [N,T] with gradient, `prior_log_probs`, `rewards` [N,T]; λ > 0.
         pseudo_reward: log π/π* [N] -> [N], one of `advantages.fdpg_…`.
-        log_evidence: log Z in nats, exact or an estimate, for log π* = log q + r/λ − log Z; the reverse KL alone does not need it.
+        log_evidence: log Z in nats, exact or an estimate, for log π* = log q + r/λ − log Z; the
+            reverse KL alone does not need it.
 
     Returns:
         −mean sg(−f') log π, a scalar.
 
     Source: Go et al. (2023), theorem 1.
     """
-    log_target = batch.prior_log_probs.sum(-1) + batch.rewards.sum(-1) / batch.kl_coef - log_evidence
+    log_target = (
+        batch.prior_log_probs.sum(-1) + batch.rewards.sum(-1) / batch.kl_coef - log_evidence
+    )
     log_prob = batch.log_probs.sum(-1)
     return -(pseudo_reward(log_prob.detach() - log_target) * log_prob).mean()
 

@@ -1,9 +1,9 @@
 """An optimiser for Transformers: Muon for the matrices between layers, Adam for the rest.
 
-    W ← W − lr·(U Vᵀ),    U Σ Vᵀ the averaged gradient of W                                                        (1)
+    W ← W − lr·(U Vᵀ),    U Σ Vᵀ the averaged gradient of W                                      (1)
 
-Jordan et al. (2024); torch.optim.Muon. Every direction of a matrix moves at the same speed, which brings down the slow tail of a
-divergence that Adam leaves: see the bench's row on a thousand steps.
+Jordan et al. (2024); torch.optim.Muon. Every direction of a matrix moves at the same speed, which
+brings down the slow tail of a divergence that Adam leaves: see the bench's row on a thousand steps.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ class MuonWithAdam(torch.optim.Optimizer):
     """One optimiser of two parts, for `train(..., optimizer=)`.
 
     Args:
-        model: the policy; its Linear weights in a list of blocks (nn.ModuleList) get Muon, everything else Adam.
+        model: the policy; its Linear weights in a list of blocks (nn.ModuleList) get Muon,
+            everything else Adam.
         lr: of Muon.
         adam_lr: of Adam.
     """
@@ -26,7 +27,9 @@ class MuonWithAdam(torch.optim.Optimizer):
         matrices = {id(parameter) for parameter in _block_matrices(model)}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(trainable, {})
-        inner, outer = ([p for p in trainable if (id(p) in matrices) is side] for side in (True, False))
+        inner, outer = (
+            [p for p in trainable if (id(p) in matrices) is side] for side in (True, False)
+        )
         self.parts: list[torch.optim.Optimizer] = []
         if inner:
             self.parts.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.0))
@@ -43,5 +46,7 @@ class MuonWithAdam(torch.optim.Optimizer):
 
 def _block_matrices(model: nn.Module) -> list[torch.Tensor]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = {layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear)}
+    layers = {
+        layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear)
+    }
     return [layer.weight for layer in layers if layer.weight.requires_grad]

@@ -1,9 +1,10 @@
 """The contract of every prior q and policy π: a language model on a SequenceSpace.
 
-    log π(y|x) = Σ_t log π(y_t | y_<t, x)                                                                       (1)
+    log π(y|x) = Σ_t log π(y_t | y_<t, x)                                                        (1)
 
-A model gives logits; the functions here make probabilities of them, force EOS at T and keep it absorbing, always in
-float64. N sequences, T tokens, V columns of logits, S prompt tokens, M prompts; log-probabilities in nats.
+A model gives logits; the functions here make probabilities of them, force EOS at T and keep it
+absorbing, always in float64. N sequences, T tokens, V columns of logits, S prompt tokens, M
+prompts; log-probabilities in nats.
 """
 
 import math
@@ -19,7 +20,10 @@ from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
 
 MAX_SEQUENCES = 1_000_000
-_BLOCK_ENTRIES, _BLOCK_ROWS = 1 << 20, 1 << 11  # the most logits (8 MiB in float64) and prefixes that a walk reads at once
+_BLOCK_ENTRIES, _BLOCK_ROWS = (
+    1 << 20,
+    1 << 11,
+)  # the most logits (8 MiB in float64) and prefixes that a walk reads at once
 
 
 class PrefixState(NamedTuple):
@@ -38,19 +42,25 @@ class LanguageModel(nn.Module):
     space: SequenceSpace
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may read tokens[:, :t] only.
+        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may
+        read tokens[:, :t] only.
 
-        Ids beyond the rows in use can be anything from 0 to V − 1 (a prefix is read filled up with zeros, EOS or not).
+        Ids beyond the rows in use can be anything from 0 to V − 1 (a prefix is read filled up with
+        zeros, EOS or not).
         """
         raise NotImplementedError
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, Any]:
-        """The first logits [n,V] of n sequences, and a state. Tensors in a state have the sequences as their first axis."""
+        """The first logits [n,V] of n sequences, and a state. Tensors in a state have the sequences
+        as their first axis.
+        """
         tokens = torch.empty(n, 0, dtype=torch.long, device=device_of(self))
         return self._read(tokens, prompt), PrefixState(tokens, prompt)
 
     def step(self, state: Any, token: Tensor) -> tuple[Tensor, Any]:
-        """After token [n]: the next logits [n,V] and a new state; `state` stays as it was. Raises InputError past T."""
+        """After token [n]: the next logits [n,V] and a new state; `state` stays as it was. Raises
+        InputError past T.
+        """
         check_room(self.space, state.tokens.shape[1] + 1)
         tokens = torch.cat([state.tokens, token[:, None]], 1)
         return self._read(tokens, state.prompt), PrefixState(tokens, state.prompt)
@@ -60,14 +70,18 @@ class LanguageModel(nn.Module):
         return select_rows(state, index)
 
     def branch(self, state: Any, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Each of n rows continued by its own k tokens [n,k]: logits [n,k,V] and the state of n·k rows, grouped by parent."""
+        """Each of n rows continued by its own k tokens [n,k]: logits [n,k,V] and the state of n·k
+        rows, grouped by parent.
+        """
         n, k = tokens.shape
         parents = torch.arange(n, device=tokens.device).repeat_interleave(k)
         logits, state = self.step(self.select(state, parents), tokens.reshape(-1))
         return logits.reshape(n, k, -1), state
 
     def token_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables override it to skip the V columns."""
+        """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables override it to skip the V
+        columns.
+        """
         log_probs = conditional_log_probs(self, tokens, prompt)
         return log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
@@ -80,7 +94,9 @@ class LanguageModel(nn.Module):
         return sample(self, n, draw=draw, prompts=None if prompt is None else prompt.reshape(1, -1))
 
     def _read(self, prefix: Tensor, prompt: Tensor | None) -> Tensor:
-        """The logits after a prefix [n,t], by a full forward on the prefix filled up with zeros, which a causal model cannot see."""
+        """The logits after a prefix [n,t], by a full forward on the prefix filled up with zeros,
+        which a causal model cannot see.
+        """
         t = prefix.shape[1]
         filled = torch.nn.functional.pad(prefix, (0, self.space.max_length - t))
         return self(filled, prompt)[:, t]
@@ -94,7 +110,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def select_rows(state: Any, index: Tensor) -> Any:
-    """Rows `index` [m] of every tensor [n, …] in a nested tuple -> [m, …]; numbers and None pass."""
+    """Rows `index` [m] of every tensor [n, …] in a nested tuple -> [m, …]; numbers and
+    None pass.
+    """
     if isinstance(state, Tensor):
         return state.index_select(0, index)  # three times as fast as state[index]
     if isinstance(state, tuple):
@@ -106,11 +124,15 @@ def select_rows(state: Any, index: Tensor) -> Any:
 def check_room(space: SequenceSpace, position: int) -> None:
     """Refuses to decode past T: logits exist for positions 0 … T−1."""
     if position >= space.max_length:
-        raise InputError(f"step: position {position} is past the last token of {space!r}; stop after max_length tokens.")
+        raise InputError(
+            f"step: position {position} is past the last token of {space!r}; stop after max_length"
+            " tokens."
+        )
 
 
 def force_eos(logits: Tensor, ended: Tensor, last: Tensor | bool, space: SequenceSpace) -> Tensor:
-    """Logits [..., V] -> float64 log-probabilities: EOS with probability 1 where the sequence has ended or the position is the last one.
+    """Logits [..., V] -> float64 log-probabilities: EOS with probability 1 where the sequence has
+    ended or the position is the last one.
 
     This keeps q normalised and sampleable; conditioning q on |y| ≤ T would be another distribution.
     """
@@ -119,12 +141,15 @@ def force_eos(logits: Tensor, ended: Tensor, last: Tensor | bool, space: Sequenc
     forced = (ended | last).unsqueeze(-1)
     certain = torch.full((space.vocab_size,), -math.inf, dtype=torch.float64, device=logits.device)
     certain[-1] = 0
-    # masked before the softmax too: a row of −inf there would send NaN into the gradient from behind the last `where`
+    # masked before the softmax too: a row of −inf there would send NaN into the gradient from
+    # behind the last `where`
     log_probs = torch.log_softmax(torch.where(forced, 0.0, logits.double()), -1)
     return torch.where(forced, certain, log_probs)
 
 
-def conditional_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+def conditional_log_probs(
+    model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None
+) -> Tensor:
     """Next-token log-probabilities along sequences.
 
     Args:
@@ -138,23 +163,35 @@ def conditional_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor |
     space.check_tokens(tokens)
     logits = model(tokens, batch_prompt(prompt, len(tokens)))
     if logits.shape != (*tokens.shape, space.vocab_size):
-        raise InputError(f"{type(model).__name__}.forward gave shape {list(logits.shape)}; expected [N, T, V] = {[*tokens.shape, space.vocab_size]}.")
+        raise InputError(
+            f"{type(model).__name__}.forward gave shape {list(logits.shape)}; expected [N, T, V] ="
+            f" {[*tokens.shape, space.vocab_size]}."
+        )
     return force_eos(logits, *ended_and_last(space, tokens), space)
 
 
 def ended_and_last(space: SequenceSpace, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Where a sequence has ended before position t [N,T], and where t is the last position [T]."""
-    return ~space.live(tokens), torch.arange(space.max_length, device=tokens.device) == space.max_length - 1
+    return (
+        ~space.live(tokens),
+        torch.arange(space.max_length, device=tokens.device) == space.max_length - 1,
+    )
 
 
 def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS; prompt as in `conditional_log_probs`."""
+    """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS; prompt
+    as in `conditional_log_probs`.
+    """
     model.space.check_tokens(tokens)
     return model.token_log_prob(tokens, batch_prompt(prompt, len(tokens)))
 
 
-def sequence_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf where a token has zero mass."""
+def sequence_log_probs(
+    model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None
+) -> Tensor:
+    """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf where a token has
+    zero mass.
+    """
     return token_log_probs(model, tokens, prompt).sum(-1)
 
 
@@ -184,8 +221,11 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
     return sample_scored(model, n, draw=draw, prompts=prompts)[0]
 
 
-def sample_scored(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `sample`, with log π(y_t|y_<t) [n,T] float64 in nats: what `token_log_probs` gives, gradient included, without a second pass.
+def sample_scored(
+    model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, with log π(y_t|y_<t) [n,T] float64 in nats: what `token_log_probs` gives,
+    gradient included, without a second pass.
 
     A prefix that several samples share is read, and differentiated, once.
     """
@@ -195,7 +235,9 @@ def sample_scored(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor |
         raise InputError(f"prompts has shape {list(prompts.shape)}; expected [M, S].")
     distinct = 1 if prompts is None else len(prompts)
     logits, state = model.start(distinct, prompts)
-    row = torch.arange(distinct, device=logits.device).repeat_interleave(n)  # which distinct prefix each sequence has
+    row = torch.arange(distinct, device=logits.device).repeat_interleave(
+        n
+    )  # which distinct prefix each sequence has
     ended = torch.zeros(distinct, dtype=torch.bool, device=logits.device)
     columns: list[Tensor] = []
     scores: list[Tensor] = []
@@ -213,11 +255,17 @@ def sample_scored(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor |
         logits, state = model.step(state if parent is None else model.select(state, parent), token)
     missing = (0, space.max_length - len(columns))
     tokens, token_scores = torch.stack(columns, 1), torch.stack(scores, 1)
-    return torch.nn.functional.pad(tokens, missing, value=space.vocab_size - 1), torch.nn.functional.pad(token_scores, missing)
+    return torch.nn.functional.pad(
+        tokens, missing, value=space.vocab_size - 1
+    ), torch.nn.functional.pad(token_scores, missing)
 
 
-def _distinct_children(row: Tensor, token: Tensor, parents: int, vocab_size: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The distinct (prefix, token) pairs among sequences: their parents (None: all, in order) and tokens [M], and each sequence's row [N]."""
+def _distinct_children(
+    row: Tensor, token: Tensor, parents: int, vocab_size: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The distinct (prefix, token) pairs among sequences: their parents (None: all, in order) and
+    tokens [M], and each sequence's row [N].
+    """
     if parents == len(row):  # every sequence already has a prefix of its own
         return None, torch.empty_like(token).index_copy(0, row, token), row
     pairs, row = torch.unique(row * vocab_size + token, return_inverse=True)
@@ -225,7 +273,8 @@ def _distinct_children(row: Tensor, token: Tensor, parents: int, vocab_size: int
 
 
 class _Block(NamedTuple):
-    """Prefixes of one length that wait on a walk: tokens [n,t], log-probabilities [n], and the rows [n] of their parents' state.
+    """Prefixes of one length that wait on a walk: tokens [n,t], log-probabilities [n], and the rows
+    [n] of their parents' state.
 
     They are read when their turn comes, so the logits of one block are alive at a time.
     """
@@ -237,12 +286,14 @@ class _Block(NamedTuple):
 
 
 @torch.no_grad()
-def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, prompt: Tensor | None = None) -> WeightedSequences:
+def enumerate_support(
+    model: LanguageModel, max_sequences: int = MAX_SEQUENCES, prompt: Tensor | None = None
+) -> WeightedSequences:
     """Every sequence of positive mass with its log-probability, in lexicographic order of tokens.
 
-    Walks the prefix trie depth-first in blocks and prunes prefixes of zero mass, so a table of 20 sentences over 30 words costs 20
-    sequences, not 30^T. Each prefix on the stack leads to at least one sequence, so the count is known to pass `max_sequences` as
-    soon as it does.
+    Walks the prefix trie depth-first in blocks and prunes prefixes of zero mass, so a table of 20
+    sentences over 30 words costs 20 sequences, not 30^T. Each prefix on the stack leads to at least
+    one sequence, so the count is known to pass `max_sequences` as soon as it does.
 
     Args:
         max_sequences: the most to hold.
@@ -256,7 +307,14 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
     space = model.space
     device = device_of(model)
     root = torch.zeros(1, dtype=torch.long, device=device)
-    stack = [_Block(torch.empty(1, 0, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.float64, device=device), root, None)]
+    stack = [
+        _Block(
+            torch.empty(1, 0, dtype=torch.long, device=device),
+            torch.zeros(1, dtype=torch.float64, device=device),
+            root,
+            None,
+        )
+    ]
     waiting, found = 1, 0
     leaves: list[tuple[Tensor, Tensor]] = []
     while stack:
@@ -264,23 +322,45 @@ def enumerate_support(model: LanguageModel, max_sequences: int = MAX_SEQUENCES, 
         t = block.prefix.shape[1]
         logits, state = _open(model, block, prompt)
         ended = torch.zeros_like(block.log_prob, dtype=torch.bool)
-        log_probs = block.log_prob[:, None] + force_eos(logits, ended, t == space.max_length - 1, space)
+        log_probs = block.log_prob[:, None] + force_eos(
+            logits, ended, t == space.max_length - 1, space
+        )
         if bool(torch.isnan(log_probs).any()):
-            raise InputError(f"{type(model).__name__} gives NaN logits after {t} tokens, so its support is not known; look for NaN in its weights.")
+            raise InputError(
+                f"{type(model).__name__} gives NaN logits after {t} tokens, so its support is not"
+                " known; look for NaN in its weights."
+            )
         row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
         prefix = torch.cat([block.prefix.index_select(0, row), token[:, None]], 1)
         log_prob = log_probs.view(-1).index_select(0, row * space.vocab_size + token)
-        done = token.eq(space.vocab_size - 1) if space.eos else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
+        done = (
+            token.eq(space.vocab_size - 1)
+            if space.eos
+            else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
+        )
         waiting += int((~done).sum()) - len(block.prefix)
         found += int(done.sum())
         if found + waiting > max_sequences:
             raise TooLargeError(
-                f"the model's support holds more than max_sequences = {max_sequences:,} sequences (the whole space: {readable_count(space.size)}); "
-                "raise max_sequences, shorten the space, or compare by samples (compare(..., n=, draw=))."
+                f"the model's support holds more than max_sequences = {max_sequences:,} sequences"
+                f" (the whole space: {readable_count(space.size)}); raise max_sequences, shorten"
+                " the space, or compare by samples (compare(..., n=, draw=))."
             )
-        leaves.append((torch.nn.functional.pad(prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1), log_prob[done]))
-        stack.extend(reversed(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size)))
-    tokens, log_probs = torch.cat([tokens for tokens, _ in leaves]), torch.cat([log_prob for _, log_prob in leaves])
+        leaves.append(
+            (
+                torch.nn.functional.pad(
+                    prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1
+                ),
+                log_prob[done],
+            )
+        )
+        stack.extend(
+            reversed(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size))
+        )
+    tokens, log_probs = (
+        torch.cat([tokens for tokens, _ in leaves]),
+        torch.cat([log_prob for _, log_prob in leaves]),
+    )
     if space.eos:  # leaves of other depths came first; without EOS the walk is in order already
         order = _lexicographic(tokens)
         tokens, log_probs = tokens[order], log_probs[order]
@@ -300,9 +380,11 @@ def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[T
 
 
 def advance(model: LanguageModel, state: Any, row: Tensor, token: Tensor) -> tuple[Tensor, Any]:
-    """One step of a walk on a trie: the rows `row` [m] of a state, in order, continued by `token` [m] -> logits [m,V] and the new state.
+    """One step of a walk on a trie: the rows `row` [m] of a state, in order, continued by `token`
+    [m] -> logits [m,V] and the new state.
 
-    Where every row in use has the same number of children, they share its state (`branch`); otherwise it is copied for each.
+    Where every row in use has the same number of children, they share its state (`branch`);
+    otherwise it is copied for each.
     """
     parents, children = torch.unique_consecutive(row, return_counts=True)
     if len(parents) < len(token) and bool((children == children[0]).all()):
@@ -312,12 +394,16 @@ def advance(model: LanguageModel, state: Any, row: Tensor, token: Tensor) -> tup
 
 
 def block_size(vocab_size: int) -> int:
-    """How many prefixes a walk reads at once: few enough for its memory, and whole grids of children where that is possible."""
+    """How many prefixes a walk reads at once: few enough for its memory, and whole grids of
+    children where that is possible.
+    """
     size = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // vocab_size))
     return size - (size % vocab_size if size > vocab_size else 0)
 
 
-def _split(prefix: Tensor, log_prob: Tensor, row: Tensor, state: Any, vocab_size: int) -> list[_Block]:
+def _split(
+    prefix: Tensor, log_prob: Tensor, row: Tensor, state: Any, vocab_size: int
+) -> list[_Block]:
     """The surviving prefixes in blocks, each small enough that its logits fit the budget."""
     if not len(prefix):
         return []

@@ -1,8 +1,9 @@
 """Language models with finitely many contexts: what forward–backward can sum over.
 
-    q(y) = Σ_{c_0 … } q(c_0) Π_t q(y_t|c_t) q(c_{t+1}|c_t, y_t)                                                   (1)
+    q(y) = Σ_{c_0 … } q(c_0) Π_t q(y_t|c_t) q(c_{t+1}|c_t, y_t)                                  (1)
 
-In an n-gram the next context is a function of context and token; in an HMM it is drawn from a law of its own. C contexts, V columns.
+In an n-gram the next context is a function of context and token; in an HMM it is drawn from a law
+of its own. C contexts, V columns.
 """
 
 from torch import Tensor
@@ -18,13 +19,19 @@ class FiniteStateModel(LanguageModel):
         raise NotImplementedError
 
     def emission_log_probs(self) -> Tensor:
-        """log q(y|c) [C,V] in nats, normalised over V, with the gradient of the model's parameters; the last column is EOS where the space has it."""
+        """log q(y|c) [C,V] in nats, normalised over V, with the gradient of the model's parameters;
+        the last column is EOS where the space has it.
+        """
         raise NotImplementedError
 
     def successors(self) -> Tensor | None:
-        """The context [C,K] after each of the K words, where context and word determine it; else None."""
+        """The context [C,K] after each of the K words, where context and word determine it; else
+        None.
+        """
         return None
 
     def transition_log_probs(self) -> Tensor | None:
-        """log q(c'|c) [C,C] in nats, where the next context does not depend on the word; else None."""
+        """log q(c'|c) [C,C] in nats, where the next context does not depend on the word;
+        else None.
+        """
         return None

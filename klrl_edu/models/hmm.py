@@ -1,10 +1,11 @@
 """Hidden Markov models: a hidden context that moves by itself and emits a token a step.
 
-    q(y) = Σ_{c_0 … } q(c_0) Π_t q(y_t|c_t) q(c_{t+1}|c_t)                                                       (1)
-    EM:  q(v|c) ∝ E[number of times c emits v | data],   and likewise for the first and the next context           (2)
+    q(y) = Σ_{c_0 … } q(c_0) Π_t q(y_t|c_t) q(c_{t+1}|c_t)                                       (1)
+    EM:  q(v|c) ∝ E[number of times c emits v | data],
+    and likewise for the first and the next context                                              (2)
 
-Rabiner (1989), eqs. 18–40; Baum et al. (1970). The expected counts of (2) are the gradient of the log-likelihood by the logs of the laws.
-C contexts, V columns, N sequences, T tokens.
+Rabiner (1989), eqs. 18–40; Baum et al. (1970). The expected counts of (2) are the gradient of the
+log-likelihood by the logs of the laws. C contexts, V columns, N sequences, T tokens.
 """
 
 import math
@@ -32,7 +33,9 @@ class FilterState(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A fitted model, and the log-likelihood of the data (nats) before each EM step and after the last."""
+    """A fitted model, and the log-likelihood of the data (nats) before each EM step and after the
+    last.
+    """
 
     model: "HiddenMarkovModel"
     log_likelihoods: list[float]
@@ -43,7 +46,8 @@ class HiddenMarkovModel(FiniteStateModel):
 
     Args:
         space: where it lives; where it has EOS, that is one of the tokens emitted.
-        initial: logits [C]; transition: logits [C,C], a row a context; emission: logits [C,V]. −inf is zero mass. They become float64 parameters.
+        initial: logits [C]; transition: logits [C,C], a row a context; emission: logits [C,V]. −inf
+            is zero mass. They become float64 parameters.
 
     Raises:
         InputError: shapes that do not fit, NaN or +inf, a row without mass.
@@ -59,9 +63,17 @@ class HiddenMarkovModel(FiniteStateModel):
             ("emission", emission, (states, space.vocab_size)),
         ):
             if logits.shape != shape or not states:
-                raise InputError(f"{name} has shape {list(logits.shape)}; expected {list(shape)} for {states} contexts.")
-            if bool((torch.isnan(logits) | (logits == math.inf)).any()) or bool((logits.amax(-1) == -math.inf).any()):
-                raise InputError(f"{name} holds NaN, +inf, or a row without mass; give logits, -inf for zero mass.")
+                raise InputError(
+                    f"{name} has shape {list(logits.shape)}; expected {list(shape)} for {states}"
+                    " contexts."
+                )
+            if bool((torch.isnan(logits) | (logits == math.inf)).any()) or bool(
+                (logits.amax(-1) == -math.inf).any()
+            ):
+                raise InputError(
+                    f"{name} holds NaN, +inf, or a row without mass; give logits, -inf for zero"
+                    " mass."
+                )
             self.register_parameter(name, nn.Parameter(logits.detach().double().clone()))
 
     initial: Tensor
@@ -69,24 +81,38 @@ class HiddenMarkovModel(FiniteStateModel):
     emission: Tensor
 
     @classmethod
-    def random(cls, space: SequenceSpace, states: int, *, seed: int | torch.Generator = 0) -> "HiddenMarkovModel":
+    def random(
+        cls, space: SequenceSpace, states: int, *, seed: int | torch.Generator = 0
+    ) -> "HiddenMarkovModel":
         """Standard normal logits: C = `states` contexts."""
         check_count(states, "states")
         generator = as_generator(seed)
         shapes = ((states,), (states, states), (states, space.vocab_size))
-        return cls(space, *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+        return cls(
+            space,
+            *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes),
+        )
 
     @classmethod
     def fit(
-        cls, space: SequenceSpace, texts: Sequence[str], states: int, *, weights: Sequence[float] | None = None, steps: int = 50, seed: int = 0
+        cls,
+        space: SequenceSpace,
+        texts: Sequence[str],
+        states: int,
+        *,
+        weights: Sequence[float] | None = None,
+        steps: int = 50,
+        seed: int = 0,
     ) -> Fit:
-        """`steps` of EM (2) from random laws; the log-likelihood never falls. An EOS that the space forces at T is no evidence.
+        """`steps` of EM (2) from random laws; the log-likelihood never falls. An EOS that the space
+        forces at T is no evidence.
 
         Args:
             weights: how often each text counts; 1 by default.
 
         Raises:
-            InputError: texts outside the space, none at all, negative weights, states < 1, steps < 0.
+            InputError: texts outside the space, none at all, negative weights, states < 1, steps <
+                0.
         """
         check_count(steps, "steps", 0)
         model = cls.random(space, states, seed=seed)
@@ -97,9 +123,20 @@ class HiddenMarkovModel(FiniteStateModel):
             laws = [law.detach().requires_grad_(True) for law in model._laws()]
             total = weight @ _log_likelihood((laws[0], laws[1], laws[2]), tokens, chosen)
             history.append(float(total.detach()))
-            for parameter, law, count in zip((model.initial, model.transition, model.emission), laws, torch.autograd.grad(total, laws), strict=True):
-                unused = count.sum(-1, keepdim=True) == 0  # a context that is never left or never used keeps its law
-                parameter.data.copy_(torch.where(unused, law.detach(), count.log() - count.sum(-1, keepdim=True).log()))
+            for parameter, law, count in zip(
+                (model.initial, model.transition, model.emission),
+                laws,
+                torch.autograd.grad(total, laws),
+                strict=True,
+            ):
+                unused = (
+                    count.sum(-1, keepdim=True) == 0
+                )  # a context that is never left or never used keeps its law
+                parameter.data.copy_(
+                    torch.where(
+                        unused, law.detach(), count.log() - count.sum(-1, keepdim=True).log()
+                    )
+                )
         with torch.no_grad():
             history.append(float(weight @ _log_likelihood(model._laws(), tokens, chosen)))
         return Fit(model, history)
@@ -119,9 +156,13 @@ class HiddenMarkovModel(FiniteStateModel):
     def step(self, state: FilterState, token: Tensor) -> tuple[Tensor, FilterState]:
         check_room(self.space, state.position + 1)
         joint = state.filtered + self.emission_log_probs().T[token]
-        dead = (joint.detach() == -math.inf).all(-1, keepdim=True)  # a token of zero mass was read: any law will do
+        dead = (joint.detach() == -math.inf).all(
+            -1, keepdim=True
+        )  # a token of zero mass was read: any law will do
         joint = torch.where(dead, state.filtered, joint)
-        filtered = logspace.logsumexp(logspace.log_normalize(joint)[:, :, None] + self.transition_log_probs(), 1)
+        filtered = logspace.logsumexp(
+            logspace.log_normalize(joint)[:, :, None] + self.transition_log_probs(), 1
+        )
         return self._emit(filtered), FilterState(filtered, state.position + 1)
 
     def _emit(self, filtered: Tensor) -> Tensor:
@@ -147,10 +188,16 @@ def _log_likelihood(laws: tuple[Tensor, Tensor, Tensor], tokens: Tensor, chosen:
     joint = initial.expand(len(tokens), -1)  # log q(c_t, y_{<t})
     for t in range(tokens.shape[1]):
         read = joint + emission.T[tokens[:, t]]
-        joint = torch.where(chosen[:, t, None], read if t + 1 == tokens.shape[1] else _moved(read, transition, chosen, t), joint)
+        joint = torch.where(
+            chosen[:, t, None],
+            read if t + 1 == tokens.shape[1] else _moved(read, transition, chosen, t),
+            joint,
+        )
     return logspace.logsumexp(joint)
 
 
 def _moved(read: Tensor, transition: Tensor, chosen: Tensor, t: int) -> Tensor:
     """The next context, where a further token was chosen; nothing moves after the last."""
-    return torch.where(chosen[:, t + 1, None], logspace.logsumexp(read[:, :, None] + transition, 1), read)
+    return torch.where(
+        chosen[:, t + 1, None], logspace.logsumexp(read[:, :, None] + transition, 1), read
+    )

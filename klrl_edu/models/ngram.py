@@ -1,10 +1,11 @@
 """n-gram language models: the next token depends on the last n − 1.
 
-    Witten–Bell:  p(v|c) = (n(c,v) + t(c) p(v|c⁻)) / (n(c) + t(c)),    p(v|∅⁻) = 1/V                             (1)
-    Dirichlet:    p(v|c) = (n(c,v) + α) / (n(c) + αV)                                                            (2)
+    Witten–Bell:  p(v|c) = (n(c,v) + t(c) p(v|c⁻)) / (n(c) + t(c)),    p(v|∅⁻) = 1/V             (1)
+    Dirichlet:    p(v|c) = (n(c,v) + α) / (n(c) + αV)                                            (2)
 
-n counts in the data, t(c) the number of different tokens after context c, c⁻ the context without its oldest word (Witten & Bell 1991;
-Chen & Goodman 1999, §2.6). Before a text stand n − 1 marks of its beginning. C contexts, K words, V columns, N sequences, T tokens.
+n counts in the data, t(c) the number of different tokens after context c, c⁻ the context without
+its oldest word (Witten & Bell 1991; Chen & Goodman 1999, §2.6). Before a text stand n − 1 marks of
+its beginning. C contexts, K words, V columns, N sequences, T tokens.
 """
 
 import math
@@ -41,8 +42,9 @@ class NGramModel(FiniteStateModel):
     Args:
         space: where it lives.
         order: n ≥ 1; n − 1 words of context.
-        logits: [C,V] in nats, zeros (uniform) by default; −inf is zero mass. They become the parameter `logits`. Rows run over the
-            contexts of 0, 1, … n − 1 words, each length in the order of the words' ids.
+        logits: [C,V] in nats, zeros (uniform) by default; −inf is zero mass. They become the
+            parameter `logits`. Rows run over the contexts of 0, 1, … n − 1 words, each length in
+            the order of the words' ids.
 
     Raises:
         TooLargeError: more than MAX_ENTRIES logits; `fit` keeps only contexts that occur.
@@ -57,20 +59,31 @@ class NGramModel(FiniteStateModel):
         contexts = sum(words**k for k in range(order))
         if contexts * space.vocab_size > MAX_ENTRIES:
             raise TooLargeError(
-                f"order {order} over {words} words has {contexts:,} contexts, {contexts * space.vocab_size:,} logits, more than {MAX_ENTRIES:,}; "
-                "lower the order, or use NGramModel.fit, which keeps the contexts that occur."
+                f"order {order} over {words} words has {contexts:,} contexts,"
+                f" {contexts * space.vocab_size:,} logits, more than {MAX_ENTRIES:,}; lower the"
+                " order, or use NGramModel.fit, which keeps the contexts that occur."
             )
         self._set(space, order, _dense_successor(words, order), logits)
 
-    def _set(self, space: SequenceSpace, order: int, successor: Tensor, logits: Tensor | None) -> None:
+    def _set(
+        self, space: SequenceSpace, order: int, successor: Tensor, logits: Tensor | None
+    ) -> None:
         shape = (len(successor), space.vocab_size)
         logits = torch.zeros(shape, dtype=torch.float64) if logits is None else logits
         if logits.shape != shape:
-            raise InputError(f"logits has shape {list(logits.shape)}; expected [C, V] = {list(shape)}, a row a context.")
-        bad = torch.isnan(logits) | (logits == math.inf) | (logits == -math.inf).all(-1, keepdim=True)
+            raise InputError(
+                f"logits has shape {list(logits.shape)}; expected [C, V] = {list(shape)}, a row a"
+                " context."
+            )
+        bad = (
+            torch.isnan(logits) | (logits == math.inf) | (logits == -math.inf).all(-1, keepdim=True)
+        )
         if bool(bad.any()):
             context, token = bad.nonzero()[0].tolist()
-            raise InputError(f"logits[{context}, {token}] = {float(logits[context, token])}: NaN, +inf, or a row without mass; give finite logits.")
+            raise InputError(
+                f"logits[{context}, {token}] = {float(logits[context, token])}: NaN, +inf, or a row"
+                " without mass; give finite logits."
+            )
         self.space, self.order = space, order
         self.register_buffer("successor", successor)
         self.logits = nn.Parameter(logits.detach().clone())
@@ -86,22 +99,27 @@ class NGramModel(FiniteStateModel):
         smoothing: Literal["witten-bell", "dirichlet"] = "witten-bell",
         concentration: float = 1.0,
     ) -> "NGramModel":
-        """Counts texts and smooths; holds the contexts that occur and their endings, whatever the order.
+        """Counts texts and smooths; holds the contexts that occur and their endings, whatever the
+        order.
 
-        A context that never occurred is read as its longest ending that did. An EOS that the space forces at T is no evidence, and is
-        not counted.
+        A context that never occurred is read as its longest ending that did. An EOS that the space
+        forces at T is no evidence, and is not counted.
 
         Args:
             weights: how often each text counts; 1 by default.
-            smoothing: "witten-bell" (1), where t(c) counts kinds and n(c) weights; or "dirichlet" (2), uniform after contexts that never occurred.
+            smoothing: "witten-bell" (1), where t(c) counts kinds and n(c) weights; or "dirichlet"
+                (2), uniform after contexts that never occurred.
             concentration: α of "dirichlet".
 
         Raises:
-            InputError: texts outside the space, none at all, negative weights, an unknown smoothing, α ≤ 0.
+            InputError: texts outside the space, none at all, negative weights, an unknown
+                smoothing, α ≤ 0.
         """
         check_count(order, "order")
         if smoothing not in ("witten-bell", "dirichlet"):
-            raise InputError(f"smoothing = {smoothing!r} is not known; choose 'witten-bell' or 'dirichlet'.")
+            raise InputError(
+                f"smoothing = {smoothing!r} is not known; choose 'witten-bell' or 'dirichlet'."
+            )
         if not 0 < concentration < math.inf:
             raise InputError(f"concentration = {concentration!r} must be a positive number.")
         counts = _count(space, texts, order, check_weights(texts, weights))
@@ -137,12 +155,14 @@ class NGramModel(FiniteStateModel):
         return self.logits[context], NGramState(context, state.position + 1)
 
     def _after(self, context: Tensor, token: Tensor) -> Tensor:
-        return self.successor[context, token.clamp(max=self.successor.shape[1] - 1)]  # after EOS any context will do
+        return self.successor[
+            context, token.clamp(max=self.successor.shape[1] - 1)
+        ]  # after EOS any context will do
 
     def initial_log_probs(self) -> Tensor:
-        return torch.full((len(self.logits),), -math.inf, dtype=torch.float64, device=self.logits.device).index_fill(
-            0, self.successor.new_zeros(1), 0.0
-        )
+        return torch.full(
+            (len(self.logits),), -math.inf, dtype=torch.float64, device=self.logits.device
+        ).index_fill(0, self.successor.new_zeros(1), 0.0)
 
     def emission_log_probs(self) -> Tensor:
         return logspace.log_normalize(self.logits.double())
@@ -161,7 +181,9 @@ def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list
         raise InputError("texts is empty or a single text; give a list of texts.")
     listed = [1.0] * len(texts) if weights is None else [float(weight) for weight in weights]
     if len(listed) != len(texts):
-        raise InputError(f"weights has {len(listed)} entries for {len(texts)} texts; give one a text.")
+        raise InputError(
+            f"weights has {len(listed)} entries for {len(texts)} texts; give one a text."
+        )
     bad = next((i for i, weight in enumerate(listed) if not 0 <= weight < math.inf), None)
     if bad is not None:
         raise InputError(f"weights[{bad}] = {listed[bad]} must be a number ≥ 0.")
@@ -171,7 +193,9 @@ def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list
 
 
 def evidence(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to EOS, but for an EOS that is forced at T."""
+    """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to EOS, but for an EOS
+    that is forced at T.
+    """
     tokens = space.encode(texts)
     chosen = space.live(tokens)
     if space.eos:
@@ -193,18 +217,26 @@ def _count(space: SequenceSpace, texts: Sequence[str], order: int, weights: list
     return counts
 
 
-def _witten_bell(counts: Counts, contexts: list[Context], columns: int) -> dict[Context, list[float]]:
+def _witten_bell(
+    counts: Counts, contexts: list[Context], columns: int
+) -> dict[Context, list[float]]:
     """(1) for contexts sorted by length."""
     rows: dict[Context, list[float]] = {}
     for context in contexts:
         lower = rows[context[1:]] if context else [1 / columns] * columns
         seen = counts[context]
         kinds, total = len(seen), sum(seen.values())
-        rows[context] = [(seen.get(v, 0.0) + kinds * lower[v]) / (total + kinds) for v in range(columns)] if seen else lower
+        rows[context] = (
+            [(seen.get(v, 0.0) + kinds * lower[v]) / (total + kinds) for v in range(columns)]
+            if seen
+            else lower
+        )
     return rows
 
 
-def _dirichlet(counts: Counts, contexts: list[Context], order: int, space: SequenceSpace, alpha: float) -> dict[Context, list[float]]:
+def _dirichlet(
+    counts: Counts, contexts: list[Context], order: int, space: SequenceSpace, alpha: float
+) -> dict[Context, list[float]]:
     """(2) for whole contexts; the shorter ones stand for what never occurred."""
     columns, rows = space.vocab_size, {}
     for context in contexts:
@@ -215,14 +247,18 @@ def _dirichlet(counts: Counts, contexts: list[Context], order: int, space: Seque
 
 
 def _dense_successor(words: int, order: int) -> Tensor:
-    """[C,K] for all contexts of 0 … n − 1 words: a word is appended, and the oldest dropped once there are n − 1."""
+    """[C,K] for all contexts of 0 … n − 1 words: a word is appended, and the oldest dropped once
+    there are n − 1.
+    """
     offset = [0]
     for k in range(order):
         offset.append(offset[-1] + words**k)
     word, parts = torch.arange(words), []
     for k in range(order):
         longer = min(k + 1, order - 1)
-        parts.append(offset[longer] + (torch.arange(words**k)[:, None] * words + word) % words**longer)
+        parts.append(
+            offset[longer] + (torch.arange(words**k)[:, None] * words + word) % words**longer
+        )
     return torch.cat(parts)
 
 

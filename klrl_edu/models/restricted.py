@@ -1,9 +1,9 @@
 """Policies kept to the support of a prior or posterior.
 
-    π(v|prefix) ∝ π₀(v|prefix) · 1[reference(v|prefix) > 0]                                                      (1)
+    π(v|prefix) ∝ π₀(v|prefix) · 1[reference(v|prefix) > 0]                                      (1)
 
-A softmax gives mass to every sequence, so KL(π‖q) is infinite where q has zeros; (1) gives exactly 0 there.
-N sequences, T tokens, V columns.
+A softmax gives mass to every sequence, so KL(π‖q) is infinite where q has zeros; (1) gives exactly
+0 there. N sequences, T tokens, V columns.
 """
 
 import math
@@ -18,7 +18,9 @@ from klrl_edu.models.contract import LanguageModel, ended_and_last, force_eos
 
 
 class RestrictedState(NamedTuple):
-    """Where a restricted policy stands: both models' states, and which rows the reference can reach."""
+    """Where a restricted policy stands: both models' states, and which rows the reference can
+    reach.
+    """
 
     policy: Any
     reference: Any
@@ -28,14 +30,17 @@ class RestrictedState(NamedTuple):
 
 
 class RestrictedModel(LanguageModel):
-    """A policy whose next-token logits are −inf where the reference has no mass; see `restrict_to_support`."""
+    """A policy whose next-token logits are −inf where the reference has no mass; see
+    `restrict_to_support`.
+    """
 
     def __init__(self, policy: LanguageModel, reference: LanguageModel):
         super().__init__()
         check_same_space(policy.space, reference.space, "policy and reference")
         self.space = policy.space
         self.policy = policy
-        # outside the module tree: the reference is fixed, belongs to the problem and not to this policy's parameters
+        # outside the module tree: the reference is fixed, belongs to the problem and not to this
+        # policy's parameters
         self._reference = (reference,)
 
     @property
@@ -45,9 +50,14 @@ class RestrictedModel(LanguageModel):
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            allowed_log_probs = force_eos(self.reference(tokens, prompt), *ended_and_last(self.space, tokens), self.space)
+            allowed_log_probs = force_eos(
+                self.reference(tokens, prompt), *ended_and_last(self.space, tokens), self.space
+            )
             taken = allowed_log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-            reached = torch.nn.functional.pad((taken > -math.inf).long().cumprod(-1), (1, -1), value=1) > 0
+            reached = (
+                torch.nn.functional.pad((taken > -math.inf).long().cumprod(-1), (1, -1), value=1)
+                > 0
+            )
         return _mask(self.policy(tokens, prompt), allowed_log_probs, reached)
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, RestrictedState]:
@@ -61,7 +71,9 @@ class RestrictedModel(LanguageModel):
         reference_logits, reference_state = self.reference.step(state.reference, token)
         taken = state.reference_log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         reachable = state.reachable & (taken > -math.inf)
-        return self._restrict(logits, policy_state, reference_logits, reference_state, reachable, state.position + 1)
+        return self._restrict(
+            logits, policy_state, reference_logits, reference_state, reachable, state.position + 1
+        )
 
     def select(self, state: RestrictedState, index: Tensor) -> RestrictedState:
         return RestrictedState(
@@ -73,7 +85,13 @@ class RestrictedModel(LanguageModel):
         )
 
     def _restrict(
-        self, logits: Tensor, policy_state: Any, reference_logits: Tensor, reference_state: Any, reachable: Tensor, position: int
+        self,
+        logits: Tensor,
+        policy_state: Any,
+        reference_logits: Tensor,
+        reference_state: Any,
+        reachable: Tensor,
+        position: int,
     ) -> tuple[Tensor, RestrictedState]:
         with torch.no_grad():
             last = position == self.space.max_length - 1
@@ -83,25 +101,34 @@ class RestrictedModel(LanguageModel):
 
 
 def _mask(logits: Tensor, reference_log_probs: Tensor, reachable: Tensor) -> Tensor:
-    """Logits with −inf where the reference has none; uniform where its prefix is out of reach (never a row of −inf, which is NaN)."""
+    """Logits with −inf where the reference has none; uniform where its prefix is out of reach
+    (never a row of −inf, which is NaN).
+    """
     kept = logits.masked_fill(reference_log_probs == -math.inf, -math.inf)
     if bool((reachable & (kept.detach() == -math.inf).all(-1)).any()):
-        raise InputError("restrict_to_support: after some prefix that both can reach, policy and reference have no next token in common.")
+        raise InputError(
+            "restrict_to_support: after some prefix that both can reach, policy and reference have"
+            " no next token in common."
+        )
     return torch.where(reachable.unsqueeze(-1), kept, torch.zeros_like(logits))
 
 
 def restrict_to_support(policy: LanguageModel, reference: LanguageModel) -> RestrictedModel:
     """The policy renormalised, token by token, on the support of a reference.
 
-    A softmax gives mass to every sequence, so KL(π‖q) is infinite where the prior (or a posterior under a hard reward) has zeros;
-    the restricted policy gives exactly 0 there and shares the parameters of `policy`. A prefix that the reference cannot reach
-    has uniform logits (never NaN); its sequences keep mass 0. This is a new distribution, not the policy conditioned on the support.
+    A softmax gives mass to every sequence, so KL(π‖q) is infinite where the prior (or a posterior
+    under a hard reward) has zeros; the restricted policy gives exactly 0 there and shares the
+    parameters of `policy`. A prefix that the reference cannot reach has uniform logits (never NaN);
+    its sequences keep mass 0. This is a new distribution, not the policy conditioned on the
+    support.
 
     Args:
         policy: the model to restrict, logits [N,T,V].
-        reference: the prior, or `feasible_prior(problem)` for hard rewards, on the same space; its gradient is not followed.
+        reference: the prior, or `feasible_prior(problem)` for hard rewards, on the same space; its
+            gradient is not followed.
 
     Raises:
-        InputError: another space; or, when a prefix is read after which the two have no next token in common.
+        InputError: another space; or, when a prefix is read after which the two have no next token
+            in common.
     """
     return RestrictedModel(policy, reference)

@@ -1,10 +1,12 @@
 """Tables as language models: one logit a sequence, or one row of logits a prefix.
 
-    SequenceTable:  π(y) = e^{θ_y} / Σ_y′ e^{θ_y′},    π(v|prefix) = mass(prefix v) / mass(prefix)                (1)
-    PrefixTable:    π(v|prefix) = softmax(θ_prefix)_v                                                          (2)
+    SequenceTable:  π(y) = e^{θ_y} / Σ_y′ e^{θ_y′},
+    π(v|prefix) = mass(prefix v) / mass(prefix)                                                  (1)
+    PrefixTable:    π(v|prefix) = softmax(θ_prefix)_v                                            (2)
 
-Both keep their sequences in a prefix trie. Off the trie a SequenceTable has mass 0. The course's gradients are in the
-coordinates θ_y of (1), `sequence logits`. K sequences, T tokens, V columns, E trie edges.
+Both keep their sequences in a prefix trie. Off the trie a SequenceTable has mass 0. The course's
+gradients are in the coordinates θ_y of (1), `sequence logits`. K sequences, T tokens, V columns, E
+trie edges.
 """
 
 import math
@@ -23,7 +25,9 @@ from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel, check_room, c
 
 
 class SequenceState(NamedTuple):
-    """The trie node of each row (−1 off the trie), and the edges' log-masses [E], computed once a decoding run."""
+    """The trie node of each row (−1 off the trie), and the edges' log-masses [E], computed once a
+    decoding run.
+    """
 
     node: Tensor
     position: int
@@ -36,7 +40,8 @@ class SequenceTable(LanguageModel):
     Args:
         space: where the sequences live.
         tokens: [K,T], each sequence once.
-        logits: [K] in nats, unnormalised log-masses; −inf is zero mass. They become the parameter `logits`, float64.
+        logits: [K] in nats, unnormalised log-masses; −inf is zero mass. They become the parameter
+            `logits`, float64.
 
     Raises:
         InputError: duplicate sequences, NaN or +inf logits, no mass at all.
@@ -54,7 +59,10 @@ class SequenceTable(LanguageModel):
         self.register_buffer("tokens", tokens.long().clone(), persistent=False)
         if int((self.trie.leaf >= 0).sum()) < len(tokens):
             twice = _first_duplicate(space, tokens)
-            raise InputError(f"tokens hold {twice!r} twice; list each sequence once, or merge them (SequenceTable.from_texts, merge='sum').")
+            raise InputError(
+                f"tokens hold {twice!r} twice; list each sequence once, or merge them"
+                " (SequenceTable.from_texts, merge='sum')."
+            )
         self.logits = nn.Parameter(logits.detach().clone())
 
     tokens: Tensor
@@ -86,15 +94,24 @@ class SequenceTable(LanguageModel):
         if isinstance(texts, Mapping):
             probs, texts = list(texts.values()), list(texts)
         if probs is None or len(texts) != len(probs):
-            raise InputError(f"texts has {len(texts)} entries and probs {'none' if probs is None else len(probs)}; give one probability a text.")
+            raise InputError(
+                f"texts has {len(texts)} entries and probs"
+                f" {'none' if probs is None else len(probs)}; give one probability a text."
+            )
         values = check_probabilities(probs, normalize=normalize)
         space = SequenceSpace.from_texts(texts, separator=separator) if space is None else space
         tokens = space.encode(texts)
         unique, which = torch.unique(tokens, dim=0, return_inverse=True)
         if len(unique) < len(tokens):
             if merge != "sum":
-                raise InputError(f"texts hold {_first_duplicate(space, tokens)!r} twice; remove one, or pass merge='sum' to add their probabilities.")
-            tokens, values = unique, torch.zeros(len(unique), dtype=torch.float64).index_add(0, which, values)
+                raise InputError(
+                    f"texts hold {_first_duplicate(space, tokens)!r} twice; remove one, or pass"
+                    " merge='sum' to add their probabilities."
+                )
+            tokens, values = (
+                unique,
+                torch.zeros(len(unique), dtype=torch.float64).index_add(0, which, values),
+            )
         return cls(space, tokens, torch.log(values))
 
     @property
@@ -106,7 +123,11 @@ class SequenceTable(LanguageModel):
         """log-mass [E] below each edge of the trie, unnormalised."""
         trie = self.trie
         on_path = trie.edge_of >= 0
-        return logspace.segment_logsumexp(self.logits.unsqueeze(1).expand_as(trie.edge_of)[on_path], trie.edge_of[on_path], len(trie.key))
+        return logspace.segment_logsumexp(
+            self.logits.unsqueeze(1).expand_as(trie.edge_of)[on_path],
+            trie.edge_of[on_path],
+            len(trie.key),
+        )
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         node, _ = self.trie.find(tokens)
@@ -120,7 +141,8 @@ class SequenceTable(LanguageModel):
         on_trie = (node >= 0) & (node_mass[node.clamp(min=0)] > -torch.inf)
         zero = torch.zeros((), dtype=mass.dtype, device=mass.device)
         edge_mass = torch.where(on_trie & (edge >= 0), mass[edge.clamp(min=0)], zero - torch.inf)
-        # off the trie the conditional is uniform; masked before the subtraction, where −inf − (−inf) would be NaN
+        # off the trie the conditional is uniform; masked before the subtraction, where −inf −
+        # (−inf) would be NaN
         within = edge_mass - torch.where(on_trie, node_mass[node.clamp(min=0)], zero)
         log_probs = torch.where(on_trie, within, zero - math.log(self.space.vocab_size))
         if not self.space.eos:
@@ -137,7 +159,9 @@ class SequenceTable(LanguageModel):
     def step(self, state: SequenceState, token: Tensor) -> tuple[Tensor, SequenceState]:
         check_room(self.space, state.position + 1)
         _, node = self.trie.follow(state.node, token)
-        return self._rows(node, state.edge_log_mass), SequenceState(node, state.position + 1, state.edge_log_mass)
+        return self._rows(node, state.edge_log_mass), SequenceState(
+            node, state.position + 1, state.edge_log_mass
+        )
 
     def select(self, state: SequenceState, index: Tensor) -> SequenceState:
         return state._replace(node=state.node[index])
@@ -154,7 +178,10 @@ class SequenceTable(LanguageModel):
 
     def set_extra_state(self, state: Tensor) -> None:
         if not torch.equal(state.to(self.tokens.device), self.tokens):
-            raise InputError("this state_dict belongs to a SequenceTable over other sequences; build the table from the same texts, in order.")
+            raise InputError(
+                "this state_dict belongs to a SequenceTable over other sequences; build the table"
+                " from the same texts, in order."
+            )
 
 
 class PrefixState(NamedTuple):
@@ -170,15 +197,19 @@ class PrefixTable(LanguageModel):
     Args:
         space: where the sequences live.
         tokens: [K,T], the sequences whose prefixes get a row; by default all of the space.
-        logits: [nodes, V], rows in the order of `trie`; zeros (uniform) by default. −inf is zero mass. They become the parameter `logits`.
+        logits: [nodes, V], rows in the order of `trie`; zeros (uniform) by default. −inf is zero
+            mass. They become the parameter `logits`.
 
-    Prefixes without a row are uniform, and so are rows of −inf only, which no sequence with mass may reach.
+    Prefixes without a row are uniform, and so are rows of −inf only, which no sequence with mass
+    may reach.
 
     Raises:
         InputError: NaN or +inf logits, or a prefix with mass whose logits are all −inf.
     """
 
-    def __init__(self, space: SequenceSpace, tokens: Tensor | None = None, logits: Tensor | None = None):
+    def __init__(
+        self, space: SequenceSpace, tokens: Tensor | None = None, logits: Tensor | None = None
+    ):
         super().__init__()
         self.space = space
         tokens = space.all_tokens() if tokens is None else space.check_tokens(tokens).long()
@@ -187,7 +218,9 @@ class PrefixTable(LanguageModel):
         if logits is None:
             logits = torch.zeros(shape, dtype=torch.float64, device=tokens.device)
         if logits.shape != shape:
-            raise InputError(f"logits has shape {list(logits.shape)}; expected [prefixes, V] = {list(shape)}.")
+            raise InputError(
+                f"logits has shape {list(logits.shape)}; expected [prefixes, V] = {list(shape)}."
+            )
         self._check(logits.detach())
         self.logits = nn.Parameter(logits.detach().double().clone())
 
@@ -195,28 +228,45 @@ class PrefixTable(LanguageModel):
         bad = torch.isnan(logits) | (logits == torch.inf)
         if bool(bad.any()):
             node, token = bad.nonzero()[0].tolist()
-            raise InputError(f"logits[{node}, {token}] = {float(logits[node, token])} is not allowed; give a number, or -inf for zero mass.")
+            raise InputError(
+                f"logits[{node}, {token}] = {float(logits[node, token])} is not allowed; give a"
+                " number, or -inf for zero mass."
+            )
         dead = (logits == -torch.inf).all(-1) & self._reachable(logits > -torch.inf)
         if bool(dead.any()):
-            raise InputError(f"logits[{int(dead.nonzero()[0])}] are all -inf at a prefix that has mass; give at least one finite logit.")
+            raise InputError(
+                f"logits[{int(dead.nonzero()[0])}] are all -inf at a prefix that has mass; give at"
+                " least one finite logit."
+            )
 
     def _reachable(self, alive: Tensor) -> Tensor:
         """Which nodes have mass [nodes], where alive [nodes,V] says which tokens do."""
-        trie, reached = self.trie, torch.zeros(self.trie.nodes, dtype=torch.bool, device=alive.device)
+        trie, reached = (
+            self.trie,
+            torch.zeros(self.trie.nodes, dtype=torch.bool, device=alive.device),
+        )
         reached[0] = True
         for first, last in zip(trie.depth_edges, trie.depth_edges[1:], strict=False):
-            parent, token, child = trie.parent[first:last], trie.token[first:last], trie.child[first:last]
+            parent, token, child = (
+                trie.parent[first:last],
+                trie.token[first:last],
+                trie.child[first:last],
+            )
             reached[child[(child >= 0) & reached[parent] & alive[parent, token]]] = True
         return reached
 
     @classmethod
     def from_model(cls, model: LanguageModel, tokens: Tensor | None = None) -> "PrefixTable":
-        """A table with the conditionals of a model that takes no prompt, along `tokens` [K,T] (by default every sequence of at most a million)."""
+        """A table with the conditionals of a model that takes no prompt, along `tokens` [K,T] (by
+        default every sequence of at most a million).
+        """
         table = cls(model.space, tokens)
         tokens = model.space.all_tokens(MAX_SEQUENCES) if tokens is None else tokens
         with torch.no_grad():
             on_path = table.trie.node_of >= 0
-            table.logits[table.trie.node_of[on_path]] = conditional_log_probs(model, tokens)[on_path]
+            table.logits[table.trie.node_of[on_path]] = conditional_log_probs(model, tokens)[
+                on_path
+            ]
         return table
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:

@@ -1,10 +1,12 @@
-"""A decoder-only Transformer (Vaswani et al. 2017; pre-norm and GELU as in GPT-2, Radford et al. 2019).
+"""A decoder-only Transformer (Vaswani et al. 2017; pre-norm and GELU as in GPT-2, Radford et al.
+2019).
 
-    x ← x + attend(norm(x)),   x ← x + mlp(norm(x)),   logits = W norm(x)                                        (1)
+    x ← x + attend(norm(x)),   x ← x + mlp(norm(x)),   logits = W norm(x)                        (1)
 
-The sequence read is [prompt, BOS, y_0 … y_{T−2}]. Positions count from BOS, so a prompt's left padding never shifts them, and
-padding is masked out. Keys and values are cached in decoding, [N,heads,t,D] a layer with the sequences first; the children of a
-branch attend to their parent's cache where it lies, and copy it only when one of them is selected.
+The sequence read is [prompt, BOS, y_0 … y_{T−2}]. Positions count from BOS, so a prompt's left
+padding never shifts them, and padding is masked out. Keys and values are cached in decoding,
+[N,heads,t,D] a layer with the sequences first; the children of a branch attend to their parent's
+cache where it lies, and copy it only when one of them is selected.
 """
 
 import math
@@ -24,7 +26,9 @@ Cache = tuple[Tensor, ...]  # one tensor [N,heads,t,D] a layer
 
 
 class TransformerState(NamedTuple):
-    """Cached keys and values, which of the t may be read [N,t] (None: all), and the position of the last logits."""
+    """Cached keys and values, which of the t may be read [N,t] (None: all), and the position of the
+    last logits.
+    """
 
     keys: Cache
     values: Cache
@@ -33,7 +37,9 @@ class TransformerState(NamedTuple):
 
 
 class BranchState(NamedTuple):
-    """k children each of n parents: the parents' caches [n,heads,t + k,D], whose last k entries are the children's own."""
+    """k children each of n parents: the parents' caches [n,heads,t + k,D], whose last k entries are
+    the children's own.
+    """
 
     keys: Cache
     values: Cache
@@ -43,25 +49,40 @@ class BranchState(NamedTuple):
 
 
 class _Block(nn.Module):
-    """One layer: causal self-attention and a two-layer perceptron, each on a normalised residual stream x [N,t,width]."""
+    """One layer: causal self-attention and a two-layer perceptron, each on a normalised residual
+    stream x [N,t,width].
+    """
 
     def __init__(self, width: int, heads: int, dtype: torch.dtype):
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, dtype=dtype), nn.LayerNorm(width, dtype=dtype)
+        self.attention_norm, self.mlp_norm = (
+            nn.LayerNorm(width, dtype=dtype),
+            nn.LayerNorm(width, dtype=dtype),
+        )
         self.qkv = nn.utils.skip_init(nn.Linear, width, 3 * width, dtype=dtype)
         self.project = nn.utils.skip_init(nn.Linear, width, width, dtype=dtype)
         self.expand = nn.utils.skip_init(nn.Linear, width, 4 * width, dtype=dtype)
         self.contract = nn.utils.skip_init(nn.Linear, 4 * width, width, dtype=dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N,t,width], additive mask [N,1,t,t_past + t] or None -> x, and all keys and values [N,heads,t_past + t,D]."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None, causal: bool, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,t,width], additive mask [N,1,t,t_past + t] or None -> x, and all keys and values
+        [N,heads,t_past + t,D].
+        """
         n, t, width = x.shape
-        split = self.qkv(self.attention_norm(x)).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        split = (
+            self.qkv(self.attention_norm(x))
+            .reshape(n, t, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         query, keys, values = split.unbind(0)
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
+        attended = scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal
+        )
         x = x + self.project(attended.transpose(1, 2).reshape(n, t, width))
         return x + self.contract(gelu(self.expand(self.mlp_norm(x)))), keys, values
 
@@ -94,11 +115,17 @@ class TransformerModel(LanguageModel):
             check_count(value, name)
         check_count(max_prompt, "max_prompt", 0)
         if width % heads:
-            raise InputError(f"width = {width} is not a multiple of heads = {heads}; choose one that is.")
+            raise InputError(
+                f"width = {width} is not a multiple of heads = {heads}; choose one that is."
+            )
         self.space, self.max_prompt = space, max_prompt
-        self.token_embedding = nn.utils.skip_init(nn.Embedding, space.vocab_size + 1, width, dtype=dtype)  # the last row is BOS
+        self.token_embedding = nn.utils.skip_init(
+            nn.Embedding, space.vocab_size + 1, width, dtype=dtype
+        )  # the last row is BOS
         # rows 0 … T−1: BOS and the tokens after it; then the prompt, counted backwards from BOS
-        self.position_embedding = nn.utils.skip_init(nn.Embedding, space.max_length + max_prompt, width, dtype=dtype)
+        self.position_embedding = nn.utils.skip_init(
+            nn.Embedding, space.max_length + max_prompt, width, dtype=dtype
+        )
         self.blocks = nn.ModuleList(_Block(width, heads, dtype) for _ in range(layers))
         self.norm = nn.LayerNorm(width, dtype=dtype)
         self.head = nn.utils.skip_init(nn.Linear, width, space.vocab_size, bias=False, dtype=dtype)
@@ -106,7 +133,9 @@ class TransformerModel(LanguageModel):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """Xavier-uniform matrices, zero biases, N(0, 0.02²) embeddings; projections into the stream shrink with depth (GPT-2)."""
+        """Xavier-uniform matrices, zero biases, N(0, 0.02²) embeddings; projections into the stream
+        shrink with depth (GPT-2).
+        """
         depth = 1 / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
             if "norm" in name:
@@ -116,7 +145,11 @@ class TransformerModel(LanguageModel):
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                nn.init.xavier_uniform_(parameter, gain=depth if "project" in name or "contract" in name else 1, generator=generator)
+                nn.init.xavier_uniform_(
+                    parameter,
+                    gain=depth if "project" in name or "contract" in name else 1,
+                    generator=generator,
+                )
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         n, length = len(tokens), self.space.max_length
@@ -126,7 +159,9 @@ class TransformerModel(LanguageModel):
         if readable is None:
             return self._logits(ids, positions, None, causal=True)[0]
         readable = pad(readable, (0, length - 1), value=True)
-        return self._logits(ids, positions, self._causal_mask(readable, ids.shape[1]))[0][:, -length:]
+        return self._logits(ids, positions, self._causal_mask(readable, ids.shape[1]))[0][
+            :, -length:
+        ]
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, TransformerState]:
         ids, positions, readable = self._prompt_and_bos(n, prompt)
@@ -134,7 +169,9 @@ class TransformerModel(LanguageModel):
         logits, keys, values = self._logits(ids, positions, mask)
         return logits[:, -1], TransformerState(keys, values, readable, 0)
 
-    def step(self, state: TransformerState | BranchState, token: Tensor) -> tuple[Tensor, TransformerState]:
+    def step(
+        self, state: TransformerState | BranchState, token: Tensor
+    ) -> tuple[Tensor, TransformerState]:
         position = state.position + 1
         check_room(self.space, position)
         state = self._settled(state)
@@ -144,13 +181,17 @@ class TransformerModel(LanguageModel):
         logits, keys, values = self._logits(token[:, None], positions, mask, past=state)
         return logits[:, -1], TransformerState(keys, values, readable, position)
 
-    def branch(self, state: TransformerState | BranchState, tokens: Tensor) -> tuple[Tensor, BranchState]:
+    def branch(
+        self, state: TransformerState | BranchState, tokens: Tensor
+    ) -> tuple[Tensor, BranchState]:
         position = state.position + 1
         check_room(self.space, position)
         state = self._settled(state)
         k, cached = tokens.shape[1], state.keys[0].shape[2]
         dtype = self.head.weight.dtype
-        itself = torch.full((k, k), -math.inf, dtype=dtype, device=tokens.device).fill_diagonal_(0)  # siblings do not see each other
+        itself = torch.full((k, k), -math.inf, dtype=dtype, device=tokens.device).fill_diagonal_(
+            0
+        )  # siblings do not see each other
         parents = torch.zeros(k, cached, dtype=dtype, device=tokens.device)
         mask = torch.cat([parents, itself], 1)
         if state.readable is not None:
@@ -165,18 +206,29 @@ class TransformerModel(LanguageModel):
             return selected
         parent, child = index // state.children, index % state.children
         cached = state.keys[0].shape[2] - state.children
-        keys, values = (tuple(_one_child(layer, parent, child, cached) for layer in cache) for cache in (state.keys, state.values))
-        readable = None if state.readable is None else pad(state.readable[parent], (0, 1), value=True)
+        keys, values = (
+            tuple(_one_child(layer, parent, child, cached) for layer in cache)
+            for cache in (state.keys, state.values)
+        )
+        readable = (
+            None if state.readable is None else pad(state.readable[parent], (0, 1), value=True)
+        )
         return TransformerState(keys, values, readable, state.position)
 
     def _settled(self, state: TransformerState | BranchState) -> TransformerState:
         """A state with a cache for every row."""
         if isinstance(state, TransformerState):
             return state
-        return self.select(state, torch.arange(len(state.keys[0]) * state.children, device=state.keys[0].device))
+        return self.select(
+            state, torch.arange(len(state.keys[0]) * state.children, device=state.keys[0].device)
+        )
 
-    def _prompt_and_bos(self, n: int, prompt: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read [n,S+1] (None: all)."""
+    def _prompt_and_bos(
+        self, n: int, prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read
+        [n,S+1] (None: all).
+        """
         bos = torch.full((n, 1), self.space.vocab_size, dtype=torch.long, device=device_of(self))
         zero = torch.zeros(1, dtype=torch.long, device=bos.device)
         if prompt is None:
@@ -185,13 +237,18 @@ class TransformerModel(LanguageModel):
         prompt = prompt[:, padding:]
         size = prompt.shape[1]
         if size > self.max_prompt:
-            raise InputError(f"prompt has {size} tokens, more than max_prompt = {self.max_prompt}; build it with max_prompt={size}.")
+            raise InputError(
+                f"prompt has {size} tokens, more than max_prompt = {self.max_prompt}; build it with"
+                f" max_prompt={size}."
+            )
         backwards = self.space.max_length + torch.arange(size - 1, -1, -1, device=bos.device)
         readable = pad(prompt >= 0, (0, 1), value=True)
         return torch.cat([prompt.clamp(min=0), bos], 1), torch.cat([backwards, zero]), readable
 
     def _causal_mask(self, readable: Tensor, t: int) -> Tensor:
-        """Additive mask [N,1,t,total] for the last t of readable [N,total]: what lies before, and is no padding."""
+        """Additive mask [N,1,t,total] for the last t of readable [N,total]: what lies before, and
+        is no padding.
+        """
         total = readable.shape[1]
         causal = torch.ones(t, total, dtype=torch.bool, device=readable.device).tril(total - t)
         # a padded row of the prompt reads itself, or its softmax would be empty (NaN)
@@ -199,13 +256,23 @@ class TransformerModel(LanguageModel):
         return _additive(causal & (readable[:, None, None, :] | itself), self.head.weight.dtype)
 
     def _logits(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, *, causal: bool = False, past: TransformerState | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        *,
+        causal: bool = False,
+        past: TransformerState | None = None,
     ) -> tuple[Tensor, Cache, Cache]:
-        """Logits [N,t,V] for ids [N,t] at positions [t] after the past, and all keys and values [N,heads,t_past + t,D] a layer."""
+        """Logits [N,t,V] for ids [N,t] at positions [t] after the past, and all keys and values
+        [N,heads,t_past + t,D] a layer.
+        """
         x = self.token_embedding(ids) + self.position_embedding(positions)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            x, key, value = block(x, mask, causal, None if past is None else (past.keys[layer], past.values[layer]))
+            x, key, value = block(
+                x, mask, causal, None if past is None else (past.keys[layer], past.values[layer])
+            )
             keys.append(key)
             values.append(value)
         return self.head(self.norm(x)), tuple(keys), tuple(values)
@@ -213,10 +280,14 @@ class TransformerModel(LanguageModel):
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, −inf elsewhere: attention kernels take this form faster than booleans."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -math.inf)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+        ~allowed, -math.inf
+    )
 
 
 def _one_child(layer: Tensor, parent: Tensor, child: Tensor, cached: int) -> Tensor:
-    """A cache [m,heads,t + 1,D] of chosen children out of [n,heads,t + k,D]: the parent's t entries and the child's own."""
+    """A cache [m,heads,t + 1,D] of chosen children out of [n,heads,t + k,D]: the parent's t entries
+    and the child's own.
+    """
     own = layer[parent, :, cached + child]  # [m,heads,D]
     return torch.cat([layer[:, :, :cached].index_select(0, parent), own.unsqueeze(2)], 2)

@@ -1,11 +1,12 @@
 """Deterministic automata over a vocabulary, and the rewards that they compute.
 
-    s_0 = start,   s_{t+1} = δ(s_t, y_t),   accepted ⇔ s_end ∈ F                                                  (1)
-    r(y) = Σ_t w(s_t, y_t) + f(s_end)                                                                             (2)
+    s_0 = start,   s_{t+1} = δ(s_t, y_t),   accepted ⇔ s_end ∈ F                                 (1)
+    r(y) = Σ_t w(s_t, y_t) + f(s_end)                                                            (2)
 
-An automaton reads words; EOS is no word of it, and ends the text. What (2) describes, forward–backward sums exactly on any number of
-sequences. Hopcroft, Motwani & Ullman (2007) for products and complements; Moore (1956) for the smallest equivalent automaton.
-S states, K words, N sequences, T tokens.
+An automaton reads words; EOS is no word of it, and ends the text. What (2) describes,
+forward–backward sums exactly on any number of sequences. Hopcroft, Motwani & Ullman (2007) for
+products and complements; Moore (1956) for the smallest equivalent automaton. S states, K words, N
+sequences, T tokens.
 """
 
 import math
@@ -46,12 +47,16 @@ class Automaton:
         states, words = len(self.accepting), len(self.space.vocabulary)
         if self.transitions.shape != (states, words):
             raise InputError(
-                f"transitions has shape {list(self.transitions.shape)}; expected [S, K] = {[states, words]}: a row a state, a column a word."
+                f"transitions has shape {list(self.transitions.shape)}; expected [S, K] ="
+                f" {[states, words]}: a row a state, a column a word."
             )
         bad = (self.transitions < 0) | (self.transitions >= states)
         if bool(bad.any()):
             state, word = bad.nonzero()[0].tolist()
-            raise InputError(f"transitions[{state}, {word}] = {int(self.transitions[state, word])} is no state; there are {states}.")
+            raise InputError(
+                f"transitions[{state}, {word}] = {int(self.transitions[state, word])} is no state;"
+                f" there are {states}."
+            )
         if not 0 <= self.start < states:
             raise InputError(f"start = {self.start} is no state; there are {states}.")
 
@@ -59,7 +64,9 @@ class Automaton:
         return len(self.accepting)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The state before each token, and after the last: [N,T] -> [N,T+1]; EOS leaves it as it is."""
+        """The state before each token, and after the last: [N,T] -> [N,T+1]; EOS leaves it as it
+        is.
+        """
         return _read(self.transitions, self.start, tokens)
 
     def accepts(self, tokens: Tensor) -> Tensor:
@@ -75,27 +82,49 @@ class Automaton:
     def __or__(self, other: "Automaton") -> "Automaton":
         return self._product(other, torch.logical_or, f"({self.text}) or ({other.text})")
 
-    def _product(self, other: "Automaton", combine: Callable[[Tensor, Tensor], Tensor], text: str) -> "Automaton":
+    def _product(
+        self, other: "Automaton", combine: Callable[[Tensor, Tensor], Tensor], text: str
+    ) -> "Automaton":
         check_same_vocabulary(self.space, other.space)
-        transitions, mine, theirs = reachable_pairs(self.transitions, self.start, other.transitions, other.start)
-        return Automaton(self.space, transitions, combine(self.accepting[mine], other.accepting[theirs]), 0, text).minimal()
+        transitions, mine, theirs = reachable_pairs(
+            self.transitions, self.start, other.transitions, other.start
+        )
+        return Automaton(
+            self.space, transitions, combine(self.accepting[mine], other.accepting[theirs]), 0, text
+        ).minimal()
 
     def minimal(self) -> "Automaton":
-        """The smallest automaton that accepts the same texts, states in the order in which reading reaches them."""
+        """The smallest automaton that accepts the same texts, states in the order in which reading
+        reaches them.
+        """
         reached = _reached(self.transitions, self.start)
-        transitions = torch.full((len(self),), -1).index_put((reached,), torch.arange(len(reached)))[self.transitions[reached]]
+        transitions = torch.full((len(self),), -1).index_put(
+            (reached,), torch.arange(len(reached))
+        )[self.transitions[reached]]
         block = self.accepting[reached].long()
-        while True:  # states of one block stay together as long as every word takes them to one block
-            _, finer = torch.unique(torch.cat([block[:, None], block[transitions]], 1), dim=0, return_inverse=True)
+        while (
+            True
+        ):  # states of one block stay together as long as every word takes them to one block
+            _, finer = torch.unique(
+                torch.cat([block[:, None], block[transitions]], 1), dim=0, return_inverse=True
+            )
             if int(finer.max()) == int(block.max()):
                 break
             block = finer
         count = int(block.max()) + 1
-        first = torch.full((count,), len(block)).scatter_reduce(0, block, torch.arange(len(block)), "amin")
+        first = torch.full((count,), len(block)).scatter_reduce(
+            0, block, torch.arange(len(block)), "amin"
+        )
         order = first.argsort()
         rank = torch.empty_like(order).index_put((order,), torch.arange(count))
         kept = first[order]
-        return Automaton(self.space, rank[block[transitions[kept]]], self.accepting[reached][kept], int(rank[block[0]]), self.text)
+        return Automaton(
+            self.space,
+            rank[block[transitions[kept]]],
+            self.accepting[reached][kept],
+            int(rank[block[0]]),
+            self.text,
+        )
 
     def is_empty(self) -> bool:
         """Whether no text that fits the space is accepted."""
@@ -104,7 +133,9 @@ class Automaton:
         here[self.start] = True
         found = bool(self.accepting[here].any()) and self.space.eos
         for _ in range(words):
-            here = torch.zeros_like(here).index_fill(0, self.transitions[here].reshape(-1).unique(), True)
+            here = torch.zeros_like(here).index_fill(
+                0, self.transitions[here].reshape(-1).unique(), True
+            )
             found = (found and self.space.eos) or bool(self.accepting[here].any())
         return not found
 
@@ -119,16 +150,30 @@ def check_same_vocabulary(one: SequenceSpace, other: SequenceSpace) -> None:
         return
     mine, theirs = set(one.vocabulary), set(other.vocabulary)
     if mine == theirs:
-        raise InputError("the vocabularies hold the same words in another order; build both automata over one space.")
-    only = [f"only {side}: {sorted(words)[:5]}" for side, words in (("here", mine - theirs), ("there", theirs - mine)) if words]
-    raise InputError(f"the automata are over different vocabularies ({'; '.join(only)}); build both over one space.")
+        raise InputError(
+            "the vocabularies hold the same words in another order; build both automata over one"
+            " space."
+        )
+    only = [
+        f"only {side}: {sorted(words)[:5]}"
+        for side, words in (("here", mine - theirs), ("there", theirs - mine))
+        if words
+    ]
+    raise InputError(
+        f"the automata are over different vocabularies ({'; '.join(only)}); build both over one"
+        " space."
+    )
 
 
 def _read(transitions: Tensor, start: int, tokens: Tensor) -> Tensor:
     transitions, words = transitions.to(tokens.device), transitions.shape[1]
     states = [torch.full((len(tokens),), start, dtype=torch.long, device=tokens.device)]
     for column in tokens.long().T:
-        states.append(torch.where(column < words, transitions[states[-1], column.clamp(max=words - 1)], states[-1]))
+        states.append(
+            torch.where(
+                column < words, transitions[states[-1], column.clamp(max=words - 1)], states[-1]
+            )
+        )
     return torch.stack(states, 1)
 
 
@@ -144,8 +189,12 @@ def _reached(transitions: Tensor, start: int) -> Tensor:
     return torch.tensor(seen)
 
 
-def reachable_pairs(one: Tensor, start_one: int, other: Tensor, start_other: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The product's transitions [P,K] over the reachable pairs, the start first, and the two states of each pair [P]."""
+def reachable_pairs(
+    one: Tensor, start_one: int, other: Tensor, start_other: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product's transitions [P,K] over the reachable pairs, the start first, and the two states
+    of each pair [P].
+    """
     width, code = len(other), torch.tensor([start_one * len(other) + start_other])
     known, frontier = code, code
     while len(frontier):
@@ -154,13 +203,16 @@ def reachable_pairs(one: Tensor, start_one: int, other: Tensor, start_other: int
         frontier = ahead[~torch.isin(ahead, known)]
         known = torch.cat([known, frontier])
         if len(known) > MAX_STATES:
-            raise TooLargeError(f"the product of automata with {len(one):,} and {width:,} states has more than {MAX_STATES:,}; simplify one of them.")
+            raise TooLargeError(
+                f"the product of automata with {len(one):,} and {width:,} states has more than"
+                f" {MAX_STATES:,}; simplify one of them."
+            )
     after = one[known // width] * width + other[known % width]
     by_code, place = known.sort()
     return place[torch.searchsorted(by_code, after)], known // width, known % width
 
 
-# --- constructors -------------------------------------------------------------------------------------------------------------------------
+# --- constructors ---------------------------------------------------------------------------------
 
 
 def word_list(texts: Sequence[str], space: SequenceSpace) -> Automaton:
@@ -170,7 +222,10 @@ def word_list(texts: Sequence[str], space: SequenceSpace) -> Automaton:
         InputError: a text does not fit the space.
     """
     if not texts:
-        raise InputError("texts is empty; list at least one text, or use ~length_between(0, ...) for an automaton that accepts nothing.")
+        raise InputError(
+            "texts is empty; list at least one text, or use ~length_between(0, ...) for an"
+            " automaton that accepts nothing."
+        )
     words = len(space.vocabulary)
     rows: list[list[int]] = [[-1] * words]
     accepting = [False]
@@ -185,14 +240,21 @@ def word_list(texts: Sequence[str], space: SequenceSpace) -> Automaton:
         accepting[state] = True
     dead = len(rows)
     table = torch.tensor([*rows, [dead] * words])
-    return Automaton(space, torch.where(table < 0, dead, table), torch.tensor([*accepting, False]), 0, f"one of {len(texts)} texts").minimal()
+    return Automaton(
+        space,
+        torch.where(table < 0, dead, table),
+        torch.tensor([*accepting, False]),
+        0,
+        f"one of {len(texts)} texts",
+    ).minimal()
 
 
 def contains(words: Sequence[str], space: SequenceSpace) -> Automaton:
     """Accepts texts in which these words stand next to each other, in this order."""
     ids = _ids(words, space)
     rows: list[list[int]] = []
-    longest = 0  # state j: the last j words read are the first j of the pattern (Knuth, Morris & Pratt 1977)
+    # state j: the last j words read are the first j of the pattern (Knuth, Morris & Pratt 1977)
+    longest = 0
     for j, word in enumerate(ids):
         row = list(rows[longest]) if j else [0] * len(space.vocabulary)
         before, row[word] = row[word], j + 1
@@ -200,7 +262,9 @@ def contains(words: Sequence[str], space: SequenceSpace) -> Automaton:
         longest = before if j else 0
     rows.append([len(ids)] * len(space.vocabulary))
     accepting = torch.arange(len(rows)) == len(ids)
-    return Automaton(space, torch.tensor(rows), accepting, 0, f"contains {space.separator.join(words)!r}")
+    return Automaton(
+        space, torch.tensor(rows), accepting, 0, f"contains {space.separator.join(words)!r}"
+    )
 
 
 def never(words: Sequence[str], space: SequenceSpace) -> Automaton:
@@ -210,17 +274,23 @@ def never(words: Sequence[str], space: SequenceSpace) -> Automaton:
 
 def exactly(word: str, count: int, space: SequenceSpace) -> Automaton:
     """Accepts texts with exactly `count` occurrences of a word."""
-    return _counting([word], count + 1, space, lambda seen: seen == count, f"exactly {count} × {word!r}")
+    return _counting(
+        [word], count + 1, space, lambda seen: seen == count, f"exactly {count} × {word!r}"
+    )
 
 
 def at_least(word: str, count: int, space: SequenceSpace) -> Automaton:
     """Accepts texts with `count` or more occurrences of a word."""
-    return _counting([word], count, space, lambda seen: seen >= count, f"at least {count} × {word!r}")
+    return _counting(
+        [word], count, space, lambda seen: seen >= count, f"at least {count} × {word!r}"
+    )
 
 
 def at_most(word: str, count: int, space: SequenceSpace) -> Automaton:
     """Accepts texts with `count` or fewer occurrences of a word."""
-    return _counting([word], count + 1, space, lambda seen: seen <= count, f"at most {count} × {word!r}")
+    return _counting(
+        [word], count + 1, space, lambda seen: seen <= count, f"at most {count} × {word!r}"
+    )
 
 
 def length_between(low: int, high: int, space: SequenceSpace) -> Automaton:
@@ -232,7 +302,13 @@ def length_between(low: int, high: int, space: SequenceSpace) -> Automaton:
     check_count(low, "low", 0)
     if high < low:
         raise InputError(f"high = {high} is below low = {low}; no text has such a length.")
-    return _counting(space.vocabulary, high + 1, space, lambda seen: (seen >= low) & (seen <= high), f"{low} to {high} words")
+    return _counting(
+        space.vocabulary,
+        high + 1,
+        space,
+        lambda seen: (seen >= low) & (seen <= high),
+        f"{low} to {high} words",
+    )
 
 
 def parity(word: str, which: Literal["even", "odd"], space: SequenceSpace) -> Automaton:
@@ -242,14 +318,28 @@ def parity(word: str, which: Literal["even", "odd"], space: SequenceSpace) -> Au
     (moved,) = _ids([word], space)
     transitions = torch.arange(2)[:, None].repeat(1, len(space.vocabulary))
     transitions[:, moved] = torch.tensor([1, 0])
-    return Automaton(space, transitions, torch.arange(2) == ("even", "odd").index(which), 0, f"an {which} number of {word!r}")
+    return Automaton(
+        space,
+        transitions,
+        torch.arange(2) == ("even", "odd").index(which),
+        0,
+        f"an {which} number of {word!r}",
+    )
 
 
-def _counting(words: Sequence[str], cap: int, space: SequenceSpace, accept: Callable[[Tensor], Tensor], text: str) -> Automaton:
+def _counting(
+    words: Sequence[str],
+    cap: int,
+    space: SequenceSpace,
+    accept: Callable[[Tensor], Tensor],
+    text: str,
+) -> Automaton:
     """State j: j of these words were read, `cap` standing for that many or more."""
     check_count(cap, "count", 0)
     if cap >= MAX_STATES:
-        raise TooLargeError(f"{text} needs {cap + 1:,} states, more than {MAX_STATES:,}; count less.")
+        raise TooLargeError(
+            f"{text} needs {cap + 1:,} states, more than {MAX_STATES:,}; count less."
+        )
     seen = torch.arange(cap + 1)
     transitions = seen[:, None].repeat(1, len(space.vocabulary))
     transitions[:, _ids(words, space)] = (seen + 1).clamp(max=cap)[:, None]
@@ -261,11 +351,13 @@ def _ids(words: Sequence[str], space: SequenceSpace) -> list[int]:
         raise InputError(f"words = {words!r} is a text; give a list of words, e.g. {[words]}.")
     unknown = [word for word in words if word not in space.word_ids]
     if unknown or not words:
-        raise InputError(f"words = {list(words)} must name words of {space!r}; not in its vocabulary: {unknown}.")
+        raise InputError(
+            f"words = {list(words)} must name words of {space!r}; not in its vocabulary: {unknown}."
+        )
     return [space.word_ids[word] for word in words]
 
 
-# --- rewards ------------------------------------------------------------------------------------------------------------------------------
+# --- rewards --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +367,8 @@ class AutomatonReward:
     Attributes:
         space, transitions [S,K], start: the automaton.
         word_rewards: w [S,K] in reward units, earned on reading a word in a state; −inf forbids it.
-        final_rewards: f [S] in reward units, earned where the text ends (on EOS, or on the last token where the length is fixed).
+        final_rewards: f [S] in reward units, earned where the text ends (on EOS, or on the last
+            token where the length is fixed).
         text: what errors call it.
     """
 
@@ -290,12 +383,16 @@ class AutomatonReward:
         for name in ("word_rewards", "final_rewards"):
             values = getattr(self, name)
             if bool((torch.isnan(values) | (values == math.inf)).any()):
-                raise InputError(f"{name} of {self.text!r} hold NaN or +inf; give numbers, or -inf to forbid.")
+                raise InputError(
+                    f"{name} of {self.text!r} hold NaN or +inf; give numbers, or -inf to forbid."
+                )
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         states, words = _read(self.transitions, self.start, tokens), self.transitions.shape[1]
         final = self.final_rewards.to(tokens.device)
-        earned = self.word_rewards.to(tokens.device)[states[:, :-1], tokens.long().clamp(max=words - 1)]
+        earned = self.word_rewards.to(tokens.device)[
+            states[:, :-1], tokens.long().clamp(max=words - 1)
+        ]
         if not self.space.eos:
             return torch.cat([earned[:, :-1], earned[:, -1:] + final[states[:, -1:]]], 1)
         live = self.space.live(tokens)
@@ -303,25 +400,41 @@ class AutomatonReward:
 
     def __add__(self, other: "AutomatonReward") -> "AutomatonReward":
         check_same_vocabulary(self.space, other.space)
-        transitions, mine, theirs = reachable_pairs(self.transitions, self.start, other.transitions, other.start)
-        words, finals = self.word_rewards[mine] + other.word_rewards[theirs], self.final_rewards[mine] + other.final_rewards[theirs]
-        return AutomatonReward(self.space, transitions, 0, words, finals, f"{self.text} + {other.text}")
+        transitions, mine, theirs = reachable_pairs(
+            self.transitions, self.start, other.transitions, other.start
+        )
+        words, finals = (
+            self.word_rewards[mine] + other.word_rewards[theirs],
+            self.final_rewards[mine] + other.final_rewards[theirs],
+        )
+        return AutomatonReward(
+            self.space, transitions, 0, words, finals, f"{self.text} + {other.text}"
+        )
 
     def scaled(self, factor: float) -> "AutomatonReward":
         """factor · r, where 0 · (−inf) = 0."""
-        words, finals = (torch.zeros_like(part) if factor == 0 else factor * part for part in (self.word_rewards, self.final_rewards))
-        return replace(self, word_rewards=words, final_rewards=finals, text=f"{factor:g}·({self.text})")
+        words, finals = (
+            torch.zeros_like(part) if factor == 0 else factor * part
+            for part in (self.word_rewards, self.final_rewards)
+        )
+        return replace(
+            self, word_rewards=words, final_rewards=finals, text=f"{factor:g}·({self.text})"
+        )
 
     def __str__(self) -> str:
         return self.text
 
 
-def accept_reward(automaton: Automaton, value: float = 1.0, otherwise: float = 0.0) -> AutomatonReward:
+def accept_reward(
+    automaton: Automaton, value: float = 1.0, otherwise: float = 0.0
+) -> AutomatonReward:
     """`value` where a text is accepted, `otherwise` where not, in reward units."""
     final = torch.where(automaton.accepting, float(value), float(otherwise)).double()
     words = torch.zeros(automaton.transitions.shape, dtype=torch.float64)
     text = f"{value:g} where {automaton.text}, else {otherwise:g}"
-    return AutomatonReward(automaton.space, automaton.transitions, automaton.start, words, final, text)
+    return AutomatonReward(
+        automaton.space, automaton.transitions, automaton.start, words, final, text
+    )
 
 
 def constraint(automaton: Automaton) -> AutomatonReward:
@@ -330,18 +443,31 @@ def constraint(automaton: Automaton) -> AutomatonReward:
 
 
 def as_automaton_reward(reward: Reward, space: SequenceSpace) -> AutomatonReward | None:
-    """The automaton of a per-token, repeat or automaton reward, or of a sum of those; None where none is known."""
+    """The automaton of a per-token, repeat or automaton reward, or of a sum of those; None where
+    none is known.
+    """
     if isinstance(reward, AutomatonReward):
         return reward
     if isinstance(reward, TokenReward):
         words = torch.tensor([reward.values[: len(space.vocabulary)]], dtype=torch.float64)
         final = torch.tensor(reward.values[len(space.vocabulary) :] or (0.0,), dtype=torch.float64)
-        return AutomatonReward(space, torch.zeros(1, words.shape[1], dtype=torch.long), 0, words, final, "a reward for each word")
+        return AutomatonReward(
+            space,
+            torch.zeros(1, words.shape[1], dtype=torch.long),
+            0,
+            words,
+            final,
+            "a reward for each word",
+        )
     if isinstance(reward, RepeatReward):
         return _repeats(reward, space)
     if isinstance(reward, SumReward):
         parts = [as_automaton_reward(part, space) for part in reward.parts]
-        known = [part.scaled(weight) for part, weight in zip(parts, reward.weights, strict=True) if part is not None]
+        known = [
+            part.scaled(weight)
+            for part, weight in zip(parts, reward.weights, strict=True)
+            if part is not None
+        ]
         return sum(known[1:], known[0]) if len(known) == len(parts) else None
     return None
 
@@ -349,5 +475,17 @@ def as_automaton_reward(reward: Reward, space: SequenceSpace) -> AutomatonReward
 def _repeats(reward: RepeatReward, space: SequenceSpace) -> AutomatonReward:
     """State k: the last word was k; the last state: none yet."""
     count = len(space.vocabulary)
-    words = torch.cat([reward.value * torch.eye(count, dtype=torch.float64), torch.zeros(1, count, dtype=torch.float64)])
-    return AutomatonReward(space, torch.arange(count).repeat(count + 1, 1), count, words, torch.zeros(count + 1, dtype=torch.float64), "repeats")
+    words = torch.cat(
+        [
+            reward.value * torch.eye(count, dtype=torch.float64),
+            torch.zeros(1, count, dtype=torch.float64),
+        ]
+    )
+    return AutomatonReward(
+        space,
+        torch.arange(count).repeat(count + 1, 1),
+        count,
+        words,
+        torch.zeros(count + 1, dtype=torch.float64),
+        "repeats",
+    )

@@ -1,7 +1,8 @@
 """Real text that ships with the package.
 
-US census surnames, 1990: the Bureau's file dist.all.last, a work of the United States government in the public domain
-(17 U.S.C. § 105; see data/surnames.LICENSE). The table holds the 5,000 most frequent names with their share in percent.
+US census surnames, 1990: the Bureau's file dist.all.last, a work of the United States government in
+the public domain (17 U.S.C. § 105; see data/surnames.LICENSE). The table holds the 5,000 most
+frequent names with their share in percent.
 """
 
 import csv
@@ -15,15 +16,23 @@ SURNAMES = 5000
 
 
 def surname_frequencies(count: int = SURNAMES) -> dict[str, float]:
-    """The `count` most frequent US surnames of 1990 in lower case -> share of the population in percent."""
+    """The `count` most frequent US surnames of 1990 in lower case -> share of the population in
+    percent.
+    """
     check_count(count, "count")
     if count > SURNAMES:
-        raise InputError(f"count = {count} is more than the {SURNAMES} surnames that ship with the package.")
-    with (resources.files("klrl_edu.problems") / "data" / "surnames.csv").open(encoding="utf-8") as lines:
+        raise InputError(
+            f"count = {count} is more than the {SURNAMES} surnames that ship with the package."
+        )
+    with (resources.files("klrl_edu.problems") / "data" / "surnames.csv").open(
+        encoding="utf-8"
+    ) as lines:
         rows = list(csv.reader(lines))[1 : count + 1]
     return {name: float(percent) for name, percent in rows}
 
 
 def surname_prior(count: int = SURNAMES) -> SequenceTable:
-    """The surnames, spelled as characters with an EOS, as an exact prior: a SequenceTable of `count` sequences."""
+    """The surnames, spelled as characters with an EOS, as an exact prior: a SequenceTable of
+    `count` sequences.
+    """
     return SequenceTable.from_texts(surname_frequencies(count), separator="", normalize=True)

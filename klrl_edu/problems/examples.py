@@ -27,9 +27,15 @@ def four_sentences_space() -> SequenceSpace:
 
 
 def four_sentences(kl_coef: float = 1.0) -> Problem:
-    """The course's running example: q = (.4, .3, .2, .1), r = (1, 0, 0, 2) on 'the cat', 'the dog', 'a cat', 'a dog'."""
+    """The course's running example: q = (.4, .3, .2, .1), r = (1, 0, 0, 2) on 'the cat', 'the dog',
+    'a cat', 'a dog'.
+    """
     space = four_sentences_space()
-    return Problem(SequenceTable.from_texts(FOUR_SENTENCES, space=space), table_reward(FOUR_REWARDS, space), kl_coef)
+    return Problem(
+        SequenceTable.from_texts(FOUR_SENTENCES, space=space),
+        table_reward(FOUR_REWARDS, space),
+        kl_coef,
+    )
 
 
 def four_sentences_policy() -> SequenceTable:
@@ -38,7 +44,8 @@ def four_sentences_policy() -> SequenceTable:
 
 
 def surnames(kl_coef: float = 1.0, count: int = 1000, pattern: str = SURNAME_PATTERN) -> Problem:
-    """US census surnames spelled as characters; reward 1 where the spelling matches a regular expression.
+    """US census surnames spelled as characters; reward 1 where the spelling matches a regular
+    expression.
 
     Args:
         count: how many of the most frequent names, at most 5,000.
@@ -49,21 +56,33 @@ def surnames(kl_coef: float = 1.0, count: int = 1000, pattern: str = SURNAME_PAT
 
 
 def count_threes_prior(dtype: torch.dtype = torch.float32) -> TransformerModel:
-    """A random two-layer Transformer over eight words (width 64, 4 heads, 101,568 parameters), its output scaled to H(q) ≈ 9.68 nats."""
+    """A random two-layer Transformer over eight words (width 64, 4 heads, 101,568 parameters), its
+    output scaled to H(q) ≈ 9.68 nats.
+    """
     space = SequenceSpace(tuple("01234567"), max_length=6, eos=False)
-    prior = TransformerModel(space, width=64, heads=4, layers=2, seed=_COUNT_THREES_SEED, dtype=dtype)
+    prior = TransformerModel(
+        space, width=64, heads=4, layers=2, seed=_COUNT_THREES_SEED, dtype=dtype
+    )
     with torch.no_grad():
         prior.head.weight.mul_(_COUNT_THREES_SCALE)
     return prior.requires_grad_(False)
 
 
 def count_threes(kl_coef: float = 0.5) -> Problem:
-    """262,144 sequences that nobody can eyeball: a Transformer prior, r = number of '3's − ½ · adjacent repeats."""
+    """262,144 sequences that nobody can eyeball: a Transformer prior, r = number of '3's − ½ ·
+    adjacent repeats.
+    """
     prior = count_threes_prior()
-    return Problem(prior, add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5)), kl_coef)
+    return Problem(
+        prior, add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5)), kl_coef
+    )
 
 
-EXAMPLES: dict[str, Callable[..., Problem]] = {"four-sentences": four_sentences, "surnames": surnames, "count-threes": count_threes}
+EXAMPLES: dict[str, Callable[..., Problem]] = {
+    "four-sentences": four_sentences,
+    "surnames": surnames,
+    "count-threes": count_threes,
+}
 
 
 def example(name: str, kl_coef: float = 1.0) -> Problem:
@@ -73,5 +92,8 @@ def example(name: str, kl_coef: float = 1.0) -> Problem:
         InputError: no such name; the message lists them.
     """
     if name not in EXAMPLES:
-        raise InputError(f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or JSON table.")
+        raise InputError(
+            f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or"
+            " JSON table."
+        )
     return EXAMPLES[name](kl_coef)

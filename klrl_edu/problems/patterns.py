@@ -1,8 +1,9 @@
 r"""Regular expressions as automata over a vocabulary, with the meaning of Python's `re.search`.
 
-Python's own parser reads the pattern; its tree becomes a nondeterministic automaton over characters (Thompson 1968), that one a
-deterministic one over the characters of the vocabulary, and each word is then pushed through by its spelling (a separator before every
-word but the first). Anchors ^ and $ hold at the ends of the text. Lookaround, back-references, \b and flags describe no automaton of
+Python's own parser reads the pattern; its tree becomes a nondeterministic automaton over characters
+(Thompson 1968), that one a deterministic one over the characters of the vocabulary, and each word
+is then pushed through by its spelling (a separator before every word but the first). Anchors ^ and
+$ hold at the ends of the text. Lookaround, back-references, \b and flags describe no automaton of
 this kind, or none that is small, and are refused with their place.
 """
 
@@ -34,10 +35,12 @@ _REPEAT_LIMIT = 1000
 
 
 def regular_expression(pattern: str, space: SequenceSpace) -> Automaton:
-    """Accepts the texts in which Python's `re.search(pattern, text)` finds a match; ^…$ asks for the whole text.
+    """Accepts the texts in which Python's `re.search(pattern, text)` finds a match; ^…$ asks for
+    the whole text.
 
     Raises:
-        InputError: a pattern that does not compile, or syntax that is not supported, with its position.
+        InputError: a pattern that does not compile, or syntax that is not supported, with its
+            position.
         TooLargeError: more than MAX_STATES states.
     """
     try:
@@ -45,7 +48,9 @@ def regular_expression(pattern: str, space: SequenceSpace) -> Automaton:
             warnings.simplefilter("ignore")  # FutureWarnings about sets
             tree = _parser.parse(pattern)
     except re.error as error:
-        raise InputError(f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}.") from None
+        raise InputError(
+            f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}."
+        ) from None
     if tree.state.flags & ~re.UNICODE:
         raise _refusal(pattern, "flags")
     graph = _Graph(pattern)
@@ -57,7 +62,8 @@ def _refusal(pattern: str, what: str) -> InputError:
     found = re.search(_UNSUPPORTED.get(what, "(?!)"), pattern)
     where = "" if found is None else f" at position {found.start()} ({found.group()!r})"
     return InputError(
-        f"pattern {pattern!r} uses {what.lower()}{where}, which is not supported; use literals, classes, groups, |, *, +, ?, {{m,n}}, ^, $."
+        f"pattern {pattern!r} uses {what.lower()}{where}, which is not supported; use literals,"
+        " classes, groups, |, *, +, ?, {m,n}, ^, $."
     )
 
 
@@ -66,14 +72,20 @@ class _Graph:
     """A nondeterministic automaton over characters; node 0 is its start."""
 
     pattern: str
-    empty: list[list[tuple[int, str]]] = field(default_factory=list)  # edges that read nothing: target and the anchor they ask for
-    reading: list[list[tuple[int, Any]]] = field(default_factory=list)  # edges that read a character: target and the parser's node
+    empty: list[list[tuple[int, str]]] = field(
+        default_factory=list
+    )  # edges that read nothing: target and the anchor they ask for
+    reading: list[list[tuple[int, Any]]] = field(
+        default_factory=list
+    )  # edges that read a character: target and the parser's node
     final: int = 0
 
     def node(self) -> int:
         """A new node."""
         if len(self.empty) >= MAX_STATES:
-            raise TooLargeError(f"pattern {self.pattern!r} unrolls to more than {MAX_STATES:,} nodes; repeat less.")
+            raise TooLargeError(
+                f"pattern {self.pattern!r} unrolls to more than {MAX_STATES:,} nodes; repeat less."
+            )
         self.empty.append([])
         self.reading.append([])
         return len(self.empty) - 1
@@ -102,7 +114,12 @@ class _Graph:
         elif op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
             end = self._repeat(least, most, inner, at)
-        elif op == "AT" and str(argument) in ("AT_BEGINNING", "AT_BEGINNING_STRING", "AT_END", "AT_END_STRING"):
+        elif op == "AT" and str(argument) in (
+            "AT_BEGINNING",
+            "AT_BEGINNING_STRING",
+            "AT_END",
+            "AT_END_STRING",
+        ):
             end = self.node()
             self.empty[at].append((end, "begin" if "BEGINNING" in str(argument) else "end"))
         else:
@@ -118,7 +135,10 @@ class _Graph:
             self.empty[self.sequence(inner, loop)].append((loop, ""))
             at = loop
         elif most > _REPEAT_LIMIT:
-            raise TooLargeError(f"pattern {self.pattern!r} repeats up to {most} times; at most {_REPEAT_LIMIT} are unrolled.")
+            raise TooLargeError(
+                f"pattern {self.pattern!r} repeats up to {most} times; at most {_REPEAT_LIMIT} are"
+                " unrolled."
+            )
         else:
             end = self.node()
             for _ in range(most - least):
@@ -141,10 +161,17 @@ class _Graph:
         return frozenset(seen)
 
     def after(self, nodes: frozenset[int], character: str) -> frozenset[int]:
-        """One character later; a search may begin anywhere, and a match that was found stays found."""
+        """One character later; a search may begin anywhere, and a match that was found
+        stays found.
+        """
         if self.final in nodes:
             return frozenset([self.final])
-        moved = {target for node in nodes for target, item in self.reading[node] if _matches(item[0], item[1], character)}
+        moved = {
+            target
+            for node in nodes
+            for target, item in self.reading[node]
+            if _matches(item[0], item[1], character)
+        }
         ahead = self.closure([*moved, 0])
         return frozenset([self.final]) if self.final in ahead else ahead
 
@@ -160,17 +187,24 @@ def _matches(op: str, argument: Any, character: str) -> bool:
     if op == "IN":
         items = [(str(item), value) for item, value in argument]
         negated = bool(items) and items[0][0] == "NEGATE"
-        return any(_matches(item, value, character) for item, value in items[negated:]) is not negated
+        return (
+            any(_matches(item, value, character) for item, value in items[negated:]) is not negated
+        )
     if op == "RANGE":
         return bool(argument[0] <= code <= argument[1])
     if op == "CATEGORY":
         letter = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}[str(argument).rsplit("_", 1)[1]]
-        return re.match("\\" + (letter.upper() if "NOT_" in str(argument) else letter), character) is not None
+        return (
+            re.match("\\" + (letter.upper() if "NOT_" in str(argument) else letter), character)
+            is not None
+        )
     return bool(code == argument) is (op == "LITERAL")
 
 
 def _over_words(graph: _Graph, space: SequenceSpace, text: str) -> Automaton:
-    """The deterministic automaton over words; its first state is the start of the text, where ^ holds and no separator is due."""
+    """The deterministic automaton over words; its first state is the start of the text, where ^
+    holds and no separator is due.
+    """
     start = graph.closure([0], "begin")
     start = frozenset([graph.final]) if graph.final in start else start
     sets, place = [start], {}
@@ -197,5 +231,7 @@ def _over_words(graph: _Graph, space: SequenceSpace, text: str) -> Automaton:
             row.append(place[ahead])
         rows.append(row)
         if len(sets) > MAX_STATES:
-            raise TooLargeError(f"{text} needs more than {MAX_STATES:,} states over {space!r}; simplify it.")
+            raise TooLargeError(
+                f"{text} needs more than {MAX_STATES:,} states over {space!r}; simplify it."
+            )
     return Automaton(space, torch.tensor(rows), torch.tensor(accepting), 0, text)

@@ -1,6 +1,6 @@
 """A problem: prior q, reward r and KL coefficient λ, which together define a posterior.
 
-π*(y) = q(y) e^{r(y)/λ} / Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                              (1)
+π*(y) = q(y) e^{r(y)/λ} / Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                 (1)
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,10 @@ class Problem:
     Args:
         prior: q, a LanguageModel; it stays fixed.
         reward: r(tokens [N,T], prompt) -> [N] or [N,T], in reward units; see `rewards`.
-        kl_coef: λ ≥ 0 in reward units per nat (TRL's β). 0 and inf are limits: q restricted to argmax r, and q.
-        prompt: [S] token ids, or None. Several prompts are a sequence of problems that share a prior.
+        kl_coef: λ ≥ 0 in reward units per nat (TRL's β). 0 and inf are limits: q restricted to
+            argmax r, and q.
+        prompt: [S] token ids, or None. Several prompts are a sequence of problems that share a
+            prior.
     """
 
     prior: LanguageModel
@@ -35,11 +37,20 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kl_coef", check_kl_coef(self.kl_coef))
         if not isinstance(self.prior, LanguageModel):
-            raise InputError(f"prior is a {type(self.prior).__name__}; expected a LanguageModel such as SequenceTable.from_texts(texts, probs).")
+            raise InputError(
+                f"prior is a {type(self.prior).__name__}; expected a LanguageModel such as"
+                " SequenceTable.from_texts(texts, probs)."
+            )
         if not callable(self.reward):
-            raise InputError(f"reward is a {type(self.reward).__name__}; expected a function of (tokens, prompt), or text_reward(fn, space).")
+            raise InputError(
+                f"reward is a {type(self.reward).__name__}; expected a function of (tokens,"
+                " prompt), or text_reward(fn, space)."
+            )
         if self.prompt is not None and self.prompt.ndim != 1:
-            raise InputError(f"prompt has shape {list(self.prompt.shape)}; a problem has one prompt [S]; use a sequence of problems for several.")
+            raise InputError(
+                f"prompt has shape {list(self.prompt.shape)}; a problem has one prompt [S]; use a"
+                " sequence of problems for several."
+            )
 
     @property
     def space(self) -> SequenceSpace:
@@ -47,7 +58,8 @@ class Problem:
         return self.prior.space
 
     def token_rewards(self, tokens: Tensor) -> Tensor:
-        """Rewards [N,T] of tokens [N,T] that the prior supports; a whole-sequence reward stands on the last live token.
+        """Rewards [N,T] of tokens [N,T] that the prior supports; a whole-sequence reward stands on
+        the last live token.
 
         Raises:
             InputError: a NaN or +inf, a wrong shape, or a value after the first EOS.
@@ -56,7 +68,10 @@ class Problem:
         values = self.reward(tokens, batch_prompt(self.prompt, len(tokens)))
         if not isinstance(values, Tensor) or values.shape not in (tokens.shape, tokens.shape[:1]):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(f"reward {describe(self.reward)!r} returned {shape}; expected a tensor [N] or [N, T], [N, T] = {list(tokens.shape)}.")
+            raise InputError(
+                f"reward {describe(self.reward)!r} returned {shape}; expected a tensor [N] or [N,"
+                f" T], [N, T] = {list(tokens.shape)}."
+            )
         values = values.detach().double()
         if values.ndim == 1:
             last = live & ~torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
@@ -65,7 +80,9 @@ class Problem:
         return values
 
     def rewards(self, tokens: Tensor) -> Tensor:
-        """r(y) [N] of tokens [N,T] that the prior supports, in reward units; checked as `token_rewards` are."""
+        """r(y) [N] of tokens [N,T] that the prior supports, in reward units; checked as
+        `token_rewards` are.
+        """
         return self.token_rewards(tokens).sum(-1)
 
     def _check(self, values: Tensor, tokens: Tensor, live: Tensor) -> None:
@@ -74,12 +91,16 @@ class Problem:
             n, t = bad.nonzero()[0].tolist()
             text = self.space.decode(tokens[n : n + 1])[0]
             value = float(values[n, t])
-            raise InputError(f"reward {describe(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a number, or -inf to forbid it.")
+            raise InputError(
+                f"reward {describe(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a"
+                " number, or -inf to forbid it."
+            )
         stray = ~live & (values != 0)
         if bool(stray.any()):
             n, t = stray.nonzero()[0].tolist()
             raise InputError(
-                f"reward {describe(self.reward)!r} gives {float(values[n, t])} at [{n}, {t}], after the first EOS; multiply by space.live(tokens)."
+                f"reward {describe(self.reward)!r} gives {float(values[n, t])} at [{n}, {t}], after"
+                " the first EOS; multiply by space.live(tokens)."
             )
 
 
@@ -89,5 +110,7 @@ def check_problems(problems: Problem | Sequence[Problem]) -> list[Problem]:
     if not listed or not all(isinstance(problem, Problem) for problem in listed):
         raise InputError("problem must be a Problem, or a sequence of at least one Problem.")
     if any(problem.prior is not listed[0].prior for problem in listed):
-        raise InputError("problems must share one prior object (they differ in prompt, reward and kl_coef).")
+        raise InputError(
+            "problems must share one prior object (they differ in prompt, reward and kl_coef)."
+        )
     return listed

@@ -1,9 +1,11 @@
 """Rewards: r(y) in reward units, on tokens.
 
     reward(tokens [N,T], prompt) -> [N]      the whole sequence's reward, or
-                                 -> [N,T]    a causal one: column t depends on tokens[:, :t+1], and is 0 after the first EOS
+                                 -> [N,T]    a causal one: column t depends on tokens[:, :t+1], and
+                                 is 0 after the first EOS
 
-−inf is a hard constraint (posterior mass 0). NaN and +inf raise where the prior has mass; elsewhere a reward is ignored.
+−inf is a hard constraint (posterior mass 0). NaN and +inf raise where the prior has mass; elsewhere
+a reward is ignored.
 """
 
 import math
@@ -30,7 +32,11 @@ class TextReward:
     _cache: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        return torch.tensor([self._one(text) for text in self.space.decode(tokens)], dtype=torch.float64, device=tokens.device)
+        return torch.tensor(
+            [self._one(text) for text in self.space.decode(tokens)],
+            dtype=torch.float64,
+            device=tokens.device,
+        )
 
     def _one(self, text: str) -> float:
         if text not in self._cache:
@@ -38,14 +44,19 @@ class TextReward:
             try:
                 self._cache[text] = float(value)
             except (TypeError, ValueError):
-                raise InputError(f"{self.name} of {text!r} = {value!r} is not a number; the function must return one float a text.") from None
+                raise InputError(
+                    f"{self.name} of {text!r} = {value!r} is not a number; the function must return"
+                    " one float a text."
+                ) from None
         return self._cache[text]
 
     def __str__(self) -> str:
         return self.name
 
 
-def text_reward(fn: Callable[[str], float], space: SequenceSpace, name: str | None = None) -> TextReward:
+def text_reward(
+    fn: Callable[[str], float], space: SequenceSpace, name: str | None = None
+) -> TextReward:
     """A reward [N] from one's own `str -> float`, called once a distinct text (values are cached).
 
     Args:
@@ -56,20 +67,28 @@ def text_reward(fn: Callable[[str], float], space: SequenceSpace, name: str | No
     return TextReward(fn, space, name or str(getattr(fn, "__name__", "text reward")))
 
 
-def table_reward(values: Mapping[str, float], space: SequenceSpace, default: float = math.nan) -> TextReward:
-    """A reward [N] looked up by text; texts without an entry get `default` (NaN: an error if the prior gives them mass).
+def table_reward(
+    values: Mapping[str, float], space: SequenceSpace, default: float = math.nan
+) -> TextReward:
+    """A reward [N] looked up by text; texts without an entry get `default` (NaN: an error if the
+    prior gives them mass).
 
     Raises:
         InputError: a text of the table is not in the space, or stands twice in its normal form.
     """
     table = dict(zip(space.decode(space.encode(values)), map(float, values.values()), strict=True))
     if len(table) < len(values):
-        raise InputError("values hold one text twice (after NFC and spacing are normalised); remove one.")
+        raise InputError(
+            "values hold one text twice (after NFC and spacing are normalised); remove one."
+        )
     return TextReward(lambda text: table.get(text, default), space, "table reward")
 
 
-def regex_reward(pattern: str, space: SequenceSpace, value: float = 1.0, otherwise: float = 0.0) -> TextReward:
-    """`value` where Python's `re.search(pattern, text)` finds a match, `otherwise` where not: a reward [N].
+def regex_reward(
+    pattern: str, space: SequenceSpace, value: float = 1.0, otherwise: float = 0.0
+) -> TextReward:
+    """`value` where Python's `re.search(pattern, text)` finds a match, `otherwise` where not: a
+    reward [N].
 
     Args:
         otherwise: −inf makes the pattern a hard constraint.
@@ -80,8 +99,14 @@ def regex_reward(pattern: str, space: SequenceSpace, value: float = 1.0, otherwi
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}.") from None
-    return TextReward(lambda text: value if compiled.search(text) else otherwise, space, f"{value:g} where /{pattern}/ matches, else {otherwise:g}")
+        raise InputError(
+            f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}."
+        ) from None
+    return TextReward(
+        lambda text: value if compiled.search(text) else otherwise,
+        space,
+        f"{value:g} where /{pattern}/ matches, else {otherwise:g}",
+    )
 
 
 @dataclass(frozen=True)
@@ -93,24 +118,36 @@ class TokenReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         table = torch.tensor(self.values, dtype=torch.float64, device=tokens.device)
-        return torch.where(self.space.live(tokens), table[tokens.long()], torch.zeros((), dtype=torch.float64, device=tokens.device))
+        return torch.where(
+            self.space.live(tokens),
+            table[tokens.long()],
+            torch.zeros((), dtype=torch.float64, device=tokens.device),
+        )
 
 
-def token_reward(values: Mapping[str, float] | Sequence[float], space: SequenceSpace) -> TokenReward:
+def token_reward(
+    values: Mapping[str, float] | Sequence[float], space: SequenceSpace
+) -> TokenReward:
     """A causal reward [N,T]: each live token earns its own value, in reward units.
 
     Args:
-        values: word -> value (others 0), or one value a column of logits [V] (the last one for EOS).
+        values: word -> value (others 0), or one value a column of logits [V] (the last one for
+            EOS).
     """
     if isinstance(values, Mapping):
         unknown = [word for word in values if word not in space.word_ids]
         if unknown:
-            raise InputError(f"values name the words {unknown}, which are not in the vocabulary of {space!r}.")
+            raise InputError(
+                f"values name the words {unknown}, which are not in the vocabulary of {space!r}."
+            )
         table = [float(values.get(word, 0.0)) for word in space.vocabulary] + [0.0] * space.eos
     else:
         table = [float(value) for value in values]
     if len(table) != space.vocab_size:
-        raise InputError(f"values has {len(table)} entries; expected V = {space.vocab_size}, one a column of logits.")
+        raise InputError(
+            f"values has {len(table)} entries; expected V = {space.vocab_size}, one a column of"
+            " logits."
+        )
     return TokenReward(tuple(table), space)
 
 
@@ -120,7 +157,9 @@ def count_reward(word: str, space: SequenceSpace, value: float = 1.0) -> TokenRe
 
 
 def length_reward(space: SequenceSpace, value: float = 1.0) -> TokenReward:
-    """`value` for each word, EOS not counted: a causal reward [N,T]; negative values shorten texts."""
+    """`value` for each word, EOS not counted: a causal reward [N,T]; negative values
+    shorten texts.
+    """
     return token_reward([value] * len(space.vocabulary) + [0.0] * space.eos, space)
 
 
@@ -133,7 +172,9 @@ class RepeatReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         repeats = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & (tokens[:, 1:] < len(self.space.vocabulary))
+        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & (
+            tokens[:, 1:] < len(self.space.vocabulary)
+        )
         return self.value * repeats
 
 
@@ -150,24 +191,36 @@ class SumReward:
     weights: tuple[float, ...]
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        values = [_scaled(part(tokens, prompt), weight) for part, weight in zip(self.parts, self.weights, strict=True)]
-        if any(value.ndim == 1 for value in values):  # columns after EOS are 0, so the sum is the whole sequence's reward
+        values = [
+            _scaled(part(tokens, prompt), weight)
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        ]
+        if any(
+            value.ndim == 1 for value in values
+        ):  # columns after EOS are 0, so the sum is the whole sequence's reward
             values = [value.sum(-1) if value.ndim == 2 else value for value in values]
         return torch.stack(values).sum(0)
 
     def __str__(self) -> str:
-        return " + ".join(f"{weight:g}·({describe(part)})" for part, weight in zip(self.parts, self.weights, strict=True))
+        return " + ".join(
+            f"{weight:g}·({describe(part)})"
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        )
 
 
 def add(*rewards: Reward) -> SumReward:
-    """r₁ + r₂ + …: [N,T] if all are causal, otherwise [N]. Posteriors compose: adding a reward updates the posterior of the others."""
+    """r₁ + r₂ + …: [N,T] if all are causal, otherwise [N]. Posteriors compose: adding a reward
+    updates the posterior of the others.
+    """
     if not rewards:
         raise InputError("add() takes at least one reward.")
     return SumReward(rewards, (1.0,) * len(rewards))
 
 
 def scale(reward: Reward, factor: float) -> SumReward:
-    """factor · r, where 0 · (−inf) = 0. A negative factor turns −inf into +inf, which raises where the prior has mass."""
+    """factor · r, where 0 · (−inf) = 0. A negative factor turns −inf into +inf, which raises where
+    the prior has mass.
+    """
     if not math.isfinite(factor):
         raise InputError(f"factor = {factor!r} must be finite.")
     return SumReward((reward,), (float(factor),))
@@ -179,4 +232,8 @@ def _scaled(values: Tensor, weight: float) -> Tensor:
 
 def describe(reward: Reward) -> str:
     """A short text for error messages."""
-    return str(reward) if "__str__" in vars(type(reward)) else getattr(reward, "__name__", type(reward).__name__)
+    return (
+        str(reward)
+        if "__str__" in vars(type(reward))
+        else getattr(reward, "__name__", type(reward).__name__)
+    )

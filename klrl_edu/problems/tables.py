@@ -1,7 +1,7 @@
 """Tables that people bring: CSV with the header `sentence,prob,reward`, or JSON.
 
-JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or the bare list; a separator in
-the file goes before the argument.
+JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or
+the bare list; a separator in the file goes before the argument.
 Texts are NFC-normalised UTF-8 (a BOM is fine). Every refusal names file, row, value and remedy.
 """
 
@@ -34,13 +34,16 @@ class Row(NamedTuple):
     place: str
 
 
-def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normalize: bool = False) -> Problem:
+def load_table(
+    path: str | Path, kl_coef: float, *, separator: str = " ", normalize: bool = False
+) -> Problem:
     """A user's file -> Problem with a SequenceTable prior and a table reward.
 
     Args:
         path: a .csv or .json file.
         kl_coef: λ ≥ 0.
-        separator: between words, unless a JSON file states its own; "" spells sentences as characters.
+        separator: between words, unless a JSON file states its own; "" spells sentences as
+            characters.
         normalize: accept weights instead of probabilities.
 
     Raises:
@@ -53,19 +56,26 @@ def load_table(path: str | Path, kl_coef: float, *, separator: str = " ", normal
     else:
         rows = _csv_rows(text, path)
     if not rows:
-        raise InputError(f"{path}: the table has no rows; give at least one line of sentence,prob,reward.")
+        raise InputError(
+            f"{path}: the table has no rows; give at least one line of sentence,prob,reward."
+        )
     _refuse_duplicates(rows, path, separator)
     sentences = [row.sentence for row in rows]
     try:
         probs = check_probabilities([row.prob for row in rows], "prob", normalize=normalize)
         space = SequenceSpace.from_texts(sentences, separator=separator)
     except InputError as error:
-        raise InputError(f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")) from None
+        raise InputError(
+            f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")
+        ) from None
     prior = SequenceTable(space, space.encode(sentences), torch.log(probs))
     for row, prob in zip(rows, probs.tolist(), strict=True):
         # where the prior has no mass the reward is never looked up, whatever it is
         if prob > 0 and (math.isnan(row.reward) or row.reward == math.inf):
-            raise InputError(f"{path}, {row.place}: reward = {row.reward} of {row.sentence!r} is not allowed; give a number, or -inf to forbid it.")
+            raise InputError(
+                f"{path}, {row.place}: reward = {row.reward} of {row.sentence!r} is not allowed;"
+                " give a number, or -inf to forbid it."
+            )
     return Problem(prior, table_reward({row.sentence: row.reward for row in rows}, space), kl_coef)
 
 
@@ -73,13 +83,20 @@ def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; give a CSV or JSON table.") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; give a CSV or JSON table."
+        ) from None
     if b"\0" in raw:
-        raise InputError(f"{path} is a binary file (it holds a NUL byte at {raw.index(0)}); save the table as UTF-8 text.")
+        raise InputError(
+            f"{path} is a binary file (it holds a NUL byte at {raw.index(0)}); save the table as"
+            " UTF-8 text."
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the table as UTF-8.") from None
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; save the table as UTF-8."
+        ) from None
 
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
@@ -89,22 +106,39 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}; check the quotes.") from None
     if not lines:
-        raise InputError(f"{path} is empty; write a header line 'sentence,prob,reward' and one line a sentence.")
+        raise InputError(
+            f"{path} is empty; write a header line 'sentence,prob,reward' and one line a sentence."
+        )
     header = tuple(name.strip().lower() for name in lines[0][1])
     if header != COLUMNS:
-        raise InputError(f"{path}: the header is {','.join(lines[0][1])!r}; expected 'sentence,prob,reward'.")
+        raise InputError(
+            f"{path}: the header is {','.join(lines[0][1])!r}; expected 'sentence,prob,reward'."
+        )
     rows = []
     for number, line in lines[1:]:
         place = f"line {number}"
         if len(line) != len(COLUMNS):
-            raise InputError(f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward); quote a sentence that contains a comma.")
-        rows.append(Row(_sentence(line[0], path, place), _number(line[1], "prob", path, place), _number(line[2], "reward", path, place), place))
+            raise InputError(
+                f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward); quote a"
+                " sentence that contains a comma."
+            )
+        rows.append(
+            Row(
+                _sentence(line[0], path, place),
+                _number(line[1], "prob", path, place),
+                _number(line[2], "reward", path, place),
+                place,
+            )
+        )
     return rows
 
 
 def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:
     def refuse_constant(name: str) -> float:
-        raise InputError(f'{path}: {name} is not JSON; give finite numbers (to forbid a sentence write "-inf" in quotes).')
+        raise InputError(
+            f'{path}: {name} is not JSON; give finite numbers (to forbid a sentence write "-inf" in'
+            " quotes)."
+        )
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -116,36 +150,60 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:
     try:
         data = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON.") from None
+        raise InputError(
+            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON."
+        ) from None
     except InputError:
         raise
     except ValueError:  # Python refuses whole numbers of more than 4,300 digits
-        raise InputError(f"{path}: a number is too long to read; write it like 0.25 or 1e300.") from None
+        raise InputError(
+            f"{path}: a number is too long to read; write it like 0.25 or 1e300."
+        ) from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a table; give a list of {{sentence, prob, reward}}.") from None
+        raise InputError(
+            f"{path}: nested too deeply to be a table; give a list of {{sentence, prob, reward}}."
+        ) from None
     entries = data.get("sentences") if isinstance(data, dict) else data
     separator = data.get("separator", separator) if isinstance(data, dict) else separator
     unknown = sorted(set(data) - {"sentences", "separator"}) if isinstance(data, dict) else []
     if not isinstance(separator, str) or unknown:
-        what = f"key {_short(unknown[0])} is not known" if unknown else f"separator = {_short(separator)} is not text"
+        what = (
+            f"key {_short(unknown[0])} is not known"
+            if unknown
+            else f"separator = {_short(separator)} is not text"
+        )
         raise InputError(f'{path}: {what}; expected {{"sentences": [...], "separator": " "}}.')
     if not isinstance(entries, list):
-        raise InputError(f'{path}: expected a list of {{"sentence", "prob", "reward"}} objects, or {{"sentences": [...]}}.')
+        raise InputError(
+            f'{path}: expected a list of {{"sentence", "prob", "reward"}} objects, or'
+            ' {"sentences": [...]}.'
+        )
     rows = []
     for index, entry in enumerate(entries):
         place = f"entry {index}"
         if not isinstance(entry, dict) or set(entry) != set(COLUMNS):
-            raise InputError(f"{path}, {place}: expected an object with the keys sentence, prob, reward; got {_short(entry)}.")
-        prob, reward = _number(entry["prob"], "prob", path, place), _number(entry["reward"], "reward", path, place)
+            raise InputError(
+                f"{path}, {place}: expected an object with the keys sentence, prob, reward; got"
+                f" {_short(entry)}."
+            )
+        prob, reward = (
+            _number(entry["prob"], "prob", path, place),
+            _number(entry["reward"], "reward", path, place),
+        )
         rows.append(Row(_sentence(entry["sentence"], path, place), prob, reward, place))
     return rows, separator
 
 
 def _sentence(value: object, path: Path, place: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{path}, {place}: sentence = {_short(value)} is not text; put it in quotes.")
+        raise InputError(
+            f"{path}, {place}: sentence = {_short(value)} is not text; put it in quotes."
+        )
     if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-        raise InputError(f"{path}, {place}: sentence holds a lone surrogate, which is not Unicode text; re-encode the file as UTF-8.")
+        raise InputError(
+            f"{path}, {place}: sentence holds a lone surrogate, which is not Unicode text;"
+            " re-encode the file as UTF-8."
+        )
     return unicodedata.normalize("NFC", value)
 
 
@@ -153,15 +211,26 @@ def _number(value: object, column: str, path: Path, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number.")
     if isinstance(value, str) and "_" in value:
-        raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number; write it without underscores.")
+        raise InputError(
+            f"{path}, {place}: {column} = {_short(value)} is not a number; write it without"
+            " underscores."
+        )
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number a float can hold; write it like 0.25.") from None
+        raise InputError(
+            f"{path}, {place}: {column} = {_short(value)} is not a number a float can hold; write"
+            " it like 0.25."
+        ) from None
     if math.isinf(number) and not (isinstance(value, str) and "inf" in value.lower()):
-        raise InputError(f"{path}, {place}: {column} = {value} is out of a float's range; give a finite number.")
+        raise InputError(
+            f"{path}, {place}: {column} = {value} is out of a float's range; give a finite number."
+        )
     if column == "prob" and not 0 <= number < math.inf:
-        raise InputError(f"{path}, {place}: prob = {_short(value)} is not allowed; probabilities are numbers from 0 to 1.")
+        raise InputError(
+            f"{path}, {place}: prob = {_short(value)} is not allowed; probabilities are numbers"
+            " from 0 to 1."
+        )
     return number
 
 
@@ -170,7 +239,10 @@ def _refuse_duplicates(rows: list[Row], path: Path, separator: str) -> None:
     for row in rows:
         key = " ".join(row.sentence.split()) if separator == " " else row.sentence
         if key in seen:
-            raise InputError(f"{path}, {row.place}: sentence {row.sentence!r} already stands at {seen[key]}; remove one, or add their probabilities.")
+            raise InputError(
+                f"{path}, {row.place}: sentence {row.sentence!r} already stands at {seen[key]};"
+                " remove one, or add their probabilities."
+            )
         seen[key] = row.place
 
 

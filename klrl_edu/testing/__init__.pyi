@@ -1,4 +1,6 @@
-"""The public names of klrl_edu.testing, listed once: the package reads this file and imports each on first use."""
+"""The public names of klrl_edu.testing, listed once: the package reads this file and imports each
+on first use.
+"""
 
 from klrl_edu.testing.assertions import assert_same_gradient as assert_same_gradient
 from klrl_edu.testing.assertions import assert_unbiased as assert_unbiased

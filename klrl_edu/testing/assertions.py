@@ -1,9 +1,11 @@
-"""Exact assertions about estimators: every batch is enumerated and nothing is drawn, so that a false alarm has probability 0.
+"""Exact assertions about estimators: every batch is enumerated and nothing is drawn, so that a
+false alarm has probability 0.
 
-    E[g] = target,     g_a = g_b on every batch,     E‖g − E g‖² ≤ bound                                          (1)
+    E[g] = target,     g_a = g_b on every batch,     E‖g − E g‖² ≤ bound                         (1)
 
-An estimator is a loss (Batch -> scalar, of which the gradient is meant) or a function of log-ratios u [N] -> estimates [N]. Without a
-policy and a problem of one's own, an assertion goes through `standard_cases`. B batch size, N samples, S sequences, P parameters.
+An estimator is a loss (Batch -> scalar, of which the gradient is meant) or a function of log-ratios
+u [N] -> estimates [N]. Without a policy and a problem of one's own, an assertion goes through
+`standard_cases`. B batch size, N samples, S sequences, P parameters.
 """
 
 import dataclasses
@@ -42,18 +44,32 @@ class Case(NamedTuple):
 
 
 def standard_cases() -> list[Case]:
-    """Three small problems, none with λ = 1: sequences of zero mass, several lengths with EOS, ties, rewards by token, logits by prefix."""
+    """Three small problems, none with λ = 1: sequences of zero mass, several lengths with EOS,
+    ties, rewards by token, logits by prefix.
+    """
     texts = {"": 0.15, "a": 0.25, "b": 0.2, "a b": 0.4, "b b": 0.0}
     varied = SequenceTable.from_texts(texts)
-    lengths = Problem(varied, table_reward({"": 1.0, "a": -0.5, "b": 1.0, "a b": 2.0, "b b": 0.0}, varied.space), 2.0)
+    lengths = Problem(
+        varied,
+        table_reward({"": 1.0, "a": -0.5, "b": 1.0, "a b": 2.0, "b b": 0.0}, varied.space),
+        2.0,
+    )
     prefixes = SequenceTable.from_texts({"": 0.1, "x": 0.3, "x x": 0.2, "x y": 0.4})
     by_token = Problem(prefixes, token_reward([0.5, -1.0, 0.25], prefixes.space), 0.25)
     table = PrefixTable(prefixes.space, prefixes.tokens)
-    table.logits.data.copy_(torch.linspace(-1, 1, table.logits.numel(), dtype=torch.float64).reshape(table.logits.shape))
+    table.logits.data.copy_(
+        torch.linspace(-1, 1, table.logits.numel(), dtype=torch.float64).reshape(table.logits.shape)
+    )
     return [
         Case("four sentences at λ = 0.5", four_sentences_policy(), four_sentences(0.5)),
-        Case("texts of 0 to 2 words at λ = 2", SequenceTable(varied.space, varied.tokens[:4], torch.tensor([0.3, -0.2, 0.0, 0.5])), lengths),
-        Case("a row of logits a prefix at λ = 0.25", restrict_to_support(table, prefixes), by_token),
+        Case(
+            "texts of 0 to 2 words at λ = 2",
+            SequenceTable(varied.space, varied.tokens[:4], torch.tensor([0.3, -0.2, 0.0, 0.5])),
+            lengths,
+        ),
+        Case(
+            "a row of logits a prefix at λ = 0.25", restrict_to_support(table, prefixes), by_token
+        ),
     ]
 
 
@@ -71,20 +87,29 @@ def assert_unbiased(
 
     Args:
         estimator: a loss, or a function of log-ratios.
-        target: a name among the audit's targets ("objective", "expected_reward", "reverse_kl", "forward_kl", …: for a loss the gradient to
-            descend, for a function of log-ratios the value in nats), or the gradient [P] or number itself.
+        target: a name among the audit's targets ("objective", "expected_reward", "reverse_kl",
+            "forward_kl", …: for a loss the gradient to descend, for a function of log-ratios the
+            value in nats), or the gradient [P] or number itself.
         policy, problem: what to try it on; by default each of `standard_cases`.
         batch_size: B; a leave-one-out baseline needs 2.
         behaviour: the policy that draws the batches; by default `policy`.
-        tolerance: of the bias, relative to the larger of ‖target‖ and the estimator's standard deviation; about 1e-5 for a policy in float32.
+        tolerance: of the bias, relative to the larger of ‖target‖ and the estimator's standard
+            deviation; about 1e-5 for a policy in float32.
 
     Raises:
-        AssertionError: the estimator is biased; the message says by how much and what it follows instead.
+        AssertionError: the estimator is biased; the message says by how much and what it follows
+            instead.
         InputError: an unknown target, or one that is infinite here.
     """
     for case in _cases(policy, problem):
         report = _audit(estimator, case, batch_size, behaviour)
-        _check_mean(report, _target(report, target), target if isinstance(target, str) else "the target given", case, tolerance)
+        _check_mean(
+            report,
+            _target(report, target),
+            target if isinstance(target, str) else "the target given",
+            case,
+            tolerance,
+        )
 
 
 def assert_same_gradient(
@@ -104,7 +129,8 @@ def assert_same_gradient(
         loss, other: Batch -> scalar.
         policy, problem, batch_size, behaviour: as in `assert_unbiased`.
         in_expectation: compare the means over batches instead, which leaves the variances free.
-        tolerance: of the difference, relative to the largest gradient of `other` (or to its standard deviation, in expectation).
+        tolerance: of the difference, relative to the largest gradient of `other` (or to its
+            standard deviation, in expectation).
 
     Raises:
         AssertionError: they differ; the message has the batch and both gradients.
@@ -112,19 +138,36 @@ def assert_same_gradient(
     for case in _cases(policy, problem):
         if in_expectation:
             expected = _audit(other, case, batch_size, behaviour)
-            _check_mean(_audit(loss, case, batch_size, behaviour), expected.mean, f"the mean gradient of {expected.name}", case, tolerance)
+            _check_mean(
+                _audit(loss, case, batch_size, behaviour),
+                expected.mean,
+                f"the mean gradient of {expected.name}",
+                case,
+                tolerance,
+            )
             continue
-        pairs = zip(_gradients(loss, case, batch_size, behaviour), _gradients(other, case, batch_size, behaviour), strict=True)
-        texts, mine, theirs = zip(*((text, one, two) for (text, one), (_, two) in pairs), strict=True)
-        difference, size = (torch.stack(mine) - torch.stack(theirs)).norm(dim=-1), torch.stack(theirs).norm(dim=-1).max()
+        pairs = zip(
+            _gradients(loss, case, batch_size, behaviour),
+            _gradients(other, case, batch_size, behaviour),
+            strict=True,
+        )
+        texts, mine, theirs = zip(
+            *((text, one, two) for (text, one), (_, two) in pairs), strict=True
+        )
+        difference, size = (
+            (torch.stack(mine) - torch.stack(theirs)).norm(dim=-1),
+            torch.stack(theirs).norm(dim=-1).max(),
+        )
         allowed = tolerance * max(float(size), _SMALLEST_SCALE)
         bad = (~(difference <= allowed)).nonzero()
         if len(bad):
             k = int(bad[0])
             raise AssertionError(
-                f"{name_of(loss)} and {name_of(other)} differ on {len(bad)} of {len(difference)} batches ({case.name}); on {texts[k]} the gradients "
-                f"are {_numbers(mine[k])} and {_numbers(theirs[k])}; allowed {allowed:.2g}.\nRemedy: compare the advantage of each sequence in "
-                f"this batch; in_expectation=True compares the means only.\n{_exact(len(difference))}"
+                f"{name_of(loss)} and {name_of(other)} differ on {len(bad)} of {len(difference)}"
+                f" batches ({case.name}); on {texts[k]} the gradients are {_numbers(mine[k])} and"
+                f" {_numbers(theirs[k])}; allowed {allowed:.2g}.\nRemedy: compare the advantage of"
+                " each sequence in this batch; in_expectation=True compares the means"
+                f" only.\n{_exact(len(difference))}"
             )
 
 
@@ -138,11 +181,13 @@ def assert_variance_at_most(
     behaviour: LanguageModel | None = None,
     tolerance: float = TOLERANCE,
 ) -> None:
-    """The total variance E‖g − E g‖² over all batches is at most a number, or at most another estimator's on the same batches.
+    """The total variance E‖g − E g‖² over all batches is at most a number, or at most another
+    estimator's on the same batches.
 
     Args:
         estimator: a loss, or a function of log-ratios.
-        bound: a variance (reward units squared a squared coordinate, or nats²), or another estimator.
+        bound: a variance (reward units squared a squared coordinate, or nats²), or another
+            estimator.
         policy, problem, batch_size, behaviour: as in `assert_unbiased`.
         tolerance: relative to the bound, for rounding.
 
@@ -154,13 +199,15 @@ def assert_variance_at_most(
         limit = _audit(bound, case, batch_size, behaviour).variance if callable(bound) else bound
         if not report.variance <= limit + tolerance * max(limit, _SMALLEST_SCALE**2):
             raise AssertionError(
-                f"{report.name} has variance {report.variance:.9g} ({case.name}, batches of {batch_size}); expected at most {limit:.9g}"
-                f"{f', that of {name_of(bound)}' if callable(bound) else ''}.\nRemedy: subtract a baseline that does not depend on the "
-                f"sequence itself, or raise batch_size.\n{_exact(report.executions)}"
+                f"{report.name} has variance {report.variance:.9g} ({case.name}, batches of"
+                f" {batch_size}); expected at most"
+                f" {limit:.9g}{f', that of {name_of(bound)}' if callable(bound) else ''}.\nRemedy:"
+                " subtract a baseline that does not depend on the sequence itself, or raise"
+                f" batch_size.\n{_exact(report.executions)}"
             )
 
 
-# --- what the assertions share ----------------------------------------------------------------------------------------
+# --- what the assertions share --------------------------------------------------------------------
 
 
 def _cases(policy: LanguageModel | None, problem: Problem | None) -> list[Case]:
@@ -171,14 +218,22 @@ def _cases(policy: LanguageModel | None, problem: Problem | None) -> list[Case]:
     return standard_cases()
 
 
-def _audit(estimator: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None) -> AuditReport:
+def _audit(
+    estimator: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None
+) -> AuditReport:
     if _reads_log_ratios(estimator):
-        return audit_value(estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour)
-    return audit_gradient(estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour)
+        return audit_value(
+            estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour
+        )
+    return audit_gradient(
+        estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour
+    )
 
 
 def _reads_log_ratios(estimator: Estimator) -> bool:
-    """Whether it maps u [N] rather than a Batch: a loss asks its argument for fields, which a tensor has not."""
+    """Whether it maps u [N] rather than a Batch: a loss asks its argument for fields, which a
+    tensor has not.
+    """
     try:
         estimator(torch.zeros(2, dtype=torch.float64))
     except (AttributeError, TypeError):
@@ -189,45 +244,76 @@ def _reads_log_ratios(estimator: Estimator) -> bool:
 def _target(report: AuditReport, target: str | float | Tensor) -> Tensor:
     if isinstance(target, str):
         if not bool(torch.isfinite(report.targets.get(target, torch.tensor(math.inf))).all()):
-            raise InputError(f"target {target!r} is unknown or infinite here; choose from {', '.join(report.targets)}, or give the numbers.")
+            raise InputError(
+                f"target {target!r} is unknown or infinite here; choose from"
+                f" {', '.join(report.targets)}, or give the numbers."
+            )
         return report.targets[target]
     expected = torch.as_tensor(target, dtype=torch.float64).reshape(-1)
     if expected.shape != report.mean.shape:
-        raise InputError(f"target has {expected.numel()} entries; expected {report.mean.numel()} ({report.coordinates}).")
+        raise InputError(
+            f"target has {expected.numel()} entries; expected {report.mean.numel()}"
+            f" ({report.coordinates})."
+        )
     return expected
 
 
-def _check_mean(report: AuditReport, expected: Tensor, target: str, case: Case, tolerance: float) -> None:
+def _check_mean(
+    report: AuditReport, expected: Tensor, target: str, case: Case, tolerance: float
+) -> None:
     bias, size = float((report.mean - expected).norm()), float(expected.norm())
     allowed = tolerance * max(size, math.sqrt(report.variance), _SMALLEST_SCALE)
     assert bias <= allowed, (  # which a NaN is not
-        f"{report.name} is biased for {target} ({case.name}, batches of {report.batch_size}): ‖E g − target‖ = {bias:.6g}, ‖target‖ = {size:.6g}; "
-        f"allowed {allowed:.2g}. {report.verdict}\nRemedy: {_remedy(report, expected)}\n{_exact(report.executions)}"
+        f"{report.name} is biased for {target} ({case.name}, batches of {report.batch_size}): ‖E g"
+        f" − target‖ = {bias:.6g}, ‖target‖ = {size:.6g}; allowed {allowed:.2g}."
+        f" {report.verdict}\nRemedy: {_remedy(report, expected)}\n{_exact(report.executions)}"
     )
 
 
-def _gradients(loss: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None) -> Iterator[tuple[str, Tensor]]:
-    """Every batch's texts and ∇loss [P]; one batch, the whole support, where the loss needs that."""
+def _gradients(
+    loss: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every batch's texts and ∇loss [P]; one batch, the whole support, where the loss
+    needs that.
+    """
     if draws_random_numbers(loss):
-        raise InputError(f"{name_of(loss)} draws random numbers, so a batch has no one gradient; compare with in_expectation=True.")
+        raise InputError(
+            f"{name_of(loss)} draws random numbers, so a batch has no one gradient; compare with"
+            " in_expectation=True."
+        )
     loss = loss if takes_a_batch(loss) else adapted(loss, None)
-    support = enumerate_support(case.policy if behaviour is None else behaviour, prompt=case.problem.prompt).tokens
-    whole = score_batch(case.policy, [case.problem], [support], distributions="distributions" in needs_of(loss))
+    support = enumerate_support(
+        case.policy if behaviour is None else behaviour, prompt=case.problem.prompt
+    ).tokens
+    whole = score_batch(
+        case.policy, [case.problem], [support], distributions="distributions" in needs_of(loss)
+    )
     if behaviour is not None:
         drawn_at = token_log_probs(behaviour, support, case.problem.prompt).detach()
         whole = dataclasses.replace(whole, behaviour_log_probs=drawn_at)
     parameters = [parameter for parameter in case.policy.parameters() if parameter.requires_grad]
     everything = range(len(support))
-    for rows in [tuple(everything)] if "support" in needs_of(loss) else itertools.product(everything, repeat=batch_size):
+    for rows in (
+        [tuple(everything)]
+        if "support" in needs_of(loss)
+        else itertools.product(everything, repeat=batch_size)
+    ):
         value = loss(_pick(whole, torch.tensor(rows)))
-        gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
-        yield str(case.problem.space.decode(support[list(rows)])), torch.cat([gradient.reshape(-1).double() for gradient in gradients])
+        gradients = torch.autograd.grad(
+            value, parameters, retain_graph=True, materialize_grads=True
+        )
+        yield (
+            str(case.problem.space.decode(support[list(rows)])),
+            torch.cat([gradient.reshape(-1).double() for gradient in gradients]),
+        )
 
 
 def _pick(batch: Batch, rows: Tensor) -> Batch:
     """The batch of some sequences [B], repeated or not, of a batch [S]."""
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return dataclasses.replace(batch, **{name: value[rows] for name, value in fields.items() if value is not None})
+    return dataclasses.replace(
+        batch, **{name: value[rows] for name, value in fields.items() if value is not None}
+    )
 
 
 def _remedy(report: AuditReport, expected: Tensor) -> str:
@@ -236,21 +322,36 @@ def _remedy(report: AuditReport, expected: Tensor) -> str:
     rounding = TOLERANCE * max(size, math.sqrt(report.variance), _SMALLEST_SCALE)
     scale = float(report.mean @ expected) / size**2 if size else math.nan
     if float(report.mean.norm()) <= rounding:
-        return "its mean is 0, as that of ∇log π is on-policy: put the term into the reward, detached, times log π."
+        return (
+            "its mean is 0, as that of ∇log π is on-policy: put the term into the reward, detached,"
+            " times log π."
+        )
     if len(expected) == 1 or not float((report.mean - scale * expected).norm()) <= rounding:
         return "audit_gradient or audit_value prints bias, angle and best scale for every target."
     usual = {
         -1.0: "the sign is wrong, or the ratio is upside down (π_old/π for π/π_old).",
-        (batch_size - 1) / batch_size: "the baseline includes the sequence itself, or a sum of squares is divided by B: leave it out, or use B − 1.",
+        (batch_size - 1) / batch_size: (
+            "the baseline includes the sequence itself, or a sum of squares is divided by B: leave"
+            " it out, or use B − 1."
+        ),
         float(batch_size): "the batch is summed; take the mean.",
     }
     found = [text for factor, text in usual.items() if math.isclose(scale, factor, rel_tol=1e-9)]
-    return f"it follows the target times {scale:.6g}: " + (found[0] if found else "look for a factor that is too many or missing.")
+    return f"it follows the target times {scale:.6g}: " + (
+        found[0] if found else "look for a factor that is too many or missing."
+    )
 
 
 def _exact(executions: int) -> str:
-    return f"Exact: {executions:,} outcomes enumerated, false-alarm probability 0; any bias above the tolerance is found."
+    return (
+        f"Exact: {executions:,} outcomes enumerated, false-alarm probability 0; any bias above the"
+        " tolerance is found."
+    )
 
 
 def _numbers(values: Tensor) -> str:
-    return "(" + ", ".join(f"{value:.6g}" for value in values[:6].tolist()) + (", …)" if len(values) > 6 else ")")
+    return (
+        "("
+        + ", ".join(f"{value:.6g}" for value in values[:6].tolist())
+        + (", …)" if len(values) > 6 else ")")
+    )

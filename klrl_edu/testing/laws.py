@@ -1,10 +1,11 @@
 """Laws that every model and reward must keep.
 
-    Σ_v π(v|y_<t) = 1,     logits_t = f(y_<t),     step ≡ branch ≡ forward,     π(EOS|EOS …) = 1                (1)
+    Σ_v π(v|y_<t) = 1,     logits_t = f(y_<t),     step ≡ branch ≡ forward,
+    π(EOS|EOS …) = 1                                                                             (1)
 
-A law is a plain function that raises AssertionError with what it saw; `assert_is_language_model` runs them all on one's own
-model. Each is shown failing on a broken model in tests/testing/test_laws.py. N sequences, T tokens, V columns of logits,
-S prompt tokens.
+A law is a plain function that raises AssertionError with what it saw; `assert_is_language_model`
+runs them all on one's own model. Each is shown failing on a broken model in
+tests/testing/test_laws.py. N sequences, T tokens, V columns of logits, S prompt tokens.
 """
 
 import copy
@@ -35,7 +36,9 @@ _ALL_TOKENS = 64  # spaces up to this size are checked on every sequence
 
 
 def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
-    """Sequences [N,T] that exercise a space: all of it where it has at most 64, otherwise n random ones of every length."""
+    """Sequences [N,T] that exercise a space: all of it where it has at most 64, otherwise n random
+    ones of every length.
+    """
     if space.size <= _ALL_TOKENS:
         return space.all_tokens()
     generator = torch.Generator().manual_seed(seed)
@@ -43,11 +46,13 @@ def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
     if not space.eos:
         return tokens
     length = torch.randint(space.max_length, (n, 1), generator=generator)
-    length[:2] = torch.tensor([[space.max_length - 1], [0]])[:n]  # the longest and the empty one always
+    length[:2] = torch.tensor([[space.max_length - 1], [0]])[
+        :n
+    ]  # the longest and the empty one always
     return torch.where(torch.arange(space.max_length) < length, tokens, len(space.vocabulary))
 
 
-# --- laws of a language model ---------------------------------------------------------------------------------------
+# --- laws of a language model ---------------------------------------------------------------------
 
 
 def check_language_model(
@@ -63,7 +68,8 @@ def check_language_model(
 
     Args:
         model: any LanguageModel.
-        prompt: [S], one prompt for all sequences, or [N,S] with −1 as left padding and `tokens` [N,T]; None for none.
+        prompt: [S], one prompt for all sequences, or [N,S] with −1 as left padding and `tokens`
+            [N,T]; None for none.
         tokens: [N,T] to read; by default `example_tokens(model.space)`.
         draw: the randomness of the sampling law; `seeded_draw(0)` by default.
         fresh: builds the same model with other weights, for the state_dict law.
@@ -78,114 +84,241 @@ def check_language_model(
     check_decoding(model, prompt, tokens=tokens, tolerance=tolerance)
     check_rows_independent(model, prompt, tokens=tokens, tolerance=tolerance)
     check_eos_absorbs(model, prompt, tokens=tokens, tolerance=tolerance)
-    check_samples_belong(model, None if prompt is None else batch_prompt(prompt, len(tokens))[0], draw=draw)  # type: ignore[index]
-    check_decoding_gradient(model, None if prompt is None else batch_prompt(prompt, len(tokens))[0], tolerance=tolerance)  # type: ignore[index]
+    prompts = batch_prompt(prompt, len(tokens))
+    first = None if prompts is None else prompts[0]
+    check_samples_belong(model, first, draw=draw)
+    check_decoding_gradient(model, first, tolerance=tolerance)
     check_state_dict(model, prompt, tokens=tokens, fresh=fresh, tolerance=tolerance)
     check_refuses_past_end(model, prompt, tokens=tokens)
 
 
-assert_is_language_model = check_language_model  # under the name that stands beside the other assertions
+assert_is_language_model = (
+    check_language_model  # under the name that stands beside the other assertions
+)
 
 
-def check_normalised(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
-    """Law: next-token probabilities sum to one after every prefix, and none is NaN. Arguments as in `check_language_model`."""
+def check_normalised(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Law: next-token probabilities sum to one after every prefix, and none is NaN. Arguments as in
+    `check_language_model`.
+    """
     tokens = example_tokens(model.space) if tokens is None else tokens
     log_probs = conditional_log_probs(model, tokens, prompt)
-    _agree(logspace.logsumexp(log_probs), torch.zeros(tokens.shape, dtype=torch.float64), "normalised: log Σ_v π(v|prefix)", model, tolerance)
+    _agree(
+        logspace.logsumexp(log_probs),
+        torch.zeros(tokens.shape, dtype=torch.float64),
+        "normalised: log Σ_v π(v|prefix)",
+        model,
+        tolerance,
+    )
 
 
-def check_causal(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
-    """Law: row t of `forward` depends on tokens[:, :t] only; the tokens from t on are replaced and the row must not move."""
+def check_causal(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Law: row t of `forward` depends on tokens[:, :t] only; the tokens from t on are replaced and
+    the row must not move.
+    """
     tokens = example_tokens(model.space) if tokens is None else tokens
     log_probs = _read(model, tokens, prompt)
     for t in range(model.space.max_length):
         for shift in range(1, min(model.space.vocab_size, 4)):
-            changed = torch.cat([tokens[:, :t], (tokens[:, t:] + shift) % model.space.vocab_size], 1)
+            changed = torch.cat(
+                [tokens[:, :t], (tokens[:, t:] + shift) % model.space.vocab_size], 1
+            )
             seen = _read(model, changed, prompt)[:, t]
-            _agree(seen, log_probs[:, t], f"causal: row t = {t} of forward, with other tokens from {t} on", model, tolerance)
+            _agree(
+                seen,
+                log_probs[:, t],
+                f"causal: row t = {t} of forward, with other tokens from {t} on",
+                model,
+                tolerance,
+            )
 
 
-def check_decoding(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
-    """Law: step ≡ branch ≡ forward. Decodes along tokens by `step`, and beside it by `branch` into the true and another token."""
+def check_decoding(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Law: step ≡ branch ≡ forward. Decodes along tokens by `step`, and beside it by `branch` into
+    the true and another token.
+    """
     tokens = example_tokens(model.space) if tokens is None else tokens
     space, n = model.space, len(tokens)
     expected = _read(model, tokens, prompt)
     logits, state = model.start(n, batch_prompt(prompt, n))
     branched = state
-    _agree(_finish(model, logits, tokens, 0), expected[:, 0], "step ≡ forward: start", model, tolerance)
+    _agree(
+        _finish(model, logits, tokens, 0), expected[:, 0], "step ≡ forward: start", model, tolerance
+    )
     for t in range(1, space.max_length):
         logits, after = model.step(state, tokens[:, t - 1])
-        _agree(_finish(model, logits, tokens, t), expected[:, t], f"step ≡ forward: position {t}", model, tolerance)
+        _agree(
+            _finish(model, logits, tokens, t),
+            expected[:, t],
+            f"step ≡ forward: position {t}",
+            model,
+            tolerance,
+        )
         other = (tokens[:, t - 1] + 1) % space.vocab_size
         model.step(state, other)  # a state may be stepped twice: the first child must not notice
         state = after
         turned = torch.cat([tokens[:, : t - 1], other[:, None], tokens[:, t:]], 1)
         pair, both = model.branch(branched, torch.stack([tokens[:, t - 1], other], 1))
-        assert pair.shape == (n, 2, space.vocab_size), f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
-        _agree(_finish(model, pair[:, 0], tokens, t), expected[:, t], f"branch ≡ forward: position {t}, the true token", model, tolerance)
+        assert pair.shape == (
+            n,
+            2,
+            space.vocab_size,
+        ), f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
+        _agree(
+            _finish(model, pair[:, 0], tokens, t),
+            expected[:, t],
+            f"branch ≡ forward: position {t}, the true token",
+            model,
+            tolerance,
+        )
         beside = _read(model, turned, prompt)[:, t]
-        _agree(_finish(model, pair[:, 1], turned, t), beside, f"branch ≡ forward: position {t}, another token", model, tolerance)
+        _agree(
+            _finish(model, pair[:, 1], turned, t),
+            beside,
+            f"branch ≡ forward: position {t}, another token",
+            model,
+            tolerance,
+        )
         branched = model.select(both, torch.arange(0, 2 * n, 2, device=tokens.device))
 
 
 def check_rows_independent(
-    model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    tolerance: float | None = None,
 ) -> None:
-    """Law: a row reads the same alone, in a batch, and after `select` has reordered and repeated the batch."""
+    """Law: a row reads the same alone, in a batch, and after `select` has reordered and repeated
+    the batch.
+    """
     tokens = example_tokens(model.space) if tokens is None else tokens
     rows, n = batch_prompt(prompt, len(tokens)), len(tokens)
     expected = _read(model, tokens, prompt)
     for i in range(min(n, 6)):
         alone = _read(model, tokens[i : i + 1], None if rows is None else rows[i : i + 1])
-        _agree(alone[0], expected[i], f"rows independent of the batch: row {i} alone", model, tolerance)
+        _agree(
+            alone[0], expected[i], f"rows independent of the batch: row {i} alone", model, tolerance
+        )
     index = torch.cat([torch.arange(n).flip(0), torch.arange(0, n, 2)]).to(tokens.device)
     _, state = model.start(n, rows)
     for t in range(1, model.space.max_length):
         logits, _ = model.step(model.select(state, index), tokens[index, t - 1])
         _, state = model.step(state, tokens[:, t - 1])
         seen = _finish(model, logits, tokens[index], t)
-        _agree(seen, expected[index, t], f"rows independent of the batch: rows reordered by select, position {t}", model, tolerance)
+        _agree(
+            seen,
+            expected[index, t],
+            f"rows independent of the batch: rows reordered by select, position {t}",
+            model,
+            tolerance,
+        )
 
 
-def check_eos_absorbs(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None, tolerance: float | None = None) -> None:
-    """Law: EOS has probability 1 after EOS and at T, and `token_log_prob` says the same as the conditionals."""
+def check_eos_absorbs(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Law: EOS has probability 1 after EOS and at T, and `token_log_prob` says the same as the
+    conditionals.
+    """
     tokens = example_tokens(model.space) if tokens is None else tokens
     log_probs = conditional_log_probs(model, tokens, prompt)
     ended, last = ended_and_last(model.space, tokens)
     if model.space.eos:
         forced = log_probs[ended | last]
-        assert bool((forced[:, -1] == 0).all()), "EOS forced and absorbing: π(EOS) is not 1 after EOS or at T"
-        assert bool((forced[:, :-1] == -math.inf).all()), "EOS forced and absorbing: a word has mass after EOS or at T"
+        assert bool((forced[:, -1] == 0).all()), (
+            "EOS forced and absorbing: π(EOS) is not 1 after EOS or at T"
+        )
+        assert bool((forced[:, :-1] == -math.inf).all()), (
+            "EOS forced and absorbing: a word has mass after EOS or at T"
+        )
     taken = log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
     what = "EOS forced and absorbing: token_log_prob against conditional_log_probs"
     _agree(token_log_probs(model, tokens, prompt), taken, what, model, tolerance)
 
 
-def check_samples_belong(model: LanguageModel, prompt: Tensor | None = None, *, draw: Draw | None = None, n: int = 32) -> None:
-    """Law: samples are sequences of the space (EOS absorbs, and stands at T) with positive mass. prompt [S] or None."""
+def check_samples_belong(
+    model: LanguageModel, prompt: Tensor | None = None, *, draw: Draw | None = None, n: int = 32
+) -> None:
+    """Law: samples are sequences of the space (EOS absorbs, and stands at T) with positive mass.
+    prompt [S] or None.
+    """
     tokens = model.sample(n, draw=seeded_draw(0) if draw is None else draw, prompt=prompt)
-    assert tokens.shape == (n, model.space.max_length), f"sample gave shape {list(tokens.shape)}, expected [n, T] = {[n, model.space.max_length]}"
+    assert tokens.shape == (
+        n,
+        model.space.max_length,
+    ), f"sample gave shape {list(tokens.shape)}, expected [n, T] = {[n, model.space.max_length]}"
     try:
         model.space.check_tokens(tokens, "sample")
     except InputError as error:
         raise AssertionError(f"EOS forced and absorbing: {error}") from None
     log_probs = model.log_prob(tokens, prompt)
-    assert bool((log_probs > -math.inf).all()), f"a sample has zero mass: {model.space.decode(tokens[log_probs == -math.inf])[:1]}"
+    assert bool((log_probs > -math.inf).all()), (
+        f"a sample has zero mass: {model.space.decode(tokens[log_probs == -math.inf])[:1]}"
+    )
 
 
-def check_decoding_gradient(model: LanguageModel, prompt: Tensor | None = None, *, tolerance: float | None = None, n: int = 16) -> None:
-    """Law: log-probabilities and gradient are the same along `step`, where training takes them, and by `forward`. prompt [S] or None."""
+def check_decoding_gradient(
+    model: LanguageModel,
+    prompt: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    n: int = 16,
+) -> None:
+    """Law: log-probabilities and gradient are the same along `step`, where training takes them, and
+    by `forward`. prompt [S] or None.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tokens, decoded = sample_scored(model, n, draw=seeded_draw(0), prompts=None if prompt is None else prompt[None])
+    tokens, decoded = sample_scored(
+        model, n, draw=seeded_draw(0), prompts=None if prompt is None else prompt[None]
+    )
     read = token_log_probs(model, tokens, prompt)
-    _agree(decoded.detach(), read.detach(), "gradient of step ≡ forward: the log-probabilities themselves", model, tolerance)
+    _agree(
+        decoded.detach(),
+        read.detach(),
+        "gradient of step ≡ forward: the log-probabilities themselves",
+        model,
+        tolerance,
+    )
     if not parameters or not read.requires_grad:
         return
-    assert decoded.requires_grad, "gradient of step ≡ forward: start and step carry no gradient, so training on samples would not move the model"
-    weight = torch.linspace(-1, 1, read.numel(), dtype=read.dtype, device=read.device).view_as(read)  # an advantage for each token
-    sides = (torch.autograd.grad((weight * side).sum(), parameters, allow_unused=True) for side in (decoded, read))
+    assert decoded.requires_grad, (
+        "gradient of step ≡ forward: start and step carry no gradient, so training on samples would"
+        " not move the model"
+    )
+    weight = torch.linspace(-1, 1, read.numel(), dtype=read.dtype, device=read.device).view_as(
+        read
+    )  # an advantage for each token
+    sides = (
+        torch.autograd.grad((weight * side).sum(), parameters, allow_unused=True)
+        for side in (decoded, read)
+    )
     for parameter, *gradients in zip(parameters, *sides, strict=True):
-        mine, theirs = (torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients)
+        mine, theirs = (
+            torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients
+        )
         _agree(mine, theirs, "gradient of step ≡ forward", model, tolerance)
 
 
@@ -197,11 +330,12 @@ def check_state_dict(
     fresh: Callable[[], LanguageModel] | None = None,
     tolerance: float | None = None,
 ) -> None:
-    """Law: a state_dict that is saved, loaded (weights only) and put into a model with other weights gives the same distribution.
+    """Law: a state_dict that is saved, loaded (weights only) and put into a model with other
+    weights gives the same distribution.
 
     Args:
-        fresh: builds the same model with other weights; by default a deep copy whose parameters are drawn anew, which
-            cannot notice weights that are kept outside the parameters.
+        fresh: builds the same model with other weights; by default a deep copy whose parameters are
+            drawn anew, which cannot notice weights that are kept outside the parameters.
     """
     tokens = example_tokens(model.space) if tokens is None else tokens
     file = io.BytesIO()
@@ -209,10 +343,18 @@ def check_state_dict(
     file.seek(0)
     other = _scrambled(model) if fresh is None else fresh()
     other.load_state_dict(torch.load(file, weights_only=True))
-    _agree(_read(other, tokens, prompt), _read(model, tokens, prompt), "state_dict round trip", model, tolerance)
+    _agree(
+        _read(other, tokens, prompt),
+        _read(model, tokens, prompt),
+        "state_dict round trip",
+        model,
+        tolerance,
+    )
 
 
-def check_refuses_past_end(model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None) -> None:
+def check_refuses_past_end(
+    model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None
+) -> None:
     """Law: logits exist for positions 0 … T−1; one `step` more raises InputError."""
     tokens = example_tokens(model.space) if tokens is None else tokens
     _, state = model.start(len(tokens), batch_prompt(prompt, len(tokens)))
@@ -222,11 +364,21 @@ def check_refuses_past_end(model: LanguageModel, prompt: Tensor | None = None, *
         model.step(state, tokens[:, -1])
     except InputError:
         return
-    raise AssertionError(f"stepping past T = {model.space.max_length} must raise InputError (call check_room in step)")
+    raise AssertionError(
+        f"stepping past T = {model.space.max_length} must raise InputError (call check_room in"
+        " step)"
+    )
 
 
-def check_causal_reward(reward: Reward, space: SequenceSpace, prompt: Tensor | None = None, *, tokens: Tensor | None = None) -> None:
-    """Law of a reward [N,T]: column t depends on tokens[:, :t+1] only, and is 0 after the first EOS.
+def check_causal_reward(
+    reward: Reward,
+    space: SequenceSpace,
+    prompt: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+) -> None:
+    """Law of a reward [N,T]: column t depends on tokens[:, :t+1] only, and is 0 after the first
+    EOS.
 
     Args:
         reward: reward(tokens [N,T], prompt) -> [N,T] in reward units.
@@ -237,20 +389,35 @@ def check_causal_reward(reward: Reward, space: SequenceSpace, prompt: Tensor | N
     tokens = example_tokens(space) if tokens is None else tokens
     rows = batch_prompt(prompt, len(tokens))
     values = reward(tokens, rows)
-    assert values.shape == tokens.shape, f"causal reward: shape {list(values.shape)}, expected [N, T] = {list(tokens.shape)}"
-    assert bool((values[~space.live(tokens)] == 0).all()), "causal reward: a value after the first EOS is not 0"
+    assert values.shape == tokens.shape, (
+        f"causal reward: shape {list(values.shape)}, expected [N, T] = {list(tokens.shape)}"
+    )
+    assert bool((values[~space.live(tokens)] == 0).all()), (
+        "causal reward: a value after the first EOS is not 0"
+    )
     for t in range(space.max_length):
         for shift in range(1, min(len(tokens), 5)):
-            changed = _close(torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1), space)
+            changed = _close(
+                torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1), space
+            )
             seen = reward(changed, rows)[:, t]
             same = torch.isclose(seen, values[:, t], rtol=0, atol=1e-12, equal_nan=True)
-            assert bool(same.all()), f"causal reward: column {t} moved with later tokens, {_first(same, seen, values[:, t])}"
+            assert bool(same.all()), (
+                f"causal reward: column {t} moved with later tokens,"
+                f" {_first(same, seen, values[:, t])}"
+            )
 
 
 @torch.no_grad()
 def _read(model: LanguageModel, tokens: Tensor, prompt: Tensor | None) -> Tensor:
-    """Log-probabilities [N,T,V] along any ids, whether or not they are a sequence of the space (EOS at T)."""
-    return force_eos(model(tokens, batch_prompt(prompt, len(tokens))), *ended_and_last(model.space, tokens), model.space)
+    """Log-probabilities [N,T,V] along any ids, whether or not they are a sequence of the space (EOS
+    at T).
+    """
+    return force_eos(
+        model(tokens, batch_prompt(prompt, len(tokens))),
+        *ended_and_last(model.space, tokens),
+        model.space,
+    )
 
 
 def _finish(model: LanguageModel, logits: Tensor, tokens: Tensor, t: int) -> Tensor:
@@ -259,18 +426,26 @@ def _finish(model: LanguageModel, logits: Tensor, tokens: Tensor, t: int) -> Ten
     return force_eos(logits.detach(), ended[:, t], last[t], model.space)
 
 
-def _agree(seen: Tensor, expected: Tensor, law: str, model: LanguageModel, tolerance: float | None) -> None:
+def _agree(
+    seen: Tensor, expected: Tensor, law: str, model: LanguageModel, tolerance: float | None
+) -> None:
     """Equal within the tolerance of the model's dtype, −inf only to −inf, NaN to nothing."""
     if tolerance is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
         tolerance = TOLERANCES.get(dtype, 1e-5)
     same = torch.isclose(seen.cpu(), expected.detach().cpu(), rtol=tolerance, atol=tolerance)
-    assert bool(same.all()), f"{type(model).__name__} breaks the law '{law}': {_first(same, seen, expected)}; tolerance {tolerance:g}"
+    assert bool(same.all()), (
+        f"{type(model).__name__} breaks the law '{law}': {_first(same, seen, expected)}; tolerance"
+        f" {tolerance:g}"
+    )
 
 
 def _first(same: Tensor, seen: Tensor, expected: Tensor) -> str:
     place = (~same).nonzero()[0].tolist()
-    return f"entry {place} is {seen[tuple(place)].item():.17g}, expected {expected[tuple(place)].item():.17g}"
+    return (
+        f"entry {place} is {seen[tuple(place)].item():.17g}, expected"
+        f" {expected[tuple(place)].item():.17g}"
+    )
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""The ledger of a test run: what each statistical assertion may get wrong, and the union bound over all of them.
+"""The ledger of a test run: what each statistical assertion may get wrong, and the union bound over
+all of them.
 
-    P(a correct library fails the run) ≤ Σ_k δ_k                                                                  (1)
+    P(a correct library fails the run) ≤ Σ_k δ_k                                                 (1)
 
-(1) needs no independence, so assertions may share a seed. Standard library only: the pytest plugin reads it without torch.
-Boucheron, Lugosi and Massart (2013), section 1.2, for the union bound.
+(1) needs no independence, so assertions may share a seed. Standard library only: the pytest plugin
+reads it without torch. Boucheron, Lugosi and Massart (2013), section 1.2, for the union bound.
 """
 
 import math
@@ -39,21 +40,37 @@ class Ledger:
 
     @property
     def false_alarm(self) -> float:
-        """Σ δ (1), an upper bound on the probability that a correct library fails the run; at most 1."""
+        """Σ δ (1), an upper bound on the probability that a correct library fails the run; at most
+        1.
+        """
         return min(1.0, math.fsum(entry.false_alarm for entry in self.entries))
 
     def record(self, assertion: str, *, false_alarm: float, detectable: float, unit: str) -> None:
-        """Writes an assertion down, with the test that runs (pytest keeps its name in PYTEST_CURRENT_TEST)."""
+        """Writes an assertion down, with the test that runs (pytest keeps its name in
+        PYTEST_CURRENT_TEST).
+        """
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         self.entries.append(Entry(assertion, false_alarm, detectable, unit, test))
 
     def summary(self, most: int = 10) -> list[str]:
-        """Lines of text: the count and (1), then the `most` assertions of the largest false-alarm probability."""
+        """Lines of text: the count and (1), then the `most` assertions of the largest false-alarm
+        probability.
+        """
         ranked = sorted(self.entries, key=lambda entry: -entry.false_alarm)
-        lines = [f"{len(ranked)} in all; a correct library fails one of them with probability at most {self.false_alarm:.3g} (union bound)"]
-        lines += [f"{entry.false_alarm:9.2e}  finds {entry.detectable:8.2e} {entry.unit}  {entry.assertion}  {entry.test}" for entry in ranked[:most]]
+        lines = [
+            f"{len(ranked)} in all; a correct library fails one of them with probability at most"
+            f" {self.false_alarm:.3g} (union bound)"
+        ]
+        lines += [
+            f"{entry.false_alarm:9.2e}  finds {entry.detectable:8.2e} {entry.unit} "
+            f" {entry.assertion}  {entry.test}"
+            for entry in ranked[:most]
+        ]
         if ranked[most:]:
-            lines.append(f"{math.fsum(entry.false_alarm for entry in ranked[most:]):9.2e}  in {len(ranked) - most} more")
+            lines.append(
+                f"{math.fsum(entry.false_alarm for entry in ranked[most:]):9.2e}  in"
+                f" {len(ranked) - most} more"
+            )
         return lines
 
 

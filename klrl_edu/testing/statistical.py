@@ -1,12 +1,16 @@
-"""Assertions about samples, each with a proven false-alarm probability δ and the bias that it finds with probability 1 − 1e-6.
+"""Assertions about samples, each with a proven false-alarm probability δ and the bias that it finds
+with probability 1 − 1e-6.
 
-    counts      c_k ~ Binomial(n, p_k):  fails if P(C_k ≤ c_k) ≤ δ/2K or P(C_k ≥ c_k) ≤ δ/2K for any of K bins     (1)
-    means       |x̄ − μ| ≤ σ√(2t/n) + bt/3n  but with probability 2e^{−t},  t = log 2/δ,  b ≥ |x − μ|                 (2)
+    counts      c_k ~ Binomial(n, p_k):
+    fails if P(C_k ≤ c_k) ≤ δ/2K or P(C_k ≥ c_k) ≤ δ/2K for any of K bins                        (1)
+    means       |x̄ − μ| ≤ σ√(2t/n) + bt/3n  but with probability 2e^{−t},  t = log 2/δ,
+    b ≥ |x − μ|                                                                                  (2)
 
-(1) is exact for any counts (Clopper and Pearson 1934) and adds up over bins by Bonferroni's inequality. (2) is Bernstein's inequality
-(Boucheron, Lugosi and Massart 2013, theorem 2.10 and corollary 2.11, c = b/3) with the σ and b of the enumerated distribution. No
-t-test: with one outcome of probability 1/n, its normal approximation is wrong with probability 1/e at any level (tests/testing/test_calibration.py).
-n samples, K bins, S supported sequences, T tokens.
+(1) is exact for any counts (Clopper and Pearson 1934) and adds up over bins by Bonferroni's
+inequality. (2) is Bernstein's inequality (Boucheron, Lugosi and Massart 2013, theorem 2.10 and
+corollary 2.11, c = b/3) with the σ and b of the enumerated distribution. No t-test: with one
+outcome of probability 1/n, its normal approximation is wrong with probability 1/e at any level
+(tests/testing/test_calibration.py). n samples, K bins, S supported sequences, T tokens.
 """
 
 import math
@@ -27,7 +31,9 @@ from klrl_edu.testing import ledger
 FALSE_ALARM = 1e-9
 MISS = 1e-6  # the probability of missing a bias as large as the one that an assertion states
 _RARE = 10.0  # sequences expected less often are counted together
-_ROUNDING = 1e-12  # relative to the largest value: two exact sums of the same numbers differ by less
+_ROUNDING = (
+    1e-12  # relative to the largest value: two exact sums of the same numbers differ by less
+)
 
 Array = NDArray[Any]
 
@@ -43,7 +49,7 @@ def run_draw() -> Draw:
     return seeded_draw(ledger.run.seed)
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------------
 
 
 def assert_samples_from(
@@ -58,9 +64,10 @@ def assert_samples_from(
     """Independent samples have the model's distribution over whole sequences, by (1).
 
     Args:
-        sampler: a model, whose `sample` is meant; a function called as sampler(n, draw=draw) -> tokens [n,T]; or the tokens themselves, drawn
-            independently.
-        model: the distribution they should have; its support is enumerated. By default the model that samples.
+        sampler: a model, whose `sample` is meant; a function called as sampler(n, draw=draw) ->
+            tokens [n,T]; or the tokens themselves, drawn independently.
+        model: the distribution they should have; its support is enumerated. By default the model
+            that samples.
         n: how many to draw; ignored where tokens are given.
         draw: the randomness; by default the run's seed.
         prompt: [S] of the model, or None.
@@ -75,7 +82,8 @@ def assert_samples_from(
     model = sampler if model is None and isinstance(sampler, LanguageModel) else model
     if model is None:
         raise InputError(
-            "model is missing: only a model that samples itself says what its samples should be; pass assert_samples_from(sampler, model)."
+            "model is missing: only a model that samples itself says what its samples should be;"
+            " pass assert_samples_from(sampler, model)."
         )
     support = enumerate_support(model, prompt=prompt)
     index = _index_in(support.tokens, model.space.check_tokens(tokens, "samples"))
@@ -84,34 +92,52 @@ def assert_samples_from(
     mass = np.bincount(bins, probs)
     limits = count_limits(len(tokens), mass, false_alarm)
     detectable = detectable_mass(len(tokens), mass, limits)
-    ledger.run.record("assert_samples_from", false_alarm=limits.false_alarm, detectable=detectable, unit="of mass in a bin")
+    ledger.run.record(
+        "assert_samples_from",
+        false_alarm=limits.false_alarm,
+        detectable=detectable,
+        unit="of mass in a bin",
+    )
     claim = _claim(limits.false_alarm, f"a bin's mass off by more than {detectable:.3g}")
     stray = (index < 0).nonzero()
     assert not len(stray), (
-        f"sample {int(stray[0])} is {model.space.decode(tokens[stray[0]])[0]!r}, which has mass 0 under {type(model).__name__} "
-        f"({len(stray)} of {len(tokens):,} samples have); no such sample is allowed. Remedy: look where the sampler forgets a −inf.{claim}"
+        f"sample {int(stray[0])} is {model.space.decode(tokens[stray[0]])[0]!r}, which has mass 0"
+        f" under {type(model).__name__} ({len(stray)} of {len(tokens):,} samples have); no such"
+        f" sample is allowed. Remedy: look where the sampler forgets a −inf.{claim}"
     )
     counts = np.bincount(bins[index.cpu().numpy()], minlength=len(mass))
     outside = (counts < limits.low) | (counts > limits.high)
     k = int(np.argmax(np.where(outside, np.abs(counts / len(tokens) - mass) / np.sqrt(mass), 0)))
     members = model.space.decode(support.tokens[torch.as_tensor(bins == k)])
-    name = repr(members[0]) + (f" (and {len(members) - 1} rare ones beside it)" if members[1:] else "")
+    name = repr(members[0]) + (
+        f" (and {len(members) - 1} rare ones beside it)" if members[1:] else ""
+    )
     assert not outside.any(), (
-        f"{len(tokens):,} samples are not from {type(model).__name__}: {name} came {counts[k]:,} times, a share of {counts[k] / len(tokens):.6g}; "
-        f"expected {mass[k]:.6g}, between {limits.low[k]:,.0f} and {limits.high[k]:,.0f} times ({outside.sum()} of {len(mass)} bins are outside). "
-        f"Remedy: compare the sampler's conditionals with conditional_log_probs(model, tokens), position by position.{claim}"
+        f"{len(tokens):,} samples are not from {type(model).__name__}: {name} came {counts[k]:,}"
+        f" times, a share of {counts[k] / len(tokens):.6g}; expected {mass[k]:.6g}, between"
+        f" {limits.low[k]:,.0f} and {limits.high[k]:,.0f} times ({outside.sum()} of {len(mass)}"
+        " bins are outside). Remedy: compare the sampler's conditionals with"
+        f" conditional_log_probs(model, tokens), position by position.{claim}"
     )
 
 
-def _drawn(sampler: LanguageModel | Sampler | Tensor, n: int, draw: Draw, prompt: Tensor | None) -> Tensor:
+def _drawn(
+    sampler: LanguageModel | Sampler | Tensor, n: int, draw: Draw, prompt: Tensor | None
+) -> Tensor:
     """Tokens [n,T]."""
     if isinstance(sampler, Tensor):
         return sampler
-    return sampler.sample(n, draw=draw, prompt=prompt) if isinstance(sampler, LanguageModel) else sampler(n, draw=draw)
+    return (
+        sampler.sample(n, draw=draw, prompt=prompt)
+        if isinstance(sampler, LanguageModel)
+        else sampler(n, draw=draw)
+    )
 
 
 class CountLimits(NamedTuple):
-    """The counts that (1) accepts, low ≤ c ≤ high [K], and the exact probability, summed over bins, that one is outside."""
+    """The counts that (1) accepts, low ≤ c ≤ high [K], and the exact probability, summed over bins,
+    that one is outside.
+    """
 
     low: Array
     high: Array
@@ -133,21 +159,28 @@ def count_limits(n: int, mass: Array, false_alarm: float) -> CountLimits:
 
 
 def detectable_mass(n: int, mass: Array, limits: CountLimits) -> float:
-    """The smallest Δ such that a bin whose mass is off by more than Δ, up or down, passes with probability below 1e-6.
+    """The smallest Δ such that a bin whose mass is off by more than Δ, up or down, passes with
+    probability below 1e-6.
 
-    Where no count is too high or too low, Δ is all that a mass can move that way. By the beta form of the binomial tails,
-    P(C ≤ c | p) = 1 − I_p(c + 1, n − c) (Clopper and Pearson 1934).
+    Where no count is too high or too low, Δ is all that a mass can move that way. By the beta form
+    of the binomial tails, P(C ≤ c | p) = 1 − I_p(c + 1, n − c) (Clopper and Pearson 1934).
     """
     low, high = limits.low, limits.high
-    up = np.where(high < n, stats.beta.ppf(1 - MISS, high + 1, np.maximum(n - high, 1)), 1.0)  # P(C ≤ high | up) = 1e-6
-    down = np.where(low > 0, stats.beta.ppf(MISS, np.maximum(low, 1), n - low + 1), 0.0)  # P(C ≥ low | down) = 1e-6
+    up = np.where(
+        high < n, stats.beta.ppf(1 - MISS, high + 1, np.maximum(n - high, 1)), 1.0
+    )  # P(C ≤ high | up) = 1e-6
+    down = np.where(
+        low > 0, stats.beta.ppf(MISS, np.maximum(low, 1), n - low + 1), 0.0
+    )  # P(C ≥ low | down) = 1e-6
     return float(max((up - mass).max(), (mass - down).max()))
 
 
 def _bins(probs: Array, n: int) -> Array:
-    """Which bin each supported sequence [S] is counted in: its own, or one that it shares with rare neighbours in lexicographic order.
+    """Which bin each supported sequence [S] is counted in: its own, or one that it shares with rare
+    neighbours in lexicographic order.
 
-    Neighbours share a prefix, so that a fault in one conditional is not averaged away. The first bins are those of the rare ones.
+    Neighbours share a prefix, so that a fault in one conditional is not averaged away. The first
+    bins are those of the rare ones.
     """
     rare = n * probs < _RARE
     bins = np.zeros(len(probs), dtype=np.int64)
@@ -158,7 +191,9 @@ def _bins(probs: Array, n: int) -> Array:
 
 
 def _pieces(expected: Array) -> Array:
-    """Which piece each of the counts [R] falls in, cut so that every piece expects from _RARE to 3·_RARE, or all of them less."""
+    """Which piece each of the counts [R] falls in, cut so that every piece expects from _RARE to
+    3·_RARE, or all of them less.
+    """
     cumulative, done, ends = np.cumsum(expected), 0.0, []
     while cumulative[-1] - done >= 2 * _RARE:
         ends.append(int(np.searchsorted(cumulative, done + _RARE)) + 1)
@@ -168,16 +203,25 @@ def _pieces(expected: Array) -> Array:
 
 def _index_in(support: Tensor, tokens: Tensor) -> Tensor:
     """The row of `support` [S,T] that each of `tokens` [n,T] is -> [n]; −1 where there is none."""
-    distinct, inverse = torch.unique(torch.cat([support, tokens.to(support)]), dim=0, return_inverse=True)
+    distinct, inverse = torch.unique(
+        torch.cat([support, tokens.to(support)]), dim=0, return_inverse=True
+    )
     row = torch.full((len(distinct),), -1, dtype=torch.long, device=support.device)
     row[inverse[: len(support)]] = torch.arange(len(support), device=support.device)
     return row[inverse[len(support) :]]
 
 
-# --- means ----------------------------------------------------------------------------------------------------------
+# --- means ----------------------------------------------------------------------------------------
 
 
-def assert_mean_is(samples: Tensor, expected: float, *, sigma: float, value_range: tuple[float, float], false_alarm: float = FALSE_ALARM) -> None:
+def assert_mean_is(
+    samples: Tensor,
+    expected: float,
+    *,
+    sigma: float,
+    value_range: tuple[float, float],
+    false_alarm: float = FALSE_ALARM,
+) -> None:
     """Independent samples have the expected mean, by (2).
 
     Args:
@@ -185,40 +229,56 @@ def assert_mean_is(samples: Tensor, expected: float, *, sigma: float, value_rang
         expected: μ.
         sigma: the standard deviation of one sample, enumerated, never estimated from the samples.
         value_range: (lowest, highest) value that a sample can have, enumerated too.
-        false_alarm: δ, the probability that samples of mean μ, standard deviation `sigma` and this range fail.
+        false_alarm: δ, the probability that samples of mean μ, standard deviation `sigma` and this
+            range fail.
 
     Raises:
         AssertionError: the mean is further off than (2) allows, or a sample is outside the range.
-        InputError: `expected` is outside the range, `sigma` is negative or larger than the range allows.
+        InputError: `expected` is outside the range, `sigma` is negative or larger than the range
+            allows.
     """
     if samples.ndim != 1 or not len(samples):
-        raise InputError(f"samples has shape {list(samples.shape)}; expected [n] with n at least 1.")
+        raise InputError(
+            f"samples has shape {list(samples.shape)}; expected [n] with n at least 1."
+        )
     n, (lowest, highest) = len(samples), value_range
     limits = mean_limits(n, expected, sigma, value_range, false_alarm)
     detectable = detectable_shift(n, expected, sigma, value_range, false_alarm)
-    ledger.run.record("assert_mean_is", false_alarm=false_alarm, detectable=detectable, unit="of the mean")
+    ledger.run.record(
+        "assert_mean_is", false_alarm=false_alarm, detectable=detectable, unit="of the mean"
+    )
     claim = _claim(false_alarm, f"a mean off by more than {detectable:.3g} with this σ and range")
     values = samples.detach().double().cpu()
     rounding = _ROUNDING * max(abs(lowest), abs(highest))
     inside = (values >= lowest - rounding) & (values <= highest + rounding)
     assert bool(inside.all()), (
-        f"samples[{int((~inside).nonzero()[0])}] = {float(values[~inside][0]):.17g} is outside the enumerated range [{lowest:.17g}, {highest:.17g}]. "
-        f"Remedy: enumerate the range of the very function that is sampled.{claim}"
+        f"samples[{int((~inside).nonzero()[0])}] = {float(values[~inside][0]):.17g} is outside the"
+        f" enumerated range [{lowest:.17g}, {highest:.17g}]. Remedy: enumerate the range of the"
+        f" very function that is sampled.{claim}"
     )
     mean = math.fsum(values.tolist()) / n
     assert limits[0] - rounding <= mean <= limits[1] + rounding, (
-        f"the mean of {n:,} samples is {mean:.9g}; expected {expected:.9g}, between {limits[0]:.9g} and {limits[1]:.9g} (σ = {sigma:.6g}). "
-        f"Remedy: audit the estimator exactly (audit_gradient, audit_value) to see what it follows.{claim}"
+        f"the mean of {n:,} samples is {mean:.9g}; expected {expected:.9g}, between {limits[0]:.9g}"
+        f" and {limits[1]:.9g} (σ = {sigma:.6g}). Remedy: audit the estimator exactly"
+        f" (audit_gradient, audit_value) to see what it follows.{claim}"
     )
 
 
-def mean_limits(n: int, expected: float, sigma: float, value_range: tuple[float, float], false_alarm: float) -> tuple[float, float]:
+def mean_limits(
+    n: int, expected: float, sigma: float, value_range: tuple[float, float], false_alarm: float
+) -> tuple[float, float]:
     """Where (2) keeps the mean of n samples, with δ/2 on each side."""
     lowest, highest = value_range
     if not lowest <= expected <= highest:
-        raise InputError(f"expected = {expected!r} is outside value_range = {value_range!r}; a mean lies between the lowest and the highest value.")
+        raise InputError(
+            f"expected = {expected!r} is outside value_range = {value_range!r}; a mean lies between"
+            " the lowest and the highest value."
+        )
     if not 0 <= sigma <= (highest - lowest) / 2 * (1 + _ROUNDING):  # Popoviciu
-        raise InputError(f"sigma = {sigma!r} is impossible: a standard deviation is between 0 and half the range, {(highest - lowest) / 2!r}.")
+        raise InputError(
+            f"sigma = {sigma!r} is impossible: a standard deviation is between 0 and half the"
+            f" range, {(highest - lowest) / 2!r}."
+        )
     level = _check_false_alarm(false_alarm) / 2
     return (
         expected - bernstein_deviation(n, sigma, expected - lowest, level),
@@ -226,17 +286,23 @@ def mean_limits(n: int, expected: float, sigma: float, value_range: tuple[float,
     )
 
 
-def detectable_shift(n: int, expected: float, sigma: float, value_range: tuple[float, float], false_alarm: float) -> float:
-    """The smallest shift of the mean that fails with probability at least 1 − 1e-6, for samples of no larger σ and the same range.
+def detectable_shift(
+    n: int, expected: float, sigma: float, value_range: tuple[float, float], false_alarm: float
+) -> float:
+    """The smallest shift of the mean that fails with probability at least 1 − 1e-6, for samples of
+    no larger σ and the same range.
 
     The mean must be further off than the limit by what (2) allows the other way.
     """
     low, high = mean_limits(n, expected, sigma, value_range, false_alarm)
-    return max(high - expected, expected - low) + bernstein_deviation(n, sigma, value_range[1] - value_range[0], MISS)
+    return max(high - expected, expected - low) + bernstein_deviation(
+        n, sigma, value_range[1] - value_range[0], MISS
+    )
 
 
 def bernstein_deviation(n: int, sigma: float, largest: float, probability: float) -> float:
-    """σ√(2t/n) + bt/3n with t = log 1/probability: the mean of n independent values exceeds its expectation by more at most so often.
+    """σ√(2t/n) + bt/3n with t = log 1/probability: the mean of n independent values exceeds its
+    expectation by more at most so often.
 
     Args:
         sigma: the standard deviation of one value.
@@ -250,9 +316,13 @@ def bernstein_deviation(n: int, sigma: float, largest: float, probability: float
 
 def _check_false_alarm(false_alarm: float) -> float:
     if not 0 < false_alarm < 1:
-        raise InputError(f"false_alarm = {false_alarm!r} must be above 0 and below 1, such as 1e-9.")
+        raise InputError(
+            f"false_alarm = {false_alarm!r} must be above 0 and below 1, such as 1e-9."
+        )
     return false_alarm
 
 
 def _claim(false_alarm: float, bias: str) -> str:
-    return f"\nFalse-alarm probability {false_alarm:.2g}; finds {bias} with probability 1 − {MISS:g}."
+    return (
+        f"\nFalse-alarm probability {false_alarm:.2g}; finds {bias} with probability 1 − {MISS:g}."
+    )

@@ -1,9 +1,10 @@
 """Random problems on which statements of the theory are tried.
 
-    q on K sequences,  r,  λ,  another policy π on the same K sequences                                          (1)
+    q on K sequences,  r,  λ,  another policy π on the same K sequences                          (1)
 
-Small enough for everything to be enumerated; with and without EOS, with sequences of no prior mass, ties, equal and large rewards,
-policies near q and far from it. K supported sequences, T tokens; logs in nats.
+Small enough for everything to be enumerated; with and without EOS, with sequences of no prior mass,
+ties, equal and large rewards, policies near q and far from it. K supported sequences, T tokens;
+logs in nats.
 """
 
 import random
@@ -33,7 +34,8 @@ class Case:
     """One problem and one policy.
 
     Attributes:
-        problem: a SequenceTable prior, some of whose rows may have no mass; a reward by text or by token; λ.
+        problem: a SequenceTable prior, some of whose rows may have no mass; a reward by text or by
+            token; λ.
         support: its sequences with mass.
         log_policy: log π [K] in nats, on the support, full.
         key: of the case, "seed/index"; with a statement's name it seeds `noise`.
@@ -86,23 +88,32 @@ class Case:
         return SequenceTable(self.problem.space, self.support.tokens, self.log_policy)
 
     def reseed(self, name: str) -> "Case":
-        """Starts `noise` again for a statement, so that what it sees does not depend on which others were tried before."""
+        """Starts `noise` again for a statement, so that what it sees does not depend on which
+        others were tried before.
+        """
         self.noise.seed(f"{self.key}/{name}")
         return self
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Gaussian numbers of this case."""
         size = torch.Size(shape).numel()
-        return torch.tensor([self.noise.gauss(0, scale) for _ in range(size)], dtype=torch.float64).reshape(shape)
+        return torch.tensor(
+            [self.noise.gauss(0, scale) for _ in range(size)], dtype=torch.float64
+        ).reshape(shape)
 
     def distribution(self, *shape: int) -> Tensor:
         """Random log-probabilities, normalised over the last axis."""
         return torch.log_softmax(self.normal(*shape), -1)
 
     def small(self, count: int) -> "SmallCase":
-        """The first `count` outcomes (at most K) of the case, q and π renormalised on them: what enumerating batches can afford."""
+        """The first `count` outcomes (at most K) of the case, q and π renormalised on them: what
+        enumerating batches can afford.
+        """
         return SmallCase(
-            logspace.log_normalize(self.log_prior[:count]), self.rewards[:count], self.kl_coef, logspace.log_normalize(self.log_policy[:count])
+            logspace.log_normalize(self.log_prior[:count]),
+            self.rewards[:count],
+            self.kl_coef,
+            logspace.log_normalize(self.log_policy[:count]),
         )
 
 
@@ -137,12 +148,16 @@ def _case(key: str) -> Case:
     logits = [noise.gauss(0, 1) for _ in range(count)]
     for row in range(noise.randint(0, min(2, count - 3))):  # sequences without mass
         logits[row] = float("-inf")
-    prior = SequenceTable(space, tokens, torch.tensor(logits, dtype=torch.float64)).requires_grad_(False)
+    prior = SequenceTable(space, tokens, torch.tensor(logits, dtype=torch.float64)).requires_grad_(
+        False
+    )
     kl_coef = noise.choice((0.1, 0.5, 1.0, 2.0, 5.0)) * noise.uniform(0.8, 1.25)
     problem = Problem(prior, _reward(noise, space, tokens), kl_coef)
     support = problem_support(problem)
     spread = noise.choice((0.1, 1.0, 3.0))
-    logits_of_policy = support.log_prior + torch.tensor([noise.gauss(0, spread) for _ in support.tokens], dtype=torch.float64)
+    logits_of_policy = support.log_prior + torch.tensor(
+        [noise.gauss(0, spread) for _ in support.tokens], dtype=torch.float64
+    )
     return Case(problem, support, logspace.log_normalize(logits_of_policy), key, noise)
 
 

@@ -1,6 +1,7 @@
 """The claims of the five articles that this project began from, each judged by numbers.
 
-klrl check --claims, the tests and a page of the site share this table; what a claim is stands in `articles/claim.py`.
+klrl check --claims, the tests and a page of the site share this table; what a claim is stands in
+`articles/claim.py`.
 """
 
 import re
@@ -24,15 +25,29 @@ ARTICLES: dict[str, tuple[str, str]] = {
 }
 """Letter -> (file of the article, its topic)."""
 
-CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for claim in (*TABULAR, *TRANSFORMERS, *IMPORTANCE, *CONTROL, *FEEDBACK)}
+CLAIMS: dict[str, Claim[Any]] = {
+    claim.name: claim for claim in (*TABULAR, *TRANSFORMERS, *IMPORTANCE, *CONTROL, *FEEDBACK)
+}
 """Name -> claim, in the order of the articles."""
 
-TABLE_HEADER = ("claim", "article", "section", "verdict", "printed error", "corrected error", "unit", "tutorial", "check")
+TABLE_HEADER = (
+    "claim",
+    "article",
+    "section",
+    "verdict",
+    "printed error",
+    "corrected error",
+    "unit",
+    "tutorial",
+    "check",
+)
 _MARKDOWN_HEADER = ("claim", "printed, and corrected", "by number")
 
 
 def check_claims(claims: Iterable[Claim[Any]] | None = None) -> list[Check]:
-    """Runs claims, all by default, and holds each verdict against the numbers; a few seconds at most."""
+    """Runs claims, all by default, and holds each verdict against the numbers; a few seconds at
+    most.
+    """
     return [claim.check() for claim in (CLAIMS.values() if claims is None else claims)]
 
 
@@ -44,17 +59,34 @@ def claims_table(checks: Iterable[Check]) -> list[list[Cell]]:
 def _row(check: Check) -> list[Cell]:
     claim, finding = check.claim, check.finding
     described = [claim.name, claim.article, claim.section, claim.verdict]
-    return [*described, finding.printed_error, finding.corrected_error, finding.unit, claim.tutorial, check.refusal or "agrees"]
+    return [
+        *described,
+        finding.printed_error,
+        finding.corrected_error,
+        finding.unit,
+        claim.tutorial,
+        check.refusal or "agrees",
+    ]
 
 
 def claims_text(checks: Iterable[Check], *, details: bool = False) -> str:
-    """The same as plain text, errors to three digits; with `details` also which article each letter is, and what was seen of each claim."""
+    """The same as plain text, errors to three digits; with `details` also which article each letter
+    is, and what was seen of each claim.
+    """
     checks = list(checks)
     table = text_table(TABLE_HEADER, claims_table(checks), digits=3)
     if not details:
         return table
     articles = [f"{letter}  {file}: {topic}" for letter, (file, topic) in _articles_of(checks)]
-    return "\n".join([table, "", *articles, "", *(f"{check.claim.name}: {check.finding.says}" for check in checks)])
+    return "\n".join(
+        [
+            table,
+            "",
+            *articles,
+            "",
+            *(f"{check.claim.name}: {check.finding.says}" for check in checks),
+        ]
+    )
 
 
 def _articles_of(checks: Iterable[Check]) -> list[tuple[str, tuple[str, str]]]:
@@ -63,20 +95,34 @@ def _articles_of(checks: Iterable[Check]) -> list[tuple[str, tuple[str, str]]]:
 
 
 def claims_markdown(checks: Iterable[Check] | None = None) -> str:
-    """The articles and the table of a page of the site: formulas as $…$, what was seen in a sentence; runs all claims unless their checks are
-    given."""
+    """The articles and the table of a page of the site: formulas as $…$, what was seen in a
+    sentence; runs all claims unless their checks are given.
+    """
     checks = check_claims() if checks is None else list(checks)
     articles = [f"- {letter}, `{file}`: {topic}" for letter, (file, topic) in _articles_of(checks)]
-    rows = [_MARKDOWN_HEADER, tuple("---" for _ in _MARKDOWN_HEADER), *(_markdown_row(check) for check in checks)]
+    rows = [
+        _MARKDOWN_HEADER,
+        tuple("---" for _ in _MARKDOWN_HEADER),
+        *(_markdown_row(check) for check in checks),
+    ]
     return "\n".join([*articles, "", *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def _markdown_row(check: Check) -> tuple[str, ...]:
     claim, finding = check.claim, check.finding
-    errors = f"{format_number(finding.printed_error, 3)} → {format_number(finding.corrected_error, 3)} {finding.unit}"
+    errors = (
+        f"{format_number(finding.printed_error, 3)} → {format_number(finding.corrected_error, 3)}"
+        f" {finding.unit}"
+    )
     verdict = f"{claim.verdict}, {errors}" if check.passed else f"**refused: {check.refusal}**"
-    formulas = f"{claim.printed}<br>→ {claim.corrected or 'as printed'}"  # \mid and \Vert in them: a bar would end the cell
-    return (f"`{claim.name}`<br>{claim.article}, {claim.section}; {claim.tutorial}<br>{verdict}", formulas, _literal(finding.says))
+    formulas = (  # \mid and \Vert in them: a bar would end the cell
+        f"{claim.printed}<br>→ {claim.corrected or 'as printed'}"
+    )
+    return (
+        f"`{claim.name}`<br>{claim.article}, {claim.section}; {claim.tutorial}<br>{verdict}",
+        formulas,
+        _literal(finding.says),
+    )
 
 
 def _literal(text: str) -> str:

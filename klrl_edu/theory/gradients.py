@@ -1,8 +1,10 @@
-"""Statements about gradients, in sequence logits: π(y) = e^{θ_y}/Σe^θ, s(y) = ∇_θ log π(y) = e_y − π.
+"""Statements about gradients, in sequence logits: π(y) = e^{θ_y}/Σe^θ, s(y) = ∇_θ log π(y) = e_y −
+π.
 
-    ∇J = E_π[(r − λu) s] = −λ ∇KL(π‖π*),    ∇E_π[k] = E_π[k s] + E_π[∇k]                                         (1)
+    ∇J = E_π[(r − λu) s] = −λ ∇KL(π‖π*),    ∇E_π[k] = E_π[k s] + E_π[∇k]                         (1)
 
-Losses are run on every batch of a few outcomes, each weighed by its probability; K outcomes, G a group.
+Losses are run on every batch of a few outcomes, each weighed by its probability; K outcomes, G a
+group.
 """
 
 import itertools
@@ -40,7 +42,9 @@ def average_score(case: Case | SmallCase, weight: Tensor) -> Tensor:
 
 def objective_gradient(case: Case | SmallCase) -> Tensor:
     """∇J [K] by autograd of its definition."""
-    return gradient(case, lambda log_pi: mean(log_pi, case.rewards) - case.kl_coef * kl(log_pi, case.log_prior))
+    return gradient(
+        case, lambda log_pi: mean(log_pi, case.rewards) - case.kl_coef * kl(log_pi, case.log_prior)
+    )
 
 
 def reverse_kl_gradient(case: Case | SmallCase) -> Tensor:
@@ -55,39 +59,64 @@ def forward_kl_gradient(case: Case | SmallCase) -> Tensor:
 
 @identity(r"E_\pi[c\,\nabla\log\pi] = 0", "Williams (1992)", "t06")
 def score_has_mean_zero(case: Case) -> Sides:
-    """A constant weight on the score changes no expected gradient, which is why baselines are free."""
+    """A constant weight on the score changes no expected gradient, which is why baselines
+    are free.
+    """
     constant = float(case.normal(1))
-    return average_score(case, torch.full_like(case.rewards, constant)), torch.zeros_like(case.rewards)
+    return average_score(case, torch.full_like(case.rewards, constant)), torch.zeros_like(
+        case.rewards
+    )
 
 
-score_has_mean_zero.broken("a baseline that depends on the sample", lambda case: (average_score(case, case.log_ratio), 0 * case.rewards))
+score_has_mean_zero.broken(
+    "a baseline that depends on the sample",
+    lambda case: (average_score(case, case.log_ratio), 0 * case.rewards),
+)
 
 
 @identity(r"\nabla J = E_\pi[(r-\lambda u)\nabla\log\pi]", "Williams (1992)", "t05")
 def policy_gradient(case: Case) -> Sides:
-    """The gradient of the objective is the mean score weighed by the penalised reward; the +1 of ∇(π log π) has mean zero."""
-    return objective_gradient(case), average_score(case, case.rewards - case.kl_coef * case.log_ratio)
+    """The gradient of the objective is the mean score weighed by the penalised reward; the +1 of
+    ∇(π log π) has mean zero.
+    """
+    return objective_gradient(case), average_score(
+        case, case.rewards - case.kl_coef * case.log_ratio
+    )
 
 
-policy_gradient.broken("λ dropped", lambda case: (objective_gradient(case), average_score(case, case.rewards - case.log_ratio)))
+policy_gradient.broken(
+    "λ dropped",
+    lambda case: (objective_gradient(case), average_score(case, case.rewards - case.log_ratio)),
+)
 
 
 @identity(r"\nabla J = -\lambda\nabla\mathrm{KL}(\pi\|\pi^*)", "Korbak et al. (2022)", "t05")
 def gradient_of_the_gap(case: Case) -> Sides:
     """Ascending J is descending the divergence from the posterior."""
-    return objective_gradient(case), -case.kl_coef * gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum())
+    return objective_gradient(case), -case.kl_coef * gradient(
+        case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum()
+    )
 
 
 gradient_of_the_gap.broken(
     "KL(π*‖π), what maximum likelihood descends",
-    lambda case: (objective_gradient(case), -case.kl_coef * gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum())),
+    lambda case: (
+        objective_gradient(case),
+        -case.kl_coef * gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()),
+    ),
 )
 
 
-@identity(r"E_{\pi^*}[\nabla\log\pi] = -\nabla\mathrm{KL}(\pi^*\|\pi)", "Khalifa et al. (2021), DPG", "t14")
+@identity(
+    r"E_{\pi^*}[\nabla\log\pi] = -\nabla\mathrm{KL}(\pi^*\|\pi)",
+    "Khalifa et al. (2021), DPG",
+    "t14",
+)
 def distributional_gradient(case: Case) -> Sides:
     """The mean score under the posterior descends the forward divergence."""
-    return case.log_star.exp() @ scores(case.log_policy), -gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum())
+    return case.log_star.exp() @ scores(case.log_policy), -gradient(
+        case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()
+    )
 
 
 distributional_gradient.broken(
@@ -101,19 +130,32 @@ distributional_gradient.broken(
 
 @identity(r"F(\pi)\,(r-\lambda u) = \nabla J,\quad F = E_\pi[s s^\top]", "Kakade (2001)", "t05")
 def natural_gradient(case: Case) -> Sides:
-    """The natural gradient in sequence logits is the penalised reward itself: a mirror-descent step."""
+    """The natural gradient in sequence logits is the penalised reward itself: a mirror-descent
+    step.
+    """
     score = scores(case.log_policy)
     fisher = (score * case.log_policy.exp()[:, None]).T @ score
     return fisher @ (case.rewards - case.kl_coef * case.log_ratio), objective_gradient(case)
 
 
-natural_gradient.broken("the gradient of the reward alone", lambda case: (natural_gradient.sides(case)[0], average_score(case, case.rewards)))
+natural_gradient.broken(
+    "the gradient of the reward alone",
+    lambda case: (natural_gradient.sides(case)[0], average_score(case, case.rewards)),
+)
 
 
-@bound(r"E\|s\|^2(R-b^*)^2 \le E\|s\|^2(R-b)^2,\quad b^* = \frac{E\|s\|^2R}{E\|s\|^2}", "Greensmith et al. (2004)", "t06")
+@bound(
+    r"E\|s\|^2(R-b^*)^2 \le E\|s\|^2(R-b)^2,\quad b^* = \frac{E\|s\|^2R}{E\|s\|^2}",
+    "Greensmith et al. (2004)",
+    "t06",
+)
 def best_baseline(case: Case) -> Sides:
-    """Among constant baselines the variance is least at the mean reward weighed by the squared score."""
-    return _second_moment(case, _best_baseline(case)), _second_moment(case, mean(case.log_policy, _penalised(case)) + float(case.normal(1)))
+    """Among constant baselines the variance is least at the mean reward weighed by the squared
+    score.
+    """
+    return _second_moment(case, _best_baseline(case)), _second_moment(
+        case, mean(case.log_policy, _penalised(case)) + float(case.normal(1))
+    )
 
 
 def _penalised(case: Case) -> Tensor:
@@ -126,12 +168,18 @@ def _best_baseline(case: Case) -> Tensor:
 
 
 def _second_moment(case: Case, baseline: Tensor) -> Tensor:
-    return mean(case.log_policy, scores(case.log_policy).square().sum(-1) * (_penalised(case) - baseline) ** 2)
+    return mean(
+        case.log_policy,
+        scores(case.log_policy).square().sum(-1) * (_penalised(case) - baseline) ** 2,
+    )
 
 
 best_baseline.broken(
     "the plain mean reward is best",
-    lambda case: (_second_moment(case, mean(case.log_policy, _penalised(case))), _second_moment(case, _best_baseline(case))),
+    lambda case: (
+        _second_moment(case, mean(case.log_policy, _penalised(case))),
+        _second_moment(case, _best_baseline(case)),
+    ),
 )
 
 # Where the KL goes, on-policy: k_i of the log-ratio as a loss, and as a part of the reward
@@ -139,7 +187,9 @@ best_baseline.broken(
 
 def _loss_gradient(case: Case, estimator: Callable[[Tensor], Tensor]) -> Tensor:
     """E_π[∇k(u)] [K]: a sampled mean of k as the loss, its samples held fixed."""
-    return gradient(case, lambda log_pi: (case.log_policy.exp() * estimator(log_pi - case.log_prior)).sum())
+    return gradient(
+        case, lambda log_pi: (case.log_policy.exp() * estimator(log_pi - case.log_prior)).sum()
+    )
 
 
 @identity(r"E_\pi[\nabla k_1] = 0", "Tang & Munos (2025)", "t06")
@@ -148,7 +198,10 @@ def k1_as_loss(case: Case) -> Sides:
     return _loss_gradient(case, kl_values.k1), torch.zeros_like(case.rewards)
 
 
-k1_as_loss.broken("∇KL(π‖q), what it is taken for", lambda case: (_loss_gradient(case, kl_values.k1), reverse_kl_gradient(case)))
+k1_as_loss.broken(
+    "∇KL(π‖q), what it is taken for",
+    lambda case: (_loss_gradient(case, kl_values.k1), reverse_kl_gradient(case)),
+)
 
 
 @identity(r"E_\pi[\nabla k_2] = \nabla\mathrm{KL}(\pi\|q)", "Tang & Munos (2025)", "t06")
@@ -157,7 +210,10 @@ def k2_as_loss(case: Case) -> Sides:
     return _loss_gradient(case, kl_values.k2), reverse_kl_gradient(case)
 
 
-k2_as_loss.broken("u² without the half", lambda case: (_loss_gradient(case, torch.square), reverse_kl_gradient(case)))
+k2_as_loss.broken(
+    "u² without the half",
+    lambda case: (_loss_gradient(case, torch.square), reverse_kl_gradient(case)),
+)
 
 
 @identity(r"E_\pi[\nabla k_3] = \nabla\mathrm{KL}(q\|\pi)", "Tang & Munos (2025)", "t06")
@@ -166,7 +222,10 @@ def k3_as_loss(case: Case) -> Sides:
     return _loss_gradient(case, kl_values.k3), forward_kl_gradient(case)
 
 
-k3_as_loss.broken("∇KL(π‖q), what it is taken for", lambda case: (_loss_gradient(case, kl_values.k3), reverse_kl_gradient(case)))
+k3_as_loss.broken(
+    "∇KL(π‖q), what it is taken for",
+    lambda case: (_loss_gradient(case, kl_values.k3), reverse_kl_gradient(case)),
+)
 
 
 @identity(r"E_\pi[k_1\nabla\log\pi] = \nabla\mathrm{KL}(\pi\|q)", "Tang & Munos (2025)", "t06")
@@ -175,26 +234,49 @@ def k1_in_reward(case: Case) -> Sides:
     return average_score(case, kl_values.k1(case.log_ratio)), reverse_kl_gradient(case)
 
 
-k1_in_reward.broken("k2 in its place", lambda case: (average_score(case, kl_values.k2(case.log_ratio)), reverse_kl_gradient(case)))
+k1_in_reward.broken(
+    "k2 in its place",
+    lambda case: (average_score(case, kl_values.k2(case.log_ratio)), reverse_kl_gradient(case)),
+)
 
 
-@identity(r"E_\pi[k_3\nabla\log\pi] = \nabla\mathrm{KL}(\pi\|q) - \nabla\mathrm{KL}(q\|\pi)", "Tang & Munos (2025)", "t06")
+@identity(
+    r"E_\pi[k_3\nabla\log\pi] = \nabla\mathrm{KL}(\pi\|q) - \nabla\mathrm{KL}(q\|\pi)",
+    "Tang & Munos (2025)",
+    "t06",
+)
 def k3_in_reward(case: Case) -> Sides:
     """k3 in the reward descends one divergence and ascends the other."""
-    return average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(case) - forward_kl_gradient(case)
+    return average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(
+        case
+    ) - forward_kl_gradient(case)
 
 
-k3_in_reward.broken("∇KL(π‖q) alone", lambda case: (average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(case)))
+k3_in_reward.broken(
+    "∇KL(π‖q) alone",
+    lambda case: (average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(case)),
+)
 
 
-@identity(r"\nabla E_\pi[k] = E_\pi[k\,\nabla\log\pi] + E_\pi[\nabla k]", "product rule; Schulman et al. (2015)", "t06")
+@identity(
+    r"\nabla E_\pi[k] = E_\pi[k\,\nabla\log\pi] + E_\pi[\nabla k]",
+    "product rule; Schulman et al. (2015)",
+    "t06",
+)
 def placements_add_up(case: Case) -> Sides:
     """The gradient of a mean is its place in the reward plus its place in the loss."""
-    whole = gradient(case, lambda log_pi: (log_pi.exp() * kl_values.k2(log_pi - case.log_prior)).sum())
-    return whole, average_score(case, kl_values.k2(case.log_ratio)) + _loss_gradient(case, kl_values.k2)
+    whole = gradient(
+        case, lambda log_pi: (log_pi.exp() * kl_values.k2(log_pi - case.log_prior)).sum()
+    )
+    return whole, average_score(case, kl_values.k2(case.log_ratio)) + _loss_gradient(
+        case, kl_values.k2
+    )
 
 
-placements_add_up.broken("the loss alone", lambda case: (placements_add_up.sides(case)[0], _loss_gradient(case, kl_values.k2)))
+placements_add_up.broken(
+    "the loss alone",
+    lambda case: (placements_add_up.sides(case)[0], _loss_gradient(case, kl_values.k2)),
+)
 
 # Groups: every batch of a few outcomes
 
@@ -222,14 +304,27 @@ def bandit_batch(case: SmallCase, log_policy: Tensor, rows: Tensor) -> Batch:
 
 
 def expected_gradient(case: SmallCase, loss: Callable[[Batch], Tensor], size: int) -> Tensor:
-    """E[∇loss] [K] over every batch: one loss, the mean of the batches' losses weighed by their fixed probabilities."""
+    """E[∇loss] [K] over every batch: one loss, the mean of the batches' losses weighed by their
+    fixed probabilities.
+    """
     rows, probabilities = batches(case, size)
-    return gradient(case, lambda log_pi: torch.stack([loss(bandit_batch(case, log_pi, batch)) for batch in rows]) @ probabilities)
+    return gradient(
+        case,
+        lambda log_pi: (
+            torch.stack([loss(bandit_batch(case, log_pi, batch)) for batch in rows]) @ probabilities
+        ),
+    )
 
 
-@identity(r"E[\nabla L_{\mathrm{RLOO}}] = -\nabla J", "Kool et al. (2019); Ahmadian et al. (2024), eq. 8", "t11")
+@identity(
+    r"E[\nabla L_{\mathrm{RLOO}}] = -\nabla J",
+    "Kool et al. (2019); Ahmadian et al. (2024), eq. 8",
+    "t11",
+)
 def rloo_is_unbiased(case: Case) -> Sides:
-    """The leave-one-out baseline costs no bias: over every batch of two, the mean gradient is that of J."""
+    """The leave-one-out baseline costs no bias: over every batch of two, the mean gradient is that
+    of J.
+    """
     small = case.small(3)
     return expected_gradient(small, losses.rloo, 2), -objective_gradient(small)
 
@@ -255,66 +350,100 @@ def group_mean_shrinks(case: Case) -> Sides:
     return expected_gradient(small, batch_mean, 2), -objective_gradient(small) / 2
 
 
-group_mean_shrinks.broken("G/(G − 1)", lambda case: (group_mean_shrinks.sides(case)[0], -2 * objective_gradient(case.small(3))))
+group_mean_shrinks.broken(
+    "G/(G − 1)",
+    lambda case: (group_mean_shrinks.sides(case)[0], -2 * objective_gradient(case.small(3))),
+)
 
 
 @identity(
-    r"\nabla L_{\mathrm{RLOO}} = \lambda\,\nabla\tfrac12\widehat{\mathrm{Var}}\big(\log\pi-\log q-\tfrac r\lambda\big)",
+    r"\nabla L_{\mathrm{RLOO}} = \lambda\,\nabla\tfrac12\widehat{\mathrm{Var}}\big(\log\pi-\log"
+    r" q-\tfrac r\lambda\big)",
     "Richter et al. (2020), VarGrad",
     "t11",
 )
 def rloo_is_vargrad(case: Case) -> Sides:
-    """Sample by sample, RLOO with the KL in the reward is λ times the gradient of half the sample variance of log π − log π*."""
+    """Sample by sample, RLOO with the KL in the reward is λ times the gradient of half the sample
+    variance of log π − log π*.
+    """
     small, rows = case.small(3), torch.tensor([case.noise.randrange(3) for _ in range(4)])
     rloo = gradient(small, lambda log_pi: losses.rloo(bandit_batch(small, log_pi, rows)))
     return rloo, small.kl_coef * _vargrad(small, rows, 1)
 
 
 def _vargrad(case: SmallCase, rows: Tensor, correction: int) -> Tensor:
-    return gradient(case, lambda log_pi: (log_pi - case.log_prior - case.rewards / case.kl_coef)[rows].var(correction=correction) / 2)
+    return gradient(
+        case,
+        lambda log_pi: (
+            (log_pi - case.log_prior - case.rewards / case.kl_coef)[rows].var(correction=correction)
+            / 2
+        ),
+    )
 
 
 def _population_variance(case: Case) -> Sides:
     small, rows = case.small(3), torch.tensor([case.noise.randrange(3) for _ in range(4)])
-    return rloo_is_vargrad.sides(case.reseed("rloo_is_vargrad"))[0], small.kl_coef * _vargrad(small, rows, 0)
+    return rloo_is_vargrad.sides(case.reseed("rloo_is_vargrad"))[0], small.kl_coef * _vargrad(
+        small, rows, 0
+    )
 
 
 rloo_is_vargrad.broken("n in place of n − 1", _population_variance)
 
 
 @identity(
-    r"E[g_{\mathrm{GRPO}}] = E_{k\sim\mathrm{Bin}(G,p)}\Big[\sqrt{\tfrac kG(1-\tfrac kG)}\Big]\frac{\nabla p}{p(1-p)}",
+    r"E[g_{\mathrm{GRPO}}] = E_{k\sim\mathrm{Bin}(G,p)}\Big[\sqrt{\tfrac kG(1-\tfrac"
+    r" kG)}\Big]\frac{\nabla p}{p(1-p)}",
     "binomial enumeration of GRPO, Shao et al. (2024)",
     "t11",
 )
 def grpo_on_binary_rewards(case: Case) -> Sides:
-    """With rewards of 0 and 1 and the population std, GRPO's mean gradient is that of the success rate, rescaled; here G = 3."""
+    """With rewards of 0 and 1 and the population std, GRPO's mean gradient is that of the success
+    rate, rescaled; here G = 3.
+    """
     small, size = _binary(case), 3
     p, slope = _success(small)
-    scale = sum(math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size)) for k in range(size + 1))
+    scale = sum(
+        math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size))
+        for k in range(size + 1)
+    )
     return -expected_gradient(small, _z_scored, size), scale * slope / (p * (1 - p))
 
 
 def _binary(case: Case) -> SmallCase:
     """Three outcomes, of which the first succeeds."""
     small = case.small(3)
-    return SmallCase(small.log_prior, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), small.kl_coef, small.log_policy)
+    return SmallCase(
+        small.log_prior,
+        torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
+        small.kl_coef,
+        small.log_policy,
+    )
 
 
 def _success(case: SmallCase) -> tuple[float, Tensor]:
     """p = P(r = 1), and ∇p [K]."""
-    return float(mean(case.log_policy, case.rewards)), gradient(case, lambda log_pi: log_pi.exp() @ case.rewards)
+    return float(mean(case.log_policy, case.rewards)), gradient(
+        case, lambda log_pi: log_pi.exp() @ case.rewards
+    )
 
 
 def _z_scored(batch: Batch) -> Tensor:
-    """GRPO's loss without KL: rewards standardised within the group by the population std, 0 where all are equal."""
+    """GRPO's loss without KL: rewards standardised within the group by the population std, 0 where
+    all are equal.
+    """
     reward = batch.rewards.sum(-1)
     spread = reward.std(correction=0)
-    advantage = torch.where(spread > 0, (reward - reward.mean()) / torch.where(spread > 0, spread, 1.0), 0.0)
+    advantage = torch.where(
+        spread > 0, (reward - reward.mean()) / torch.where(spread > 0, spread, 1.0), 0.0
+    )
     return -(advantage * batch.log_probs.sum(-1)).mean()
 
 
-grpo_on_binary_rewards.broken("taken for ∇p itself", lambda case: (grpo_on_binary_rewards.sides(case)[0], _success(_binary(case))[1]))
+grpo_on_binary_rewards.broken(
+    "taken for ∇p itself",
+    lambda case: (grpo_on_binary_rewards.sides(case)[0], _success(_binary(case))[1]),
+)
 
 # Balance
 
@@ -322,27 +451,37 @@ grpo_on_binary_rewards.broken("taken for ∇p itself", lambda case: (grpo_on_bin
 def _balance_gradient(case: Case, log_evidence: Tensor) -> Tensor:
     """E_π ∇(log Z_θ + log π − log q − r/λ)² [K], samples and log Z_θ held fixed."""
     target = case.log_prior + case.rewards / case.kl_coef
-    return gradient(case, lambda log_pi: (case.log_policy.exp() * (log_evidence + log_pi - target) ** 2).sum())
+    return gradient(
+        case, lambda log_pi: (case.log_policy.exp() * (log_evidence + log_pi - target) ** 2).sum()
+    )
 
 
 @identity(
-    r"E_\pi\nabla\big(\log Z_\theta+\log\pi-\log q-\tfrac r\lambda\big)^2 = 2\nabla\mathrm{KL}(\pi\|\pi^*)", "Malkin et al. (2023), prop. 1", "t11"
+    r"E_\pi\nabla\big(\log Z_\theta+\log\pi-\log q-\tfrac r\lambda\big)^2 ="
+    r" 2\nabla\mathrm{KL}(\pi\|\pi^*)",
+    "Malkin et al. (2023), prop. 1",
+    "t11",
 )
 def trajectory_balance(case: Case) -> Sides:
-    """On-policy, trajectory balance descends twice the divergence from the posterior, whatever log Z it assumes."""
+    """On-policy, trajectory balance descends twice the divergence from the posterior, whatever log
+    Z it assumes.
+    """
     divergence = gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum())
     return _balance_gradient(case, case.tilted.log_evidence + float(case.normal(1))), 2 * divergence
 
 
 def _forward_of_balance(case: Case) -> Sides:
-    return trajectory_balance.sides(case)[0], 2 * gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum())
+    return trajectory_balance.sides(case)[0], 2 * gradient(
+        case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()
+    )
 
 
 trajectory_balance.broken("twice the forward divergence", _forward_of_balance)
 
 
 @identity(
-    r"\big(-V(\varnothing)+r-\lambda u\big)^2 = \lambda^2\big(\log Z_\theta+u-\tfrac r\lambda\big)^2,\ V(\varnothing)=\lambda\log Z_\theta",
+    r"\big(-V(\varnothing)+r-\lambda u\big)^2 = \lambda^2\big(\log Z_\theta+u-\tfrac"
+    r" r\lambda\big)^2,\ V(\varnothing)=\lambda\log Z_\theta",
     "Nachum et al. (2018) and Malkin et al. (2022)",
     "t11",
 )
@@ -355,5 +494,8 @@ def trust_pcl_is_balance(case: Case) -> Sides:
 
 trust_pcl_is_balance.broken(
     "λ in place of λ²",
-    lambda case: (trust_pcl_is_balance.sides(case)[0], trust_pcl_is_balance.sides(case.reseed("trust_pcl_is_balance"))[1] / case.kl_coef),
+    lambda case: (
+        trust_pcl_is_balance.sides(case)[0],
+        trust_pcl_is_balance.sides(case.reseed("trust_pcl_is_balance"))[1] / case.kl_coef,
+    ),
 )

@@ -1,8 +1,9 @@
 """Statements about the posterior, its evidence, and the paths that lead to it.
 
-    π* = q e^{r/λ}/Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                                         (1)
+    π* = q e^{r/λ}/Z,    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                        (1)
 
-β = 1/λ. Left and right sides come by different ways: the package's functions, autograd, quadrature, sums over outcomes.
+β = 1/λ. Left and right sides come by different ways: the package's functions, autograd, quadrature,
+sums over outcomes.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,20 @@ def objective(case: Case, log_policy: Tensor) -> Tensor:
     return mean(log_policy, case.rewards) - case.kl_coef * kl(log_policy, case.log_prior)
 
 
-@identity(r"\lambda\log Z - J(\pi) = \lambda\,\mathrm{KL}(\pi\,\|\,\pi^*)", "Korbak et al. (2022)", "t03")
+@identity(
+    r"\lambda\log Z - J(\pi) = \lambda\,\mathrm{KL}(\pi\,\|\,\pi^*)", "Korbak et al. (2022)", "t03"
+)
 def elbo(case: Case) -> Sides:
     """What a policy lacks to the best objective is λ times its divergence from the posterior."""
-    return case.tilted.value - objective(case, case.log_policy), case.kl_coef * kl(case.log_policy, case.log_star)
+    return case.tilted.value - objective(case, case.log_policy), case.kl_coef * kl(
+        case.log_policy, case.log_star
+    )
 
 
-elbo.broken("the divergence the other way round", lambda case: (elbo.sides(case)[0], case.kl_coef * kl(case.log_star, case.log_policy)))
+elbo.broken(
+    "the divergence the other way round",
+    lambda case: (elbo.sides(case)[0], case.kl_coef * kl(case.log_star, case.log_policy)),
+)
 
 
 @identity(r"J(\pi^*) = \lambda \log Z", "Korbak et al. (2022)", "t03")
@@ -41,35 +49,56 @@ def evidence_is_attained(case: Case) -> Sides:
     return objective(case, case.log_star), case.target.value
 
 
-evidence_is_attained.broken("λ dropped before log Z", lambda case: (objective(case, case.log_star), case.target.log_evidence))
+evidence_is_attained.broken(
+    "λ dropped before log Z",
+    lambda case: (objective(case, case.log_star), case.target.log_evidence),
+)
 
 
-@bound(r"E_\pi[r] - \lambda\,\mathrm{KL}(\pi\,\|\,q) \le \lambda\log E_q[e^{r/\lambda}]", "Donsker & Varadhan (1975)", "t03")
+@bound(
+    r"E_\pi[r] - \lambda\,\mathrm{KL}(\pi\,\|\,q) \le \lambda\log E_q[e^{r/\lambda}]",
+    "Donsker & Varadhan (1975)",
+    "t03",
+)
 def variational_bound(case: Case) -> Sides:
     """No policy's objective exceeds λ log Z."""
     return objective(case, case.log_policy), case.target.value
 
 
-variational_bound.broken("the mean inside the logarithm: E_q[r]", lambda case: (objective(case, case.log_star), mean(case.log_prior, case.rewards)))
+variational_bound.broken(
+    "the mean inside the logarithm: E_q[r]",
+    lambda case: (objective(case, case.log_star), mean(case.log_prior, case.rewards)),
+)
 
 
-@identity(r"\pi^*_{r_1+r_2}(q) = \pi^*_{r_2}\!\big(\pi^*_{r_1}(q)\big)", "Bayes' rule, twice", "t03")
+@identity(
+    r"\pi^*_{r_1+r_2}(q) = \pi^*_{r_2}\!\big(\pi^*_{r_1}(q)\big)", "Bayes' rule, twice", "t03"
+)
 def sequential_bayes(case: Case) -> Sides:
     """Rewards compose: yesterday's posterior is today's prior."""
     second = case.normal(len(case.rewards))
-    return tilt(case.log_star, second, case.kl_coef).log_posterior, tilt(case.log_prior, case.rewards + second, case.kl_coef).log_posterior
+    return (
+        tilt(case.log_star, second, case.kl_coef).log_posterior,
+        tilt(case.log_prior, case.rewards + second, case.kl_coef).log_posterior,
+    )
 
 
 def _half_each(case: Case) -> Sides:
     second = case.normal(len(case.rewards))
-    mixed = torch.logaddexp(case.log_star, tilt(case.log_prior, second, case.kl_coef).log_posterior) - np.log(2)
+    mixed = torch.logaddexp(
+        case.log_star, tilt(case.log_prior, second, case.kl_coef).log_posterior
+    ) - np.log(2)
     return mixed, tilt(case.log_prior, case.rewards + second, case.kl_coef).log_posterior
 
 
 sequential_bayes.broken("the two posteriors averaged", _half_each)
 
 
-@identity(r"\lambda \log Z_{r_1+r_2} = \lambda\log Z_{r_1} + \lambda\log Z_{r_2|r_1}", "chain rule of the evidence", "t03")
+@identity(
+    r"\lambda \log Z_{r_1+r_2} = \lambda\log Z_{r_1} + \lambda\log Z_{r_2|r_1}",
+    "chain rule of the evidence",
+    "t03",
+)
 def evidence_chain_rule(case: Case) -> Sides:
     """The evidence of a sum of rewards is the product of the evidences along the way."""
     second = case.normal(len(case.rewards))
@@ -86,23 +115,38 @@ def _both_from_the_prior(case: Case) -> Sides:
 evidence_chain_rule.broken("both evidences under the prior", _both_from_the_prior)
 
 
-@identity(r"\pi^*_{r+c} = \pi^*_r,\qquad \lambda\log Z_{r+c} = \lambda\log Z_r + c", "eq. (1)", "t03")
+@identity(
+    r"\pi^*_{r+c} = \pi^*_r,\qquad \lambda\log Z_{r+c} = \lambda\log Z_r + c", "eq. (1)", "t03"
+)
 def reward_shift(case: Case) -> Sides:
     """A constant added to the reward changes the value by it and the posterior not at all."""
     shift = float(case.normal(1))
     moved = tilt(case.log_prior, case.rewards + shift, case.kl_coef)
-    return torch.cat([moved.log_posterior, moved.value[None]]), torch.cat([case.log_star, case.tilted.value[None] + shift])
+    return torch.cat([moved.log_posterior, moved.value[None]]), torch.cat(
+        [case.log_star, case.tilted.value[None] + shift]
+    )
 
 
-reward_shift.broken("the value does not move", lambda case: (reward_shift.sides(case)[0], torch.cat([case.log_star, case.tilted.value[None]])))
+reward_shift.broken(
+    "the value does not move",
+    lambda case: (reward_shift.sides(case)[0], torch.cat([case.log_star, case.tilted.value[None]])),
+)
 
 
-@identity(r"\pi^*_{cr,\,c\lambda} = \pi^*_{r,\lambda},\qquad c\lambda\log Z' = c\,(\lambda \log Z)", "eq. (1)", "t03")
+@identity(
+    r"\pi^*_{cr,\,c\lambda} = \pi^*_{r,\lambda},\qquad c\lambda\log Z' = c\,(\lambda \log Z)",
+    "eq. (1)",
+    "t03",
+)
 def reward_scale(case: Case) -> Sides:
-    """Rewards and λ have one unit: scaled together they give the same posterior, and a value scaled with them."""
+    """Rewards and λ have one unit: scaled together they give the same posterior, and a value scaled
+    with them.
+    """
     factor = 3.0
     scaled = tilt(case.log_prior, factor * case.rewards, factor * case.kl_coef)
-    return torch.cat([scaled.log_posterior, scaled.value[None]]), torch.cat([case.log_star, factor * case.tilted.value[None]])
+    return torch.cat([scaled.log_posterior, scaled.value[None]]), torch.cat(
+        [case.log_star, factor * case.tilted.value[None]]
+    )
 
 
 def _only_the_reward(case: Case) -> Sides:
@@ -113,24 +157,38 @@ def _only_the_reward(case: Case) -> Sides:
 reward_scale.broken("only the reward is scaled", _only_the_reward)
 
 
-@identity(r"\log\frac{\pi^*(y)}{\pi^*(y')} = \log\frac{q(y)}{q(y')} + \frac{r(y)-r(y')}{\lambda}", "Rafailov et al. (2023), eq. 5", "t12")
+@identity(
+    r"\log\frac{\pi^*(y)}{\pi^*(y')} = \log\frac{q(y)}{q(y')} + \frac{r(y)-r(y')}{\lambda}",
+    "Rafailov et al. (2023), eq. 5",
+    "t12",
+)
 def posterior_odds(case: Case) -> Sides:
     """Posterior odds are prior odds times e to the difference of rewards over λ."""
     difference = (case.log_prior + case.rewards / case.kl_coef).diff()
     return case.target.model.log_prob(case.support.tokens).detach().diff(), difference
 
 
-posterior_odds.broken("λ multiplied, not divided by", lambda case: (case.log_star.diff(), (case.log_prior + case.rewards * case.kl_coef).diff()))
+posterior_odds.broken(
+    "λ multiplied, not divided by",
+    lambda case: (case.log_star.diff(), (case.log_prior + case.rewards * case.kl_coef).diff()),
+)
 
 
-@identity(r"\frac{\partial\,\lambda\log Z}{\partial r(y)} = \pi^*(y)", "exponential families", "t03")
+@identity(
+    r"\frac{\partial\,\lambda\log Z}{\partial r(y)} = \pi^*(y)", "exponential families", "t03"
+)
 def value_gradient(case: Case) -> Sides:
     """The gradient of the value by the rewards is the posterior."""
     rewards = case.rewards.clone().requires_grad_()
-    return torch.autograd.grad(tilt(case.log_prior, rewards, case.kl_coef).value, rewards)[0], case.log_star.exp()
+    return (
+        torch.autograd.grad(tilt(case.log_prior, rewards, case.kl_coef).value, rewards)[0],
+        case.log_star.exp(),
+    )
 
 
-value_gradient.broken("the prior in its place", lambda case: (value_gradient.sides(case)[0], case.log_prior.exp()))
+value_gradient.broken(
+    "the prior in its place", lambda case: (value_gradient.sides(case)[0], case.log_prior.exp())
+)
 
 
 def log_evidence_at(case: Case, beta: Tensor) -> Tensor:
@@ -146,42 +204,81 @@ def _beta(case: Case) -> Tensor:
 def evidence_derivative(case: Case) -> Sides:
     """Log-evidence rises in 1/λ at the rate of the posterior's mean reward."""
     beta = _beta(case)
-    return torch.autograd.grad(log_evidence_at(case, beta), beta)[0], mean(case.log_star, case.rewards)
+    return torch.autograd.grad(log_evidence_at(case, beta), beta)[0], mean(
+        case.log_star, case.rewards
+    )
 
 
-evidence_derivative.broken("the mean under the prior", lambda case: (evidence_derivative.sides(case)[0], mean(case.log_prior, case.rewards)))
+evidence_derivative.broken(
+    "the mean under the prior",
+    lambda case: (evidence_derivative.sides(case)[0], mean(case.log_prior, case.rewards)),
+)
 
 
 def _variance(log_p: Tensor, values: Tensor) -> Tensor:
     return mean(log_p, (values - mean(log_p, values)) ** 2)
 
 
-@identity(r"\frac{d E_{\pi^*}[r]}{d(1/\lambda)} = \mathrm{Var}_{\pi^*}(r)", "fluctuation–dissipation", "t03")
+@identity(
+    r"\frac{d E_{\pi^*}[r]}{d(1/\lambda)} = \mathrm{Var}_{\pi^*}(r)",
+    "fluctuation–dissipation",
+    "t03",
+)
 def reward_fluctuation(case: Case) -> Sides:
     """The posterior's mean reward rises in 1/λ at the rate of its variance."""
     beta = _beta(case)
     star = torch.log_softmax(case.log_prior + beta * case.rewards, 0)
-    return torch.autograd.grad(mean(star, case.rewards), beta)[0], _variance(case.log_star, case.rewards)
+    return torch.autograd.grad(mean(star, case.rewards), beta)[0], _variance(
+        case.log_star, case.rewards
+    )
 
 
-reward_fluctuation.broken("the variance under the prior", lambda case: (reward_fluctuation.sides(case)[0], _variance(case.log_prior, case.rewards)))
+reward_fluctuation.broken(
+    "the variance under the prior",
+    lambda case: (reward_fluctuation.sides(case)[0], _variance(case.log_prior, case.rewards)),
+)
 
 
-@identity(r"\frac{d\,\mathrm{KL}(\pi^*\|q)}{d(1/\lambda)} = \frac{1}{\lambda}\frac{d E_{\pi^*}[r]}{d(1/\lambda)}", "the frontier's slope is λ", "t03")
+@identity(
+    r"\frac{d\,\mathrm{KL}(\pi^*\|q)}{d(1/\lambda)} = \frac{1}{\lambda}\frac{d"
+    r" E_{\pi^*}[r]}{d(1/\lambda)}",
+    "the frontier's slope is λ",
+    "t03",
+)
 def frontier_slope(case: Case) -> Sides:
     """Along the reward–KL frontier one nat buys λ units of reward."""
     beta = _beta(case)
     star = torch.log_softmax(case.log_prior + beta * case.rewards, 0)
-    return torch.autograd.grad((star.exp() * (star - case.log_prior)).sum(), beta)[0], _variance(case.log_star, case.rewards) / case.kl_coef
+    return (
+        torch.autograd.grad((star.exp() * (star - case.log_prior)).sum(), beta)[0],
+        _variance(case.log_star, case.rewards) / case.kl_coef,
+    )
 
 
-frontier_slope.broken("one nat buys one unit", lambda case: (frontier_slope.sides(case)[0], _variance(case.log_star, case.rewards)))
+frontier_slope.broken(
+    "one nat buys one unit",
+    lambda case: (frontier_slope.sides(case)[0], _variance(case.log_star, case.rewards)),
+)
 
 
-@identity(r"\log Z = \int_0^{1/\lambda} E_{\pi^*_{1/\beta}}[r]\,d\beta", "thermodynamic integration; Gelman & Meng (1998)", "t03")
+@identity(
+    r"\log Z = \int_0^{1/\lambda} E_{\pi^*_{1/\beta}}[r]\,d\beta",
+    "thermodynamic integration; Gelman & Meng (1998)",
+    "t03",
+)
 def thermodynamic_integral(case: Case) -> Sides:
-    """Log-evidence is the area under the mean reward, from the prior to the posterior (Gauss–Legendre, 40 nodes a piece of 1.5 nats)."""
-    return _integral(case, lambda beta: torch.softmax(case.log_prior + beta[:, None] * case.rewards, -1) @ case.rewards), case.tilted.log_evidence
+    """Log-evidence is the area under the mean reward, from the prior to the posterior
+    (Gauss–Legendre, 40 nodes a piece of 1.5 nats).
+    """
+    return (
+        _integral(
+            case,
+            lambda beta: (
+                torch.softmax(case.log_prior + beta[:, None] * case.rewards, -1) @ case.rewards
+            ),
+        ),
+        case.tilted.log_evidence,
+    )
 
 
 def _integral(case: Case, integrand: Callable[[Tensor], Tensor]) -> Tensor:
@@ -195,7 +292,8 @@ def _integral(case: Case, integrand: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 thermodynamic_integral.broken(
-    "the mean reward at the end, times the length", lambda case: (mean(case.log_star, case.rewards) / case.kl_coef, case.tilted.log_evidence)
+    "the mean reward at the end, times the length",
+    lambda case: (mean(case.log_star, case.rewards) / case.kl_coef, case.tilted.log_evidence),
 )
 
 
@@ -209,19 +307,32 @@ def mirror_descent_path(case: Case) -> Sides:
     step = 0.3 / case.kl_coef
     log_pi = case.log_prior
     for _ in range(4):
-        log_pi = logspace.log_normalize((1 - step * case.kl_coef) * log_pi + step * case.kl_coef * case.log_prior + step * case.rewards)
-    return log_pi, tilt(case.log_prior, case.rewards, float(mirror_descent_kl_coefs(case.kl_coef, step, 4)[-1])).log_posterior
+        log_pi = logspace.log_normalize(
+            (1 - step * case.kl_coef) * log_pi
+            + step * case.kl_coef * case.log_prior
+            + step * case.rewards
+        )
+    return (
+        log_pi,
+        tilt(
+            case.log_prior, case.rewards, float(mirror_descent_kl_coefs(case.kl_coef, step, 4)[-1])
+        ).log_posterior,
+    )
 
 
 def _without_the_kl_term(case: Case) -> Sides:
-    return mirror_descent_path.sides(case)[0], tilt(case.log_prior, case.rewards, case.kl_coef / (0.3 * 4)).log_posterior
+    return (
+        mirror_descent_path.sides(case)[0],
+        tilt(case.log_prior, case.rewards, case.kl_coef / (0.3 * 4)).log_posterior,
+    )
 
 
 mirror_descent_path.broken("λ_t = 1/(ηt), the path without the KL term", _without_the_kl_term)
 
 
 @bound(
-    r"\big|E_{\pi^*}[r]-E_q[r]-\tfrac1\lambda\mathrm{Var}_q(r)\big| \le \frac{(\max r-\min r)^3}{2\lambda^2}",
+    r"\big|E_{\pi^*}[r]-E_q[r]-\tfrac1\lambda\mathrm{Var}_q(r)\big| \le \frac{(\max r-\min"
+    r" r)^3}{2\lambda^2}",
     "Taylor, with the third cumulant",
     "t03",
 )
@@ -234,8 +345,12 @@ def _gain_less(case: Case, share: float) -> Sides:
     """|gain − share·Var/λ| and the bound at a λ a hundred times the rewards' range."""
     spread = case.rewards.amax() - case.rewards.amin()
     kl_coef = case.kl_coef + 100 * float(spread)
-    gain = mean(tilt(case.log_prior, case.rewards, kl_coef).log_posterior, case.rewards) - mean(case.log_prior, case.rewards)
-    return (gain - share * _variance(case.log_prior, case.rewards) / kl_coef).abs(), spread**3 / (2 * kl_coef**2)
+    gain = mean(tilt(case.log_prior, case.rewards, kl_coef).log_posterior, case.rewards) - mean(
+        case.log_prior, case.rewards
+    )
+    return (gain - share * _variance(case.log_prior, case.rewards) / kl_coef).abs(), spread**3 / (
+        2 * kl_coef**2
+    )
 
 
 large_kl_coef.broken("Var/2λ, which is λ times the KL", lambda case: _gain_less(case, 0.5))
@@ -243,8 +358,12 @@ large_kl_coef.broken("Var/2λ, which is λ times the KL", lambda case: _gain_les
 
 @bound(r"\mathrm{KL}(\pi^*_\lambda\|q) \le -\log q(\arg\max r)", "the limit λ → 0", "t03")
 def divergence_is_capped(case: Case) -> Sides:
-    """However small λ, the posterior is no farther from the prior than the prior restricted to the best outcomes."""
-    return kl(tilt(case.log_prior, case.rewards, 0.01).log_posterior, case.log_prior), _surprise_at_the_best(case)
+    """However small λ, the posterior is no farther from the prior than the prior restricted to the
+    best outcomes.
+    """
+    return kl(
+        tilt(case.log_prior, case.rewards, 0.01).log_posterior, case.log_prior
+    ), _surprise_at_the_best(case)
 
 
 def _surprise_at_the_best(case: Case) -> Tensor:
@@ -257,12 +376,21 @@ def _log_count(case: Case) -> Tensor:
     return torch.tensor(float(len(case.rewards)), dtype=torch.float64).log()
 
 
-divergence_is_capped.broken("log K, the cap for a uniform prior", lambda case: (divergence_is_capped.sides(case)[0], _log_count(case)))
+divergence_is_capped.broken(
+    "log K, the cap for a uniform prior",
+    lambda case: (divergence_is_capped.sides(case)[0], _log_count(case)),
+)
 
 
-@bound(r"0 \le \max r - \lambda\log Z \le -\lambda\log q(\arg\max r)", "log-sum-exp between its bounds", "t04")
+@bound(
+    r"0 \le \max r - \lambda\log Z \le -\lambda\log q(\arg\max r)",
+    "log-sum-exp between its bounds",
+    "t04",
+)
 def soft_maximum(case: Case) -> Sides:
-    """λ log Z is a soft maximum: below the best reward by at most λ times the surprise at the best outcomes."""
+    """λ log Z is a soft maximum: below the best reward by at most λ times the surprise at the best
+    outcomes.
+    """
     return _lack(case, _surprise_at_the_best(case))
 
 
@@ -271,4 +399,6 @@ def _lack(case: Case, nats: Tensor) -> Sides:
     return torch.stack([-lack, lack]), torch.stack([torch.zeros_like(nats), case.kl_coef * nats])
 
 
-soft_maximum.broken("λ log K, the bound for a uniform prior", lambda case: _lack(case, _log_count(case)))
+soft_maximum.broken(
+    "λ log K, the bound for a uniform prior", lambda case: _lack(case, _log_count(case))
+)

@@ -1,6 +1,6 @@
 """Statements about preferences: Bradley–Terry, DPO, IPO, the regularised game.
 
-P(i ≻ j) = σ(r_i − r_j),    DPO: −E log σ(λΔu),    IPO: E(Δu − 1/2τ)²,    u = log π/q                        (1)
+P(i ≻ j) = σ(r_i − r_j),    DPO: −E log σ(λΔu),    IPO: E(Δu − 1/2τ)²,    u = log π/q            (1)
 """
 
 import torch
@@ -17,7 +17,9 @@ kl = logspace.kl_divergence
 
 
 def bounded(case: Case) -> Tensor:
-    """The case's rewards within [−1, 1] [K]: sigmoids of larger differences are 0 and 1, and their gradients nothing to compare."""
+    """The case's rewards within [−1, 1] [K]: sigmoids of larger differences are 0 and 1, and their
+    gradients nothing to compare.
+    """
     return case.rewards / case.rewards.abs().amax().clamp(min=1)
 
 
@@ -28,7 +30,11 @@ def dpo_gradient_at(case: Case, log_policy: Tensor, preferences: Tensor) -> Tens
     return torch.autograd.grad(loss, logits)[0]
 
 
-@identity(r"\nabla L_{\mathrm{DPO}}(\pi^*) = 0 \text{ under } P = \sigma(r_i-r_j)", "Rafailov et al. (2023), §4", "t12")
+@identity(
+    r"\nabla L_{\mathrm{DPO}}(\pi^*) = 0 \text{ under } P = \sigma(r_i-r_j)",
+    "Rafailov et al. (2023), §4",
+    "t12",
+)
 def dpo_optimum(case: Case) -> Sides:
     """Under Bradley–Terry preferences DPO's population gradient vanishes at the posterior."""
     rewards = bounded(case)
@@ -45,17 +51,28 @@ dpo_optimum.broken(
 )
 
 
-@identity(r"\lambda\log\frac{\pi^*(y)}{q(y)} = r(y) - \lambda\log Z", "Rafailov et al. (2023), eq. 5", "t12")
+@identity(
+    r"\lambda\log\frac{\pi^*(y)}{q(y)} = r(y) - \lambda\log Z",
+    "Rafailov et al. (2023), eq. 5",
+    "t12",
+)
 def implicit_reward(case: Case) -> Sides:
     """The log-ratio of the optimum is the reward, up to the value."""
     star = case.target.model.log_prob(case.support.tokens).detach()
     return case.kl_coef * (star - case.log_prior), case.rewards - case.tilted.value
 
 
-implicit_reward.broken("the value left out", lambda case: (implicit_reward.sides(case)[0], case.rewards))
+implicit_reward.broken(
+    "the value left out", lambda case: (implicit_reward.sides(case)[0], case.rewards)
+)
 
 
-@identity(r"\pi_\tau \propto q\,e^{p(y\succ\mu)/\tau} \;\Rightarrow\; \nabla L_{\mathrm{IPO}}(\pi_\tau) = 0", "Azar et al. (2023)", "t12")
+@identity(
+    r"\pi_\tau \propto q\,e^{p(y\succ\mu)/\tau} \;\Rightarrow\; \nabla"
+    r" L_{\mathrm{IPO}}(\pi_\tau) = 0",
+    "Azar et al. (2023)",
+    "t12",
+)
 def ipo_optimum_is_stationary(case: Case) -> Sides:
     """IPO's population gradient vanishes at the posterior of the mean preference."""
     return _ipo_gradient(case, bradley_terry(bounded(case)), 1.0), torch.zeros_like(case.rewards)
@@ -64,21 +81,30 @@ def ipo_optimum_is_stationary(case: Case) -> Sides:
 def _ipo_gradient(case: Case, preferences: Tensor, factor: float) -> Tensor:
     tau = case.kl_coef
     logits = ipo_optimum(case.log_prior, preferences, factor * tau).requires_grad_()
-    return torch.autograd.grad(ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau), logits)[0]
+    return torch.autograd.grad(
+        ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau), logits
+    )[0]
 
 
 ipo_optimum_is_stationary.broken(
-    "the optimum at 2τ", lambda case: (_ipo_gradient(case, bradley_terry(bounded(case)), 2.0), torch.zeros_like(case.rewards))
+    "the optimum at 2τ",
+    lambda case: (
+        _ipo_gradient(case, bradley_terry(bounded(case)), 2.0),
+        torch.zeros_like(case.rewards),
+    ),
 )
 
 
 @identity(
-    r"\max_\rho\min_{\rho'}\ \text{gap}(\pi) = 2\tau\,\mathrm{KL}\big(\pi\,\|\,q\,e^{P(\cdot\succ\pi)/\tau}/Z\big)",
+    r"\max_\rho\min_{\rho'}\ \text{gap}(\pi) ="
+    r" 2\tau\,\mathrm{KL}\big(\pi\,\|\,q\,e^{P(\cdot\succ\pi)/\tau}/Z\big)",
     "Munos et al. (2023)",
     "t12",
 )
 def duality_gap_is_a_divergence(case: Case) -> Sides:
-    """What both players of the regularised preference game could gain is a divergence from the best response."""
+    """What both players of the regularised preference game could gain is a divergence from the best
+    response.
+    """
     preferences, tau = bradley_terry(case.normal(len(case.rewards))), case.kl_coef
     response = tilt(case.log_prior, preferences @ case.log_policy.exp(), tau)
     gain = response.value - (0.5 - tau * kl(case.log_policy, case.log_prior))
@@ -87,7 +113,10 @@ def duality_gap_is_a_divergence(case: Case) -> Sides:
 
 duality_gap_is_a_divergence.broken(
     "one player's gain",
-    lambda case: (duality_gap_is_a_divergence.sides(case)[0], duality_gap_is_a_divergence.sides(case.reseed("duality_gap_is_a_divergence"))[1] / 2),
+    lambda case: (
+        duality_gap_is_a_divergence.sides(case)[0],
+        duality_gap_is_a_divergence.sides(case.reseed("duality_gap_is_a_divergence"))[1] / 2,
+    ),
 )
 
 
@@ -97,14 +126,21 @@ def dpo_minimum(case: Case) -> Sides:
     rewards = bounded(case)
     preferences = bradley_terry(rewards)
     star = tilt(case.log_prior, rewards, case.kl_coef).log_posterior
-    best, other = (dpo_loss(log_pi, case.log_prior, preferences, case.kl_coef) for log_pi in (star, case.log_policy))
+    best, other = (
+        dpo_loss(log_pi, case.log_prior, preferences, case.kl_coef)
+        for log_pi in (star, case.log_policy)
+    )
     return best, other
 
 
 dpo_minimum.broken("the policy against the posterior", lambda case: dpo_minimum.sides(case)[::-1])
 
 
-@identity(r"\nabla_{\theta} E_{\pi}\big[P(y\succ\mu)\big] = E_\pi\big[P(y\succ\mu)\nabla\log\pi\big]", "online DPO and Nash learning use it", "t12")
+@identity(
+    r"\nabla_{\theta} E_{\pi}\big[P(y\succ\mu)\big] = E_\pi\big[P(y\succ\mu)\nabla\log\pi\big]",
+    "online DPO and Nash learning use it",
+    "t12",
+)
 def win_rate_gradient(case: Case) -> Sides:
     """The win rate against a fixed opponent is a reward like any other."""
     preferences = bradley_terry(case.normal(len(case.rewards)))
@@ -117,7 +153,9 @@ def _self_play(case: Case) -> Sides:
     preferences = bradley_terry(case.normal(len(case.rewards)))
     pi = case.log_policy.exp()
     reward = preferences @ pi
-    return gradient(case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()), pi * (reward - pi @ reward)
+    return gradient(case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()), pi * (
+        reward - pi @ reward
+    )
 
 
 win_rate_gradient.broken("against oneself, where the win rate is ½ and its gradient 0", _self_play)

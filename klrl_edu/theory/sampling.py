@@ -1,8 +1,10 @@
-"""Statements about samplers: best-of-n, rejection, Metropolis–Hastings, importance sampling, sequential Monte Carlo, speculation.
+"""Statements about samplers: best-of-n, rejection, Metropolis–Hastings, importance sampling,
+sequential Monte Carlo, speculation.
 
-    Ẑ = 1/n Σ e^{r(y_i)/λ},  y_i ~ q:    E Ẑ = Z,    E log Ẑ ≤ log Z                                             (1)
+    Ẑ = 1/n Σ e^{r(y_i)/λ},  y_i ~ q:    E Ẑ = Z,    E log Ẑ ≤ log Z                             (1)
 
-Every random choice is enumerated: each set of draws of a few outcomes, each weighed by its probability. K outcomes, n draws.
+Every random choice is enumerated: each set of draws of a few outcomes, each weighed by its
+probability. K outcomes, n draws.
 """
 
 import itertools
@@ -28,15 +30,25 @@ def tuples(case: SmallCase, n: int) -> tuple[Tensor, Tensor]:
     return rows, case.log_prior[rows].sum(-1)
 
 
-@identity(r"\pi_n(y) = \frac{q(y)}{q(\mathrm{level})}\big[F(r(y))^n - F_-(r(y))^n\big]", "Beirami et al. (2024), with ties", "t14")
+@identity(
+    r"\pi_n(y) = \frac{q(y)}{q(\mathrm{level})}\big[F(r(y))^n - F_-(r(y))^n\big]",
+    "Beirami et al. (2024), with ties",
+    "t14",
+)
 def best_of_n_law(case: Case) -> Sides:
-    """The law of the best of three draws, ties included, is what enumerating every three draws gives."""
+    """The law of the best of three draws, ties included, is what enumerating every three draws
+    gives.
+    """
     small = case.small(4)
-    return best_of_n(small.log_prior, small.rewards, 3).log_probs.exp(), _best_by_hand(small, 3, shared=True)
+    return best_of_n(small.log_prior, small.rewards, 3).log_probs.exp(), _best_by_hand(
+        small, 3, shared=True
+    )
 
 
 def _best_by_hand(case: SmallCase, n: int, *, shared: bool) -> Tensor:
-    """The mass that each outcome gets [K]: the first best draw, or, not shared, the best outcome of lowest index."""
+    """The mass that each outcome gets [K]: the first best draw, or, not shared, the best outcome of
+    lowest index.
+    """
     rows, log_p = tuples(case, n)
     mass = torch.zeros_like(case.rewards)
     order = rows if shared else rows.sort(-1).values
@@ -46,8 +58,12 @@ def _best_by_hand(case: SmallCase, n: int, *, shared: bool) -> Tensor:
 
 def _sorted_draws(case: Case) -> Sides:
     small = case.small(4)
-    tied = SmallCase(small.log_prior, torch.ones_like(small.rewards), small.kl_coef, small.log_policy)
-    return best_of_n(tied.log_prior, tied.rewards, 3).log_probs.exp(), _best_by_hand(tied, 3, shared=False)
+    tied = SmallCase(
+        small.log_prior, torch.ones_like(small.rewards), small.kl_coef, small.log_policy
+    )
+    return best_of_n(tied.log_prior, tied.rewards, 3).log_probs.exp(), _best_by_hand(
+        tied, 3, shared=False
+    )
 
 
 best_of_n_law.broken("ties go to the outcome of lowest index", _sorted_draws)
@@ -55,14 +71,18 @@ best_of_n_law.broken("ties go to the outcome of lowest index", _sorted_draws)
 
 @bound(r"\mathrm{KL}(\pi_n\|q) \le \log n - \tfrac{n-1}{n}", "Beirami et al. (2024)", "t14")
 def best_of_n_divergence(case: Case) -> Sides:
-    """The best of n draws is at most log n − (n − 1)/n nats from the prior; equality needs a prior without ties and atoms."""
+    """The best of n draws is at most log n − (n − 1)/n nats from the prior; equality needs a prior
+    without ties and atoms.
+    """
     counts = (1, 2, 4, 16)
     kls = [best_of_n(case.log_prior, case.rewards, n).kl for n in counts]
     return case.log_prior.new_tensor(kls), case.log_prior.new_tensor([kl_bound(n) for n in counts])
 
 
 def _fine_prior(case: Case) -> Sides:
-    """A uniform prior over many outcomes without ties comes near the bound, and above half of it."""
+    """A uniform prior over many outcomes without ties comes near the bound, and above half
+    of it.
+    """
     log_q = torch.full((400,), -math.log(400), dtype=torch.float64)
     return best_of_n(log_q, case.normal(400), 4).kl, kl_bound(4) / 2
 
@@ -70,22 +90,34 @@ def _fine_prior(case: Case) -> Sides:
 best_of_n_divergence.broken("half of it", _fine_prior)
 
 
-@identity(r"\text{acceptance} = E_q\big[e^{(r-\max r)/\lambda}\big] = Z\,e^{-\max r/\lambda}", "von Neumann (1951)", "t14")
+@identity(
+    r"\text{acceptance} = E_q\big[e^{(r-\max r)/\lambda}\big] = Z\,e^{-\max r/\lambda}",
+    "von Neumann (1951)",
+    "t14",
+)
 def rejection_acceptance(case: Case) -> Sides:
-    """Rejection sampling with the prior as proposal accepts at the rate Z over the largest weight."""
+    """Rejection sampling with the prior as proposal accepts at the rate Z over the largest
+    weight.
+    """
     accepted = mean(case.log_prior, torch.exp((case.rewards - case.rewards.amax()) / case.kl_coef))
     return acceptance.rejection_acceptance(case.log_prior, case.rewards, case.kl_coef), accepted
 
 
 rejection_acceptance.broken(
-    "1/e^{max r/λ}, without Z", lambda case: (rejection_acceptance.sides(case)[0], torch.exp(-case.rewards.amax() / case.kl_coef))
+    "1/e^{max r/λ}, without Z",
+    lambda case: (
+        rejection_acceptance.sides(case)[0],
+        torch.exp(-case.rewards.amax() / case.kl_coef),
+    ),
 )
 
 
 @identity(r"\pi^*(x)P(x,y) = \pi^*(y)P(y,x)", "Metropolis et al. (1953); Hastings (1970)", "t14")
 def detailed_balance(case: Case) -> Sides:
     """Independence Metropolis–Hastings is reversible under the posterior."""
-    flow = case.log_star.exp()[:, None] * acceptance.metropolis_matrix(case.log_prior, case.rewards, case.kl_coef)
+    flow = case.log_star.exp()[:, None] * acceptance.metropolis_matrix(
+        case.log_prior, case.rewards, case.kl_coef
+    )
     return flow, flow.T
 
 
@@ -105,11 +137,15 @@ def second_eigenvalue(case: Case) -> Sides:
     log_star = tilt(case.log_prior, case.rewards, kl_coef).log_posterior
     root = torch.exp(log_star / 2)
     symmetric = root[:, None] * matrix / root  # π^½ P π^{−½}, symmetric by detailed balance
-    return torch.linalg.eigvalsh((symmetric + symmetric.T) / 2)[-2], 1 - torch.exp(-(log_star - case.log_prior).amax())
+    return torch.linalg.eigvalsh((symmetric + symmetric.T) / 2)[-2], 1 - torch.exp(
+        -(log_star - case.log_prior).amax()
+    )
 
 
 def _moderate(case: Case) -> float:
-    """λ, or a tenth of the rewards' range where that is more: π^{−½} of the chain then keeps its digits."""
+    """λ, or a tenth of the rewards' range where that is more: π^{−½} of the chain then keeps its
+    digits.
+    """
     return max(case.kl_coef, float(case.rewards.amax() - case.rewards.amin()) / 10)
 
 
@@ -123,7 +159,9 @@ second_eigenvalue.broken("from the smallest weight", _smallest_weight)
 
 @identity(r"E[\hat Z] = Z,\quad \hat Z = \tfrac1n\sum_i e^{r(y_i)/\lambda}", "eq. (1)", "t14")
 def importance_sampling(case: Case) -> Sides:
-    """Importance sampling from the prior estimates the evidence without bias: over every three draws the mean is Z."""
+    """Importance sampling from the prior estimates the evidence without bias: over every three
+    draws the mean is Z.
+    """
     small = case.small(4)
     return _mean_evidence(small), tilt(small.log_prior, _flat(small), 1.0).log_evidence.exp()
 
@@ -147,9 +185,15 @@ def _exponential_of_mean(case: Case) -> Sides:
 importance_sampling.broken("e to the mean of r/λ", _exponential_of_mean)
 
 
-@bound(r"E[\log\hat Z] \le \log Z \le E_{y_1\sim\pi^*}[\log\hat Z]", "Jensen; Burda et al. (2016), th. 1; Grosse et al. (2015)", "t14")
+@bound(
+    r"E[\log\hat Z] \le \log Z \le E_{y_1\sim\pi^*}[\log\hat Z]",
+    "Jensen; Burda et al. (2016), th. 1; Grosse et al. (2015)",
+    "t14",
+)
 def evidence_sandwich(case: Case) -> Sides:
-    """The log of an unbiased estimate is too low on average; with one exact posterior sample among the draws it is too high."""
+    """The log of an unbiased estimate is too low on average; with one exact posterior sample among
+    the draws it is too high.
+    """
     return _sandwich(case, posterior_sample=True)
 
 
@@ -163,10 +207,16 @@ def _sandwich(case: Case, *, posterior_sample: bool) -> Sides:
     return torch.stack([lower, target.log_evidence]), torch.stack([target.log_evidence, upper])
 
 
-evidence_sandwich.broken("no posterior sample in the upper bound", lambda case: _sandwich(case, posterior_sample=False))
+evidence_sandwich.broken(
+    "no posterior sample in the upper bound", lambda case: _sandwich(case, posterior_sample=False)
+)
 
 
-@bound(r"\log Z - E[\log\hat Z_{n}] \le \log Z - E[\log\hat Z_{n-1}]", "Burda et al. (2016), th. 1", "t14")
+@bound(
+    r"\log Z - E[\log\hat Z_{n}] \le \log Z - E[\log\hat Z_{n-1}]",
+    "Burda et al. (2016), th. 1",
+    "t14",
+)
 def more_samples_are_tighter(case: Case) -> Sides:
     """The lower bound on the log-evidence rises with every sample."""
     small = case.small(4)
@@ -177,13 +227,17 @@ def more_samples_are_tighter(case: Case) -> Sides:
     return bounds[0], bounds[1]
 
 
-more_samples_are_tighter.broken("the other way round", lambda case: more_samples_are_tighter.sides(case)[::-1])
+more_samples_are_tighter.broken(
+    "the other way round", lambda case: more_samples_are_tighter.sides(case)[::-1]
+)
 
 # Sequential Monte Carlo on two-letter words: propose, weigh, resample, propose, weigh
 
 
 class _Words:
-    """A law of two letters [2,2] and a reward r/λ [2,2], with twists ψ(first letter) [2] for the first weights."""
+    """A law of two letters [2,2] and a reward r/λ [2,2], with twists ψ(first letter) [2] for the
+    first weights.
+    """
 
     def __init__(self, case: Case):
         joint = case.distribution(4).reshape(2, 2)
@@ -204,18 +258,24 @@ class _Words:
         final = self.reward[ancestors, second] - twist[ancestors]
         if resampled_weights_kept:
             final = final + twist[ancestors]
-        return math.exp(float(torch.logsumexp(log_weight, 0) + torch.logsumexp(final, 0)) - 2 * math.log(2))
+        return math.exp(
+            float(torch.logsumexp(log_weight, 0) + torch.logsumexp(final, 0)) - 2 * math.log(2)
+        )
 
 
 @identity(r"E[\hat Z_{\mathrm{SMC}}] = Z", "Del Moral (2004), prop. 7.4.1", "t14")
 def sequential_monte_carlo(case: Case) -> Sides:
-    """Resampling keeps the estimate of the evidence unbiased, for any intermediate weights: every execution of two particles."""
+    """Resampling keeps the estimate of the evidence unbiased, for any intermediate weights: every
+    execution of two particles.
+    """
     words = _Words(case)
     return _smc_mean(words, kept=False), words.log_evidence.exp()
 
 
 def _smc_mean(words: _Words, *, kept: bool) -> float:
-    runs = enumerate_executions(lambda draw: words.run(draw, words.twist, resampled_weights_kept=kept))
+    runs = enumerate_executions(
+        lambda draw: words.run(draw, words.twist, resampled_weights_kept=kept)
+    )
     return math.fsum(math.exp(run.log_prob) * run.result for run in runs)
 
 
@@ -227,31 +287,53 @@ def _weights_kept(case: Case) -> Sides:
 sequential_monte_carlo.broken("weights kept after resampling", _weights_kept)
 
 
-@identity(r"\psi(s) = e^{V(s)/\lambda},\ a\sim\pi^*(\cdot|s) \;\Rightarrow\; \hat Z = Z \text{ with certainty}", "Zhao et al. (2024)", "t14")
+@identity(
+    r"\psi(s) = e^{V(s)/\lambda},\ a\sim\pi^*(\cdot|s) \;\Rightarrow\; \hat Z = Z \text{ with"
+    r" certainty}",
+    "Zhao et al. (2024)",
+    "t14",
+)
 def optimal_twist(case: Case) -> Sides:
-    """With the soft values for twists and the posterior for proposals every weight is Z: the variance is zero."""
+    """With the soft values for twists and the posterior for proposals every weight is Z: the
+    variance is zero.
+    """
     return _twisted_weights(words := _Words(case), words.value), words.log_evidence.expand(2, 2)
 
 
 def _twisted_weights(words: _Words, value: Tensor) -> Tensor:
-    """log of q(ab) e^{r/λ} over the proposal ∝ q(a) ψ(a) · q(b|a) e^{r/λ}/ψ'(a), ψ' its normaliser [2,2]."""
+    """log of q(ab) e^{r/λ} over the proposal ∝ q(a) ψ(a) · q(b|a) e^{r/λ}/ψ'(a), ψ' its normaliser
+    [2,2].
+    """
     proposal_first = words.first + value - torch.logsumexp(words.first + value, 0)
     proposal_second = words.second + words.reward - words.value[:, None]
-    return words.first[:, None] + words.second + words.reward - proposal_first[:, None] - proposal_second
+    return (
+        words.first[:, None]
+        + words.second
+        + words.reward
+        - proposal_first[:, None]
+        - proposal_second
+    )
 
 
 optimal_twist.broken(
-    "a twist that is not the value", lambda case: (_twisted_weights(words := _Words(case), words.twist), words.log_evidence.expand(2, 2))
+    "a twist that is not the value",
+    lambda case: (
+        _twisted_weights(words := _Words(case), words.twist),
+        words.log_evidence.expand(2, 2),
+    ),
 )
 
 
 @identity(
-    r"P(\text{accept}) = \sum_y q\min(1,\tfrac{\pi}{q}) = 1-\mathrm{TV}(\pi,q),\quad \text{output} \sim \pi",
+    r"P(\text{accept}) = \sum_y q\min(1,\tfrac{\pi}{q}) = 1-\mathrm{TV}(\pi,q),\quad \text{output}"
+    r" \sim \pi",
     "Leviathan et al. (2023), th. 3.5",
     "t14",
 )
 def speculative_sampling(case: Case) -> Sides:
-    """A draft from q, accepted with min(1, π/q) and else redrawn from the excess, is exactly from π; it is kept with 1 − TV."""
+    """A draft from q, accepted with min(1, π/q) and else redrawn from the excess, is exactly from
+    π; it is kept with 1 − TV.
+    """
     return _speculative(case, redraw_from_excess=True)
 
 
@@ -265,4 +347,7 @@ def _speculative(case: Case, *, redraw_from_excess: bool) -> Sides:
     return torch.cat([output, rate[None]]), torch.cat([pi, 1 - (pi - q).abs().sum()[None] / 2])
 
 
-speculative_sampling.broken("redrawn from π instead of the excess", lambda case: _speculative(case, redraw_from_excess=False))
+speculative_sampling.broken(
+    "redrawn from π instead of the excess",
+    lambda case: _speculative(case, redraw_from_excess=False),
+)

@@ -1,8 +1,10 @@
 """What a statement of the theory is, and how it is tried.
 
-    left(case) = right(case)   or   left(case) ≤ right(case)       on every case, within a tolerance               (1)
+    left(case) = right(case)   or   left(case) ≤ right(case)
+    on every case, within a tolerance                                                            (1)
 
-Every statement comes with a broken twin, the same with one slip; a check that the twin passes would be worth nothing.
+Every statement comes with a broken twin, the same with one slip; a check that the twin passes would
+be worth nothing.
 """
 
 import math
@@ -57,12 +59,16 @@ class Statement:
         self.twin = Twin(slip, sides)
 
 
-def identity(latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE) -> Callable[[Callable[[Case], Sides]], Statement]:
+def identity(
+    latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE
+) -> Callable[[Callable[[Case], Sides]], Statement]:
     """Makes `case -> (left, right)` a statement left = right; its docstring says it in words."""
     return _statement(latex, source, tutorial, "=", tolerance)
 
 
-def bound(latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE) -> Callable[[Callable[[Case], Sides]], Statement]:
+def bound(
+    latex: str, source: str, tutorial: str, tolerance: float = TOLERANCE
+) -> Callable[[Callable[[Case], Sides]], Statement]:
     """Makes `case -> (left, right)` a statement left ≤ right."""
     return _statement(latex, source, tutorial, "≤", tolerance)
 
@@ -71,7 +77,16 @@ def _statement(
     latex: str, source: str, tutorial: str, relation: Literal["=", "≤"], tolerance: float
 ) -> Callable[[Callable[[Case], Sides]], Statement]:
     def make(sides: Callable[[Case], Sides]) -> Statement:
-        return Statement(sides.__name__, (sides.__doc__ or "").strip(), latex, source, tutorial, relation, tolerance, sides)
+        return Statement(
+            sides.__name__,
+            (sides.__doc__ or "").strip(),
+            latex,
+            source,
+            tutorial,
+            relation,
+            tolerance,
+            sides,
+        )
 
     return make
 
@@ -91,17 +106,28 @@ class Trial(NamedTuple):
 
 
 def error(relation: str, left: Tensor | float, right: Tensor | float) -> float:
-    """max |left − right| / max(1, |right|) for "=", max (left − right)₊ / max(1, |right|) for "≤"; inf where either is not a number."""
-    left, right = torch.as_tensor(left, dtype=torch.float64), torch.as_tensor(right, dtype=torch.float64)
+    """max |left − right| / max(1, |right|) for "=", max (left − right)₊ / max(1, |right|) for "≤";
+    inf where either is not a number.
+    """
+    left, right = (
+        torch.as_tensor(left, dtype=torch.float64),
+        torch.as_tensor(right, dtype=torch.float64),
+    )
     if left.shape != right.shape:
-        raise AssertionError(f"a statement's sides have shapes {list(left.shape)} and {list(right.shape)}")
+        raise AssertionError(
+            f"a statement's sides have shapes {list(left.shape)} and {list(right.shape)}"
+        )
     excess = (left - right).abs() if relation == "=" else (left - right).clamp(min=0)
     found = float(excess.max() / right.abs().max().clamp(min=1))
     return found if math.isfinite(found) else math.inf
 
 
-def try_statement(statement: Statement, cases: Iterable[Case], sides: Callable[[Case], Sides] | None = None) -> Trial:
-    """The largest error of a statement over cases; with `sides`, of other two sides in its place."""
+def try_statement(
+    statement: Statement, cases: Iterable[Case], sides: Callable[[Case], Sides] | None = None
+) -> Trial:
+    """The largest error of a statement over cases; with `sides`, of other two sides in its
+    place.
+    """
     sides = statement.sides if sides is None else sides
     errors = [error(statement.relation, *sides(case.reseed(statement.name))) for case in cases]
     worst = max(range(len(errors)), key=lambda index: errors[index])
@@ -112,4 +138,7 @@ def twin_is_caught(statement: Statement, cases: Iterable[Case]) -> bool:
     """Whether the broken twin fails on one of the cases; the first that does ends the search."""
     assert statement.twin is not None, f"{statement.name} has no broken twin"
     sides = statement.twin.sides
-    return any(error(statement.relation, *sides(case.reseed(statement.name))) > statement.tolerance for case in cases)
+    return any(
+        error(statement.relation, *sides(case.reseed(statement.name))) > statement.tolerance
+        for case in cases
+    )

@@ -12,14 +12,20 @@ from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward
 
 ANSWERS = ["", "a", "b", "a a", "a b", "b a"]
-Q, PI, MU = [0.1, 0.3, 0.2, 0.15, 0.15, 0.1], [0.2, 0.1, 0.25, 0.25, 0.1, 0.1], [0.15, 0.2, 0.2, 0.1, 0.2, 0.15]
+Q, PI, MU = (
+    [0.1, 0.3, 0.2, 0.15, 0.15, 0.1],
+    [0.2, 0.1, 0.25, 0.25, 0.1, 0.1],
+    [0.15, 0.2, 0.2, 0.1, 0.2, 0.15],
+)
 REWARDS = [0.0, 1.0, 0.0, 2.0, 0.5, 1.0]
 
 
 def answers(kl_coef=0.7):
     """Texts of none to two words that end in EOS: lengths differ and no two targets agree."""
     prior = SequenceTable.from_texts(dict(zip(ANSWERS, Q, strict=True)))
-    return Problem(prior, table_reward(dict(zip(ANSWERS, REWARDS, strict=True)), prior.space), kl_coef)
+    return Problem(
+        prior, table_reward(dict(zip(ANSWERS, REWARDS, strict=True)), prior.space), kl_coef
+    )
 
 
 def answers_policy(probs=PI):
@@ -29,14 +35,24 @@ def answers_policy(probs=PI):
 def random_prefix_table(space, seed, tokens=None):
     table = PrefixTable(space, tokens)
     with torch.no_grad():
-        table.logits.copy_(torch.randn(table.logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+        table.logits.copy_(
+            torch.randn(
+                table.logits.shape,
+                generator=torch.Generator().manual_seed(seed),
+                dtype=torch.float64,
+            )
+        )
     return table
 
 
 def binary(length, seed=0):
-    """All 2^T sequences under a random prior and a random policy, both PrefixTables, with the count of b as reward."""
+    """All 2^T sequences under a random prior and a random policy, both PrefixTables, with the count
+    of b as reward.
+    """
     space = SequenceSpace(("a", "b"), length, eos=False)
-    return random_prefix_table(space, seed), Problem(random_prefix_table(space, seed + 1), lambda tokens, prompt: tokens.double().sum(-1), 0.5)
+    return random_prefix_table(space, seed), Problem(
+        random_prefix_table(space, seed + 1), lambda tokens, prompt: tokens.double().sum(-1), 0.5
+    )
 
 
 def tree_and_coordinates(policy):

@@ -26,14 +26,22 @@ def value(estimator, **options):
 def verl_policy_loss(old_log_prob, log_prob, advantages, response_mask, cliprange=0.2):
     """As verl's: the loss and a statistic; a sum over the mask, so that it is the sequence's."""
     ratio = torch.exp(log_prob - old_log_prob)
-    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+    per_token = torch.maximum(
+        -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    )
     return (per_token * response_mask).sum() / len(log_prob), (ratio > 1 + cliprange).float().mean()
 
 
-def trl_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, beta):
+def trl_loss(
+    per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, beta
+):
     """As TRL's GRPO with its k3 in the loss; summed over the mask."""
     ratio = torch.exp(per_token_logps - old_per_token_logps)
-    kl = torch.exp(ref_per_token_logps - per_token_logps) - (ref_per_token_logps - per_token_logps) - 1
+    kl = (
+        torch.exp(ref_per_token_logps - per_token_logps)
+        - (ref_per_token_logps - per_token_logps)
+        - 1
+    )
     return ((-ratio * advantages.unsqueeze(1) + beta * kl) * completion_mask).sum(-1).mean()
 
 
@@ -45,7 +53,10 @@ def test_verl_names_are_understood_and_the_advantage_is_the_bare_reward():
 
 
 def test_trl_names_are_understood_and_k3_in_the_loss_is_forward_kl_per_token():
-    assert gradient(trl_loss, batch_size=2).verdict == "trl_loss descends expected_reward + 0.7·forward_kl_per_token."
+    assert (
+        gradient(trl_loss, batch_size=2).verdict
+        == "trl_loss descends expected_reward + 0.7·forward_kl_per_token."
+    )
 
 
 def test_own_names_take_the_fields_of_a_batch():
@@ -54,15 +65,31 @@ def test_own_names_take_the_fields_of_a_batch():
         return -((rewards.sum(-1) - kl_coef * u.detach()) * log_probs.sum(-1)).mean()
 
     assert gradient(mine, batch_size=2).relative_bias["objective"] < 1e-12
-    assert gradient(lambda log_dists, prior_log_dists: (log_dists.exp() * (log_dists - prior_log_dists).nan_to_num(0, 0, 0)).sum() * 1.0).targets
+    assert gradient(
+        lambda log_dists, prior_log_dists: (
+            (log_dists.exp() * (log_dists - prior_log_dists).nan_to_num(0, 0, 0)).sum() * 1.0
+        )
+    ).targets
 
 
 def test_every_field_has_its_documented_shape():
     tokens = answers().prior.tokens
     batch = score_batch(answers_policy(), [answers()], [tokens], distributions=True)
-    sequence, number, full = {"group", "kl_coef", "log_ratio", "advantages"}, {"beta"}, {"log_dists", "prior_log_dists"}
+    sequence, number, full = (
+        {"group", "kl_coef", "log_ratio", "advantages"},
+        {"beta"},
+        {"log_dists", "prior_log_dists"},
+    )
     for name, reader in FIELDS.items():
-        wanted = (6,) if name in sequence else () if name in number else (6, 3, 3) if name in full else (6, 3)
+        wanted = (
+            (6,)
+            if name in sequence
+            else ()
+            if name in number
+            else (6, 3, 3)
+            if name in full
+            else (6, 3)
+        )
         assert tuple(reader(batch).shape) == wanted, name
     assert FIELDS["completion_mask"](batch).dtype == torch.long
 
@@ -71,9 +98,19 @@ def test_adapt_says_what_other_names_are():
     def odd(lp, ref, mask, weight):
         return weight * ((lp - ref).sum(-1).square() * mask[:, 0]).mean()
 
-    report = gradient(odd, adapt={"lp": "log_probs", "ref": "ref_log_prob", "mask": "live", "weight": 0.5})
+    report = gradient(
+        odd, adapt={"lp": "log_probs", "ref": "ref_log_prob", "mask": "live", "weight": 0.5}
+    )
     assert report.verdict == "odd is unbiased for reverse_kl."
-    by_function = gradient(odd, adapt=lambda b: {"lp": b.log_probs, "ref": b.prior_log_probs, "mask": b.live, "weight": 0.5})
+    by_function = gradient(
+        odd,
+        adapt=lambda b: {
+            "lp": b.log_probs,
+            "ref": b.prior_log_probs,
+            "mask": b.live,
+            "weight": 0.5,
+        },
+    )
     assert torch.equal(by_function.mean, report.mean)
 
 
@@ -93,14 +130,24 @@ def test_unknown_names_are_refused_with_those_that_are_known():
     def f(log_prob, logits):
         return log_prob.sum()
 
-    with pytest.raises(InputError, match=r"f takes 'logits', which is not understood.*adapt=\{'logits'.*Known names: tokens, .*response_mask"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"f takes 'logits', which is not understood.*adapt=\{'logits'.*Known names: tokens,"
+            r" .*response_mask"
+        ),
+    ):
         gradient(f)
-    with pytest.raises(InputError, match=r"adapt names 'nope', which is no parameter of f; it has log_prob, logits"):
+    with pytest.raises(
+        InputError, match=r"adapt names 'nope', which is no parameter of f; it has log_prob, logits"
+    ):
         gradient(f, adapt={"nope": 1, "logits": 1})
 
 
 def test_a_loss_a_token_is_refused_with_the_ways_to_average_it():
-    with pytest.raises(InputError, match=r"returned shape \[2, 3\]; a Loss maps a Batch to a scalar"):
+    with pytest.raises(
+        InputError, match=r"returned shape \[2, 3\]; a Loss maps a Batch to a scalar"
+    ):
         gradient(lambda log_prob, ref_log_prob: log_prob - ref_log_prob, batch_size=2)
 
 
@@ -128,14 +175,21 @@ def test_estimators_take_log_ratios_batches_or_names_and_give_sequences_or_token
         lambda logprob, ref_logprob: logprob - ref_logprob,  # [N,T] is summed
         lambda log_probs, prior_log_probs: (log_probs - prior_log_probs).sum(-1),
         lambda per_token_logps, ref_per_token_logps: (per_token_logps - ref_per_token_logps, None),
-        lambda log_dists, prior_log_dists: torch.where(log_dists > -math.inf, log_dists.exp() * (log_dists - prior_log_dists), 0.0).sum(-1),
+        lambda log_dists, prior_log_dists: torch.where(
+            log_dists > -math.inf, log_dists.exp() * (log_dists - prior_log_dists), 0.0
+        ).sum(-1),
     ):
         report = value(estimator, batch_size=2)
         assert report.relative_bias["reverse_kl"] < 1e-12
 
 
 def test_padding_of_an_estimator_a_token_does_not_count():
-    assert value(lambda logprob, ref_logprob, live: torch.where(live, logprob - ref_logprob, 1e6)).relative_bias["reverse_kl"] < 1e-12
+    assert (
+        value(
+            lambda logprob, ref_logprob, live: torch.where(live, logprob - ref_logprob, 1e6)
+        ).relative_bias["reverse_kl"]
+        < 1e-12
+    )
 
 
 def test_a_verl_estimator_with_a_switch_needs_its_value():

@@ -1,4 +1,6 @@
-"""The audit against the course's numbers, brute force over batches, and losses whose expected gradient is known."""
+"""The audit against the course's numbers, brute force over batches, and losses whose expected
+gradient is known.
+"""
 
 import itertools
 import math
@@ -24,7 +26,12 @@ from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
 from tests.exact.dictionaries import INF
 
-GRADIENT = [-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306]  # ∇J of t05, in sequence logits
+GRADIENT = [
+    -0.011675039611,
+    -0.078948283960,
+    -0.010705934735,
+    0.101329258306,
+]  # ∇J of t05, in sequence logits
 FORWARD = [0.1, -0.1, -0.1, 0.1]  # ∇KL(q‖π) of t06
 PI, Q, R = [0.5, 0.2, 0.1, 0.2], [0.4, 0.3, 0.2, 0.1], [1.0, 0.0, 0.0, 2.0]
 U = [math.log(p / q) for p, q in zip(PI, Q, strict=True)]
@@ -62,14 +69,17 @@ def close(expected):
 
 def relative(report, name):
     """Bias over the size of what was averaged, so that a target of 0 is no trouble."""
-    return report.bias[name] / max(float(report.targets[name].norm()), math.sqrt(report.variance), 1e-3)
+    return report.bias[name] / max(
+        float(report.targets[name].norm()), math.sqrt(report.variance), 1e-3
+    )
 
 
-# --- what each loss follows ------------------------------------------------------------------------------------------
+# --- what each loss follows -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loss", "batch_size", "executions"), [(losses.exact, 1, 1), (losses.reinforce, 1, 4), (losses.rloo, 2, 10), (losses.rloo, 3, 20)]
+    ("loss", "batch_size", "executions"),
+    [(losses.exact, 1, 1), (losses.reinforce, 1, 4), (losses.rloo, 2, 10), (losses.rloo, 3, 20)],
 )
 def test_unbiased_losses_have_the_gradient_of_t05(loss, batch_size, executions):
     report = audit(loss, batch_size=batch_size)
@@ -78,7 +88,11 @@ def test_unbiased_losses_have_the_gradient_of_t05(loss, batch_size, executions):
     assert report.relative_bias["objective"] < 1e-12
     assert "objective" in report.verdict
     assert "unbiased" in report.verdict
-    assert (report.executions, report.coordinates, report.batch_size) == (executions, "sequence logits", batch_size)
+    assert (report.executions, report.coordinates, report.batch_size) == (
+        executions,
+        "sequence logits",
+        batch_size,
+    )
 
 
 @settings(max_examples=20)
@@ -133,7 +147,9 @@ def test_k3_in_the_reward_follows_the_difference_of_both_divergences():
         return (kl_values.k3(log_ratio(batch)).detach() * batch.log_probs.sum(-1)).mean()
 
     report = audit(k3_in_reward)
-    assert report.mean.tolist() == close((report.targets["reverse_kl"] - report.targets["forward_kl"]).tolist())
+    assert report.mean.tolist() == close(
+        (report.targets["reverse_kl"] - report.targets["forward_kl"]).tolist()
+    )
     assert report.verdict == "k3_in_reward descends reverse_kl − forward_kl."
 
 
@@ -153,14 +169,16 @@ def test_at_the_posterior_rloo_has_mean_and_variance_zero():
     """Where r − λu = λ log Z for every sequence, there is nothing left to learn and no noise."""
     problem = four_sentences(0.7)
     logits = [math.log(q) + r / 0.7 for q, r in zip(Q, R, strict=True)]
-    star = SequenceTable(problem.space, problem.prior.tokens, torch.tensor(logits, dtype=torch.float64))
+    star = SequenceTable(
+        problem.space, problem.prior.tokens, torch.tensor(logits, dtype=torch.float64)
+    )
     report = audit_gradient(losses.rloo, star, problem, batch_size=2)
     assert report.variance < 1e-28
     assert float(report.mean.norm()) < 1e-14
     assert report.verdict == "rloo has expectation 0."
 
 
-# --- moments by hand -------------------------------------------------------------------------------------------------
+# --- moments by hand ------------------------------------------------------------------------------
 
 
 def test_mean_and_variance_are_those_of_a_loop_over_batches():
@@ -169,7 +187,14 @@ def test_mean_and_variance_are_those_of_a_loop_over_batches():
     reward = [r - u for r, u in zip(R, U, strict=True)]
     for a, b in itertools.product(range(4), repeat=2):
         probability = PI[a] * PI[b]
-        gradient = [-((reward[a] - reward[b]) * ((k == a) - PI[k]) + (reward[b] - reward[a]) * ((k == b) - PI[k])) / 2 for k in range(4)]
+        gradient = [
+            -(
+                (reward[a] - reward[b]) * ((k == a) - PI[k])
+                + (reward[b] - reward[a]) * ((k == b) - PI[k])
+            )
+            / 2
+            for k in range(4)
+        ]
         expected = [m + probability * g for m, g in zip(expected, gradient, strict=True)]
         second += probability * sum(g * g for g in gradient)
     report = audit(losses.rloo, batch_size=2)
@@ -183,9 +208,11 @@ def test_independent_averages_divide_the_variance():
 
 
 def test_full_distributions_count_in_the_gradient():
-    """A per-token KL over the vocabulary: its gradient runs through [N,T,V], and the sampled log-probabilities are not used at all.
+    """A per-token KL over the vocabulary: its gradient runs through [N,T,V], and the sampled
+    log-probabilities are not used at all.
 
-    In sequence logits, with frozen prefixes; the oracle differentiates Σ_y π(y) Σ_t KL_t(y) with π(y) held fixed.
+    In sequence logits, with frozen prefixes; the oracle differentiates Σ_y π(y) Σ_t KL_t(y) with
+    π(y) held fixed.
     """
 
     @needs("distributions")
@@ -194,9 +221,13 @@ def test_full_distributions_count_in_the_gradient():
 
     first = {"the": (0.7, 0.7), "a": (0.3, 0.3)}  # π and q of the first word: here equal
     assert first["the"][0] == pytest.approx(PI[0] + PI[1])
-    # ∂KL(the)/∂θ: within 'the', p = (5/7, 2/7) against (4/7, 3/7), and weight 0.7; within 'a', p = (1/3, 2/3) against (2/3, 1/3), weight 0.3
+    # ∂KL(the)/∂θ: within 'the', p = (5/7, 2/7) against (4/7, 3/7), and weight 0.7; within 'a', p =
+    # (1/3, 2/3) against (2/3, 1/3), weight 0.3
     expected = []
-    for p, q, weight in (((5 / 7, 2 / 7), (4 / 7, 3 / 7), 0.7), ((1 / 3, 2 / 3), (2 / 3, 1 / 3), 0.3)):
+    for p, q, weight in (
+        ((5 / 7, 2 / 7), (4 / 7, 3 / 7), 0.7),
+        ((1 / 3, 2 / 3), (2 / 3, 1 / 3), 0.3),
+    ):
         u = [math.log(a / b) for a, b in zip(p, q, strict=True)]
         mean = sum(a * b for a, b in zip(p, u, strict=True))
         expected += [weight * a * (b - mean) for a, b in zip(p, u, strict=True)]
@@ -207,22 +238,33 @@ def test_full_distributions_count_in_the_gradient():
     def both(batch):
         return rao_blackwell(batch) + losses.reinforce(batch)
 
-    assert audit(both).mean.tolist() == pytest.approx([a - b for a, b in zip(expected, GRADIENT, strict=True)], abs=1e-12)
+    assert audit(both).mean.tolist() == pytest.approx(
+        [a - b for a, b in zip(expected, GRADIENT, strict=True)], abs=1e-12
+    )
 
 
 def test_a_networks_parameters_are_coordinates_too():
-    """Three-parameter check against central differences of J, whose error is about 1e-9 at h = 1e-5."""
+    """Three-parameter check against central differences of J, whose error is about 1e-9 at h =
+    1e-5.
+    """
     problem = four_sentences(0.5)
-    policy = restrict_to_support(RecurrentModel(problem.space, hidden_size=2, seed=3), problem.prior)
+    policy = restrict_to_support(
+        RecurrentModel(problem.space, hidden_size=2, seed=3), problem.prior
+    )
     report = audit_gradient(losses.rloo, policy, problem, batch_size=2)
     parameters = list(policy.parameters())
-    assert report.coordinates == f"{sum(p.numel() for p in parameters)} parameters of RestrictedModel"
+    assert (
+        report.coordinates == f"{sum(p.numel() for p in parameters)} parameters of RestrictedModel"
+    )
     assert relative(report, "objective") < 1e-12
     tokens = problem.prior.tokens
 
     def objective():
         log_pi = policy.log_prob(tokens).detach()
-        return float(log_pi.exp() @ (problem.rewards(tokens) - 0.5 * (log_pi - problem.prior.log_prob(tokens).detach())))
+        return float(
+            log_pi.exp()
+            @ (problem.rewards(tokens) - 0.5 * (log_pi - problem.prior.log_prob(tokens).detach()))
+        )
 
     slopes, h = [], 1e-5
     with torch.no_grad():
@@ -237,16 +279,22 @@ def test_a_networks_parameters_are_coordinates_too():
     assert (-report.mean).tolist() == pytest.approx(slopes, abs=1e-9)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("estimator", "bias", "variance"),
-    [(kl_values.k1, 0.0, 0.191954080129), (kl_values.k2, 0.001162936509, None), (kl_values.k3, 0.0, 0.008973476020)],
+    [
+        (kl_values.k1, 0.0, 0.191954080129),
+        (kl_values.k2, 0.001162936509, None),
+        (kl_values.k3, 0.0, 0.008973476020),
+    ],
 )
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_values_have_the_moments_of_t06(estimator, bias, variance, batch_size):
-    report = audit_value(estimator, four_sentences_policy(), four_sentences(), batch_size=batch_size)
+    report = audit_value(
+        estimator, four_sentences_policy(), four_sentences(), batch_size=batch_size
+    )
     assert float(report.mean) - 0.099793472091 == pytest.approx(bias, abs=1.1e-12)
     assert report.targets["reverse_kl"].tolist() == close([0.099793472091])
     assert report.targets["forward_kl"].tolist() == close([0.101696829963])
@@ -266,17 +314,27 @@ def test_a_user_estimator_can_be_audited_and_must_keep_its_shape():
 def test_the_forward_divergence_is_infinite_however_little_mass_is_missed(log_mass):
     space = SequenceSpace(("a", "b", "c"), 1, eos=False)
     tokens = space.all_tokens()
-    problem = Problem(SequenceTable(space, tokens, torch.tensor([0.0, 0.0, log_mass]).double()), lambda t, p: torch.zeros(len(t)), 1.0)
+    problem = Problem(
+        SequenceTable(space, tokens, torch.tensor([0.0, 0.0, log_mass]).double()),
+        lambda t, p: torch.zeros(len(t)),
+        1.0,
+    )
     policy = SequenceTable(space, tokens[:2], torch.tensor([0.0, 1.0]).double())
     assert audit_value(kl_values.k1, policy, problem).targets["forward_kl"].tolist() == [INF]
     assert "forward_kl" not in audit_gradient(losses.reinforce, policy, problem).targets
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_too_many_batches_are_refused_with_their_count():
-    with pytest.raises(TooLargeError, match=r"batches of 100 out of 4 sequences are 176,851 multisets.*max_executions = 100,000.*monte_carlo=n"):
+    with pytest.raises(
+        TooLargeError,
+        match=(
+            r"batches of 100 out of 4 sequences are 176,851 multisets.*max_executions ="
+            r" 100,000.*monte_carlo=n"
+        ),
+    ):
         audit(losses.rloo, batch_size=100)
     with pytest.raises(TooLargeError, match=r"about 10\^17"):
         audit(losses.rloo, batch_size=1_000_000)
@@ -306,9 +364,13 @@ def test_what_is_no_loss_is_refused():
 
 def test_a_frozen_policy_and_another_space_are_refused():
     with pytest.raises(InputError, match="no trainable parameters"):
-        audit_gradient(losses.reinforce, four_sentences_policy().requires_grad_(False), four_sentences())
+        audit_gradient(
+            losses.reinforce, four_sentences_policy().requires_grad_(False), four_sentences()
+        )
     with pytest.raises(InputError, match="different spaces"):
-        audit_gradient(losses.reinforce, SequenceTable.from_texts({"the cat": 1.0}), four_sentences())
+        audit_gradient(
+            losses.reinforce, SequenceTable.from_texts({"the cat": 1.0}), four_sentences()
+        )
 
 
 def test_a_module_loss_is_audited_with_its_parameters_held_fixed():

@@ -18,13 +18,21 @@ from tests.audit.scenes import answers, answers_policy, k2_loss, log_ratio
 
 def refused(loss, match, batch_size=2, **options):
     with pytest.raises(InputError, match=match):
-        audit_gradient(loss, four_sentences_policy(), four_sentences(), batch_size=batch_size, **options)
+        audit_gradient(
+            loss, four_sentences_policy(), four_sentences(), batch_size=batch_size, **options
+        )
 
 
 def test_nan_and_infinity_are_named_with_their_batch():
-    refused(lambda batch: k2_loss(batch) * math.nan, r"the loss <lambda> is nan on the batch \['the cat', 'the dog'\]")
+    refused(
+        lambda batch: k2_loss(batch) * math.nan,
+        r"the loss <lambda> is nan on the batch \['the cat', 'the dog'\]",
+    )
     refused(lambda batch: k2_loss(batch) + math.inf, r"is inf on the batch")
-    refused(lambda batch: (log_ratio(batch) - log_ratio(batch)).abs().sqrt().sum(), r"is 0 with a gradient that is not finite on the batch")
+    refused(
+        lambda batch: (log_ratio(batch) - log_ratio(batch)).abs().sqrt().sum(),
+        r"is 0 with a gradient that is not finite on the batch",
+    )
 
 
 def test_nan_on_one_batch_alone_is_found_among_all():
@@ -34,11 +42,18 @@ def test_nan_on_one_batch_alone_is_found_among_all():
         reward = batch.rewards.sum(-1)
         return -((reward - reward.mean()) / reward.std() * batch.log_probs.sum(-1)).mean()
 
-    refused(z_score, r"the loss z_score is nan on the batch \['the dog', 'a cat'\]; look for .* a deviation of 0")
+    refused(
+        z_score,
+        r"the loss z_score is nan on the batch \['the dog', 'a cat'\]; look for .* a deviation"
+        r" of 0",
+    )
 
 
 def test_what_is_no_scalar_or_has_no_gradient_is_named():
-    refused(lambda batch: batch.log_probs.sum(-1), r"returned shape \[2\]; a Loss maps a Batch to a scalar tensor")
+    refused(
+        lambda batch: batch.log_probs.sum(-1),
+        r"returned shape \[2\]; a Loss maps a Batch to a scalar tensor",
+    )
     refused(lambda batch: batch.log_probs, r"returned shape \[2, 2\]")
     refused(lambda batch: 1.0, "returned float")
     refused(lambda batch: batch.rewards.sum(), "carries no gradient")
@@ -60,10 +75,17 @@ def test_a_loss_that_changes_its_inputs_is_named(name):
 
 @pytest.mark.parametrize(
     ("generator", "number"),
-    [("torch", lambda: float(torch.rand(()))), ("numpy", lambda: np.random.random()), ("Python", lambda: random.random())],
+    [
+        ("torch", lambda: float(torch.rand(()))),
+        ("numpy", lambda: np.random.random()),
+        ("Python", lambda: random.random()),
+    ],
 )
 def test_a_loss_that_draws_from_a_global_generator_is_named(generator, number):
-    refused(lambda batch: number() * k2_loss(batch), rf"draws from the global generator of {generator}.*take a parameter `draw`")
+    refused(
+        lambda batch: number() * k2_loss(batch),
+        rf"draws from the global generator of {generator}.*take a parameter `draw`",
+    )
 
 
 def test_a_generator_used_late_is_still_noticed():
@@ -78,12 +100,23 @@ def test_a_generator_used_late_is_still_noticed():
 
 def test_a_loss_with_a_state_or_a_generator_of_its_own_is_named():
     own = as_generator(3)
-    refused(lambda batch: k2_loss(batch) * float(torch.rand((), generator=own)), r"gives two results for one batch \['the cat', 'the dog'\]")
+    refused(
+        lambda batch: k2_loss(batch) * float(torch.rand((), generator=own)),
+        r"gives two results for one batch \['the cat', 'the dog'\]",
+    )
 
 
 def test_a_loss_that_depends_on_the_order_of_its_batch_is_named():
-    refused(lambda batch: log_ratio(batch)[0] ** 2, r"depends on the order of its batch: \['the cat', 'the dog'\] reversed gives another result")
-    refused(lambda batch: (log_ratio(batch) * torch.arange(3.0).double()).square().sum(), "depends on the order", batch_size=3)
+    refused(
+        lambda batch: log_ratio(batch)[0] ** 2,
+        r"depends on the order of its batch: \['the cat', 'the dog'\] reversed gives another"
+        r" result",
+    )
+    refused(
+        lambda batch: (log_ratio(batch) * torch.arange(3.0).double()).square().sum(),
+        "depends on the order",
+        batch_size=3,
+    )
 
     def rotation_only(batch):
         u = log_ratio(batch)
@@ -94,7 +127,9 @@ def test_a_loss_that_depends_on_the_order_of_its_batch_is_named():
 
 def test_order_within_a_symmetric_loss_is_no_fault():
     audit_gradient(losses.rloo, four_sentences_policy(), four_sentences(), batch_size=4)
-    audit_gradient(lambda batch: log_ratio(batch)[0] ** 2, four_sentences_policy(), four_sentences())  # a batch of one has no order
+    audit_gradient(
+        lambda batch: log_ratio(batch)[0] ** 2, four_sentences_policy(), four_sentences()
+    )  # a batch of one has no order
 
 
 def test_an_order_hidden_behind_draws_is_named():
@@ -108,7 +143,9 @@ def test_estimators_are_held_to_the_same():
     def audit(estimator, **options):
         return audit_value(estimator, four_sentences_policy(), four_sentences(), **options)
 
-    with pytest.raises(InputError, match=r"the estimator <lambda> is NaN on the batch \['the cat'\]"):
+    with pytest.raises(
+        InputError, match=r"the estimator <lambda> is NaN on the batch \['the cat'\]"
+    ):
         audit(lambda u: u * math.nan)
     with pytest.raises(InputError, match="global generator of torch"):
         audit(lambda u: u * torch.rand(()))
@@ -125,11 +162,17 @@ def test_estimators_are_held_to_the_same():
 def test_batches_drawn_off_the_policys_support_are_refused_and_the_converse_is_said():
     some = SequenceTable.from_texts({"": 0.5, "a": 0.5}, space=answers().space)
     with pytest.raises(
-        UnsupportedPolicyError, match=r"the behaviour policy gives mass 0.7 to sequences where the policy has none.*restrict_to_support"
+        UnsupportedPolicyError,
+        match=(
+            r"the behaviour policy gives mass 0.7 to sequences where the policy has"
+            r" none.*restrict_to_support"
+        ),
     ):
         audit_gradient(k2_loss, some, answers(), behaviour=answers_policy())
     report = audit_gradient(k2_loss, answers_policy(), answers(), behaviour=some)
-    assert any("never draws sequences that hold 0.7 of the policy's mass" in note for note in report.notes)
+    assert any(
+        "never draws sequences that hold 0.7 of the policy's mass" in note for note in report.notes
+    )
     assert report.executions == 2
 
 

@@ -1,4 +1,6 @@
-"""All batches at once, one at a time, and through a loss's own draws: the same gradients, and the report says which."""
+"""All batches at once, one at a time, and through a loss's own draws: the same gradients, and the
+report says which.
+"""
 
 import itertools
 import math
@@ -16,7 +18,14 @@ from klrl_edu.learning.batches import needs
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import count_reward
-from tests.audit.scenes import answers, answers_policy, batch_mean_baseline, k2_loss, log_ratio, random_prefix_table
+from tests.audit.scenes import (
+    answers,
+    answers_policy,
+    batch_mean_baseline,
+    k2_loss,
+    log_ratio,
+    random_prefix_table,
+)
 
 
 def stubborn(loss):
@@ -37,7 +46,10 @@ def rao_blackwell(batch):
 
 @pytest.mark.parametrize("loss", [losses.rloo, batch_mean_baseline, k2_loss])
 def test_a_loss_that_vmap_cannot_run_gives_the_same_moments_and_the_report_says_so(loss):
-    fast, slow = (audit_gradient(one, answers_policy(), answers(), batch_size=3) for one in (loss, stubborn(loss)))
+    fast, slow = (
+        audit_gradient(one, answers_policy(), answers(), batch_size=3)
+        for one in (loss, stubborn(loss))
+    )
     assert fast.differentiation == "vmap"
     assert slow.differentiation.startswith("one backward pass an execution: vmap")
     assert "one backward pass an execution" in str(slow)
@@ -47,7 +59,10 @@ def test_a_loss_that_vmap_cannot_run_gives_the_same_moments_and_the_report_says_
 
 def test_full_distributions_run_under_vmap_too():
     marked = needs("distributions")(stubborn(rao_blackwell))
-    fast, slow = (audit_gradient(one, answers_policy(), answers(), batch_size=2) for one in (rao_blackwell, marked))
+    fast, slow = (
+        audit_gradient(one, answers_policy(), answers(), batch_size=2)
+        for one in (rao_blackwell, marked)
+    )
     assert fast.differentiation == "vmap"
     assert slow.differentiation != "vmap"
     assert torch.allclose(fast.mean, slow.mean, rtol=0, atol=1e-14)
@@ -61,13 +76,18 @@ def test_a_loss_that_means_something_else_under_vmap_is_run_one_batch_at_a_time(
         return scale * k2_loss(batch)
 
     report = audit_gradient(by_rank, answers_policy(), answers())
-    assert report.differentiation == "one backward pass an execution: under vmap it gives other results"
+    assert (
+        report.differentiation
+        == "one backward pass an execution: under vmap it gives other results"
+    )
     assert report.relative_bias["reverse_kl"] < 1e-12
 
 
 def masked(batch, draw):
     """Reinforces one sequence of the batch, picked at random: half the noise is the loss's own."""
-    weights = torch.full((1, len(batch.rewards)), -math.log(len(batch.rewards)), dtype=torch.float64)
+    weights = torch.full(
+        (1, len(batch.rewards)), -math.log(len(batch.rewards)), dtype=torch.float64
+    )
     chosen = draw(weights)
     reward = losses.penalised_reward(batch)
     return -(reward * batch.log_probs.sum(-1))[chosen].sum()
@@ -98,9 +118,22 @@ def test_a_loss_with_biased_coins_by_hand():
 
 
 def test_outcomes_of_draws_count_against_max_executions():
-    assert audit_gradient(masked, four_sentences_policy(), four_sentences(), batch_size=2, max_executions=20).executions == 20
-    with pytest.raises(TooLargeError, match=r"with its own draws the loss masked has more than max_executions = 19 outcomes.*monte_carlo"):
-        audit_gradient(masked, four_sentences_policy(), four_sentences(), batch_size=2, max_executions=19)
+    assert (
+        audit_gradient(
+            masked, four_sentences_policy(), four_sentences(), batch_size=2, max_executions=20
+        ).executions
+        == 20
+    )
+    with pytest.raises(
+        TooLargeError,
+        match=(
+            r"with its own draws the loss masked has more than max_executions = 19"
+            r" outcomes.*monte_carlo"
+        ),
+    ):
+        audit_gradient(
+            masked, four_sentences_policy(), four_sentences(), batch_size=2, max_executions=19
+        )
 
 
 def test_padding_moves_nothing_whatever_a_loss_does_there():
@@ -111,8 +144,14 @@ def test_padding_moves_nothing_whatever_a_loss_does_there():
 
     space = SequenceSpace(("a", "b"), 6)
     problem = Problem(random_prefix_table(space, 1), count_reward("a", space), 0.5)
-    for policy, world, size in ((answers_policy(), answers(), 2), (random_prefix_table(space, 0), problem, 1)):  # both ways to a variance
-        report, plain = (audit_gradient(loss, policy, world, batch_size=size) for loss in (reads_padding, k2_loss))
+    for policy, world, size in (
+        (answers_policy(), answers(), 2),
+        (random_prefix_table(space, 0), problem, 1),
+    ):  # both ways to a variance
+        report, plain = (
+            audit_gradient(loss, policy, world, batch_size=size)
+            for loss in (reads_padding, k2_loss)
+        )
         assert report.relative_bias["reverse_kl"] < 1e-12
         assert report.variance == pytest.approx(plain.variance, rel=1e-12)
 
@@ -122,13 +161,19 @@ def test_nan_in_a_gradient_where_there_is_no_mass_is_no_fault():
 
     @needs("distributions")
     def entropy(batch):
-        return torch.where(batch.log_dists > -math.inf, batch.log_dists.exp() * batch.log_dists, 0.0).sum((-1, -2)).mean()
+        return (
+            torch.where(batch.log_dists > -math.inf, batch.log_dists.exp() * batch.log_dists, 0.0)
+            .sum((-1, -2))
+            .mean()
+        )
 
     @needs("distributions")
     def careful(batch):
         return logspace.expectation(batch.log_dists, batch.log_dists).sum(-1).mean()
 
-    seen, expected = (audit_gradient(loss, answers_policy(), answers()) for loss in (entropy, careful))
+    seen, expected = (
+        audit_gradient(loss, answers_policy(), answers()) for loss in (entropy, careful)
+    )
     assert torch.allclose(seen.mean, expected.mean, rtol=0, atol=1e-14)
     assert seen.variance == pytest.approx(expected.variance, rel=1e-12)
 
@@ -139,7 +184,10 @@ def test_groups_are_read_as_one_group_of_the_batch():
         assert count.tolist() == [3]
         return -(losses.penalised_reward(batch) * batch.log_probs.sum(-1)).sum() / count[0]
 
-    assert audit_gradient(by_group, answers_policy(), answers(), batch_size=3).differentiation == "vmap"
+    assert (
+        audit_gradient(by_group, answers_policy(), answers(), batch_size=3).differentiation
+        == "vmap"
+    )
 
 
 def test_every_pair_counts_once_in_a_pairwise_loss():

@@ -1,4 +1,6 @@
-"""Sampled moments: the interval of Maurer and Pontil holds, needs a range, and is never entered silently."""
+"""Sampled moments: the interval of Maurer and Pontil holds, needs a range, and is never entered
+silently.
+"""
 
 import math
 
@@ -22,13 +24,19 @@ def sampled(loss, count=20_000, **options):
 def test_the_interval_holds_the_exact_mean():
     """False alarm below 1e-6 a run, by the theorem itself."""
     for loss, size in ((losses.reinforce, 1), (losses.rloo, 3), (k2_loss, 2)):
-        exact, drawn = audit_gradient(loss, answers_policy(), answers(), batch_size=size), sampled(loss, batch_size=size)
+        exact, drawn = (
+            audit_gradient(loss, answers_policy(), answers(), batch_size=size),
+            sampled(loss, batch_size=size),
+        )
         assert bool(((drawn.mean - exact.mean).abs() <= drawn.interval).all())
         assert float(drawn.interval.max()) < 0.1
         assert drawn.variance == pytest.approx(exact.variance, rel=0.1)
         assert drawn.executions == 20_000
         assert drawn.failure_probability == FAILURE_PROBABILITY
-    assert "rloo is consistent with objective, as far as 20,000 draws tell" in sampled(losses.rloo, batch_size=3).verdict
+    assert (
+        "rloo is consistent with objective, as far as 20,000 draws tell"
+        in sampled(losses.rloo, batch_size=3).verdict
+    )
 
 
 def test_a_bias_larger_than_the_interval_is_certain():
@@ -41,13 +49,24 @@ def test_a_bias_larger_than_the_interval_is_certain():
 def test_the_half_width_by_hand():
     """n = 4 of one entry, ±1: V = 4/3, ln(4/δ)."""
     log_term = math.log(4 / FAILURE_PROBABILITY)
-    found = sampled_moments([torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([[1.0], [-1.0]]).double()], 2.0)
-    assert float(found.interval) == pytest.approx(math.sqrt(2 * 4 / 3 * log_term / 4) + 14 * 2 * log_term / 9)
-    assert (float(found.mean), found.variance, found.negative, found.draws) == (0, pytest.approx(4 / 3), 0.5, 4)
+    found = sampled_moments(
+        [torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([[1.0], [-1.0]]).double()], 2.0
+    )
+    assert float(found.interval) == pytest.approx(
+        math.sqrt(2 * 4 / 3 * log_term / 4) + 14 * 2 * log_term / 9
+    )
+    assert (float(found.mean), found.variance, found.negative, found.draws) == (
+        0,
+        pytest.approx(4 / 3),
+        0.5,
+        4,
+    )
 
 
 def test_chunks_of_any_size_give_one_mean_and_variance():
-    values = torch.randn(100, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
+    values = (
+        torch.randn(100, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
+    )
     whole = sampled_moments([values], 2e6)
     parts = sampled_moments(values.split(7), 2e6)
     assert torch.allclose(whole.mean, parts.mean, rtol=1e-15)
@@ -76,10 +95,20 @@ def test_what_sampling_needs_is_asked_for():
 
 
 def test_values_and_draws_of_a_loss_are_sampled_too():
-    report = audit_value(kl_values.k1, answers_policy(), answers(), batch_size=2, monte_carlo=20_000, draw=seeded_draw(0), bound=2.0)
+    report = audit_value(
+        kl_values.k1,
+        answers_policy(),
+        answers(),
+        batch_size=2,
+        monte_carlo=20_000,
+        draw=seeded_draw(0),
+        bound=2.0,
+    )
     exact = audit_value(kl_values.k1, answers_policy(), answers(), batch_size=2)
     assert abs(float(report.mean - exact.mean)) <= float(report.interval)
-    assert report.probability_negative == pytest.approx(exact.probability_negative, abs=0.02)  # five standard errors
+    assert report.probability_negative == pytest.approx(
+        exact.probability_negative, abs=0.02
+    )  # five standard errors
 
     def coin(batch, draw):
         return k2_loss(batch) * draw(torch.tensor([[0.5, 0.5]]).double().log()).sum()

@@ -14,7 +14,16 @@ from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 
 def report(mean, variance=1.0, **targets):
     vectors = {name: torch.tensor(values, dtype=torch.float64) for name, values in targets.items()}
-    return AuditReport("mine", torch.tensor(mean, dtype=torch.float64), variance, vectors, "sequence logits", 2, 16, 0.01)
+    return AuditReport(
+        "mine",
+        torch.tensor(mean, dtype=torch.float64),
+        variance,
+        vectors,
+        "sequence logits",
+        2,
+        16,
+        0.01,
+    )
 
 
 def test_bias_cosine_and_scale_by_hand():
@@ -31,9 +40,21 @@ def test_bias_cosine_and_scale_by_hand():
     [
         ([0.0, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
         ([1e-12, 0.0], {"a": [1.0, 0.0]}, "mine has expectation 0."),
-        ([1.0, 2.0], {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [2.0, 1.0]}, "mine is unbiased for a and b."),
-        ([1.0, 0.0], {"a": [-1.0, 0.0], "b": [1.0, 0.1]}, "mine follows a, scaled by -1: it climbs what it should descend."),
-        ([1.0, 0.0], {"a": [-1.0, 0.5], "b": [1.0, 0.1]}, "mine is biased for all targets; nearest is b, relative bias 0.0995."),
+        (
+            [1.0, 2.0],
+            {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [2.0, 1.0]},
+            "mine is unbiased for a and b.",
+        ),
+        (
+            [1.0, 0.0],
+            {"a": [-1.0, 0.0], "b": [1.0, 0.1]},
+            "mine follows a, scaled by -1: it climbs what it should descend.",
+        ),
+        (
+            [1.0, 0.0],
+            {"a": [-1.0, 0.5], "b": [1.0, 0.1]},
+            "mine is biased for all targets; nearest is b, relative bias 0.0995.",
+        ),
     ],
 )
 def test_the_verdict_in_words(mean, targets, verdict):
@@ -56,7 +77,9 @@ def test_exact_combinations_of_two_targets_are_found(mean, verdict):
 
 def test_the_plainest_of_several_combinations_is_named():
     """c = a + b, so that a + 2b is also c + b."""
-    seen = report([1.0, 2.0, 0.0], a=[1.0, 0.0, 0.0], b=[0.0, 1.0, 0.0], c=[1.0, 1.0, 0.0], d=[0.0, 0.0, 1.0])
+    seen = report(
+        [1.0, 2.0, 0.0], a=[1.0, 0.0, 0.0], b=[0.0, 1.0, 0.0], c=[1.0, 1.0, 0.0], d=[0.0, 0.0, 1.0]
+    )
     assert seen.verdict == "mine descends b + c."
 
 
@@ -80,17 +103,25 @@ def test_infinite_targets_are_strict_json():
 
 def test_names_are_escaped_in_notebooks():
     vector = torch.zeros(1, dtype=torch.float64)
-    assert "&lt;lambda&gt;" in AuditReport("<lambda>", vector, 0.0, {"a": vector}, "nats", 1, 1, 0.0)._repr_html_()
+    assert (
+        "&lt;lambda&gt;"
+        in AuditReport("<lambda>", vector, 0.0, {"a": vector}, "nats", 1, 1, 0.0)._repr_html_()
+    )
 
 
 def test_one_number_is_never_called_parallel():
-    assert report([2.0], a=[1.0]).verdict == "mine is biased for all targets; nearest is a, relative bias 1."
+    assert (
+        report([2.0], a=[1.0]).verdict
+        == "mine is biased for all targets; nearest is a, relative bias 1."
+    )
 
 
 def test_total_variance_is_the_trace_of_the_covariance():
     log_weight = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
     values = torch.tensor([[0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
-    assert total_variance(log_weight, values, torch.tensor([3.0, 1.0], dtype=torch.float64)) == pytest.approx(6.0)
+    assert total_variance(
+        log_weight, values, torch.tensor([3.0, 1.0], dtype=torch.float64)
+    ) == pytest.approx(6.0)
 
 
 def test_a_report_prints_and_serialises():
@@ -106,7 +137,11 @@ def test_a_report_prints_and_serialises():
 
 
 def test_nearly_parallel_targets_are_not_combined():
-    """27.1·a − 26.1·b of two directions a hundredth apart would be exact, and would mean nothing."""
+    """27.1·a − 26.1·b of two directions a hundredth apart would be exact, and would mean
+    nothing.
+    """
     a, b = [1.0, 0.0, 0.0], [1.0, 0.01, 0.0]
     assert "biased for all" in report([1.0, 0.271, 0.0], a=a, b=b, c=[0.0, 0.0, 1.0]).verdict
-    assert "descends" in report([1.0, 0.271, 0.0], a=a, b=[0.0, 1.0, 0.0], c=[0.0, 0.0, 1.0]).verdict
+    assert (
+        "descends" in report([1.0, 0.271, 0.0], a=a, b=[0.0, 1.0, 0.0], c=[0.0, 0.0, 1.0]).verdict
+    )

@@ -1,4 +1,6 @@
-"""The audit's two standing sizes, with ten times the room of the bench, so that a busy machine does not matter."""
+"""The audit's two standing sizes, with ten times the room of the bench, so that a busy machine does
+not matter.
+"""
 
 import time
 

@@ -14,24 +14,41 @@ from tests.audit.scenes import MU, PI, answers, answers_policy
 
 
 def weighted(batch):
-    """REINFORCE with the exact importance weight: unbiased whoever draws, at a price in variance."""
+    """REINFORCE with the exact importance weight: unbiased whoever draws, at a price in
+    variance.
+    """
     ratio = (batch.log_probs.detach() - batch.behaviour_log_probs).sum(-1).exp()
     return -(ratio * losses.penalised_reward(batch) * batch.log_probs.sum(-1)).mean()
 
 
 def sweep(loss, **options):
-    return audit_staleness(loss, answers_policy(), answers(), {"now": answers_policy(), "before": answers_policy(MU)}, **options)
+    return audit_staleness(
+        loss,
+        answers_policy(),
+        answers(),
+        {"now": answers_policy(), "before": answers_policy(MU)},
+        **options,
+    )
 
 
 def test_rows_are_the_audits_under_each_behaviour_policy():
     report = sweep(losses.rloo, batch_size=2)
-    alone = audit_gradient(losses.rloo, answers_policy(), answers(), batch_size=2, behaviour=answers_policy(MU))
+    alone = audit_gradient(
+        losses.rloo, answers_policy(), answers(), batch_size=2, behaviour=answers_policy(MU)
+    )
     assert [row.label for row in report.rows] == ["now", "before"]
     assert report.rows[1].report.mean.tolist() == alone.mean.tolist()
     assert report.rows[0].divergence == pytest.approx(0, abs=1e-15)
-    assert report.rows[1].divergence == pytest.approx(sum(p * math.log(p / m) for p, m in zip(PI, MU, strict=True)), rel=1e-12)
+    assert report.rows[1].divergence == pytest.approx(
+        sum(p * math.log(p / m) for p, m in zip(PI, MU, strict=True)), rel=1e-12
+    )
     assert report.target == "objective"
-    assert report.rows[0].report.relative_bias["objective"] < 1e-12 < 0.1 < report.rows[1].report.relative_bias["objective"]
+    assert (
+        report.rows[0].report.relative_bias["objective"]
+        < 1e-12
+        < 0.1
+        < report.rows[1].report.relative_bias["objective"]
+    )
 
 
 def test_importance_weights_keep_it_unbiased_and_cost_variance():
@@ -42,7 +59,9 @@ def test_importance_weights_keep_it_unbiased_and_cost_variance():
 
 def test_a_sweep_prints_and_serialises():
     some = SequenceTable.from_texts({"": 0.5, "a": 0.5}, space=answers().space)
-    report = audit_staleness(losses.reinforce, answers_policy(), answers(), [answers_policy(), some])
+    report = audit_staleness(
+        losses.reinforce, answers_policy(), answers(), [answers_policy(), some]
+    )
     text = str(report)
     assert text.splitlines()[0].split("  ")[0] == "drawn by"
     assert "KL(π‖μ)" in text

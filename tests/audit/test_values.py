@@ -25,7 +25,9 @@ def value(estimator, **options):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_chance_of_a_negative_estimate_is_that_over_all_orders(size):
     orders = list(itertools.product(range(6), repeat=size))
-    expected = math.fsum(math.prod(PI[y] for y in order) for order in orders if sum(U[y] for y in order) < -1e-12)
+    expected = math.fsum(
+        math.prod(PI[y] for y in order) for order in orders if sum(U[y] for y in order) < -1e-12
+    )
     report = value(kl_values.k1, batch_size=size)
     assert report.probability_negative == pytest.approx(expected, abs=1e-14)
     assert f"P(estimate < 0) = {expected:.6g}" in str(report)
@@ -33,14 +35,21 @@ def test_the_chance_of_a_negative_estimate_is_that_over_all_orders(size):
 
 
 def test_zero_reached_through_rounding_is_not_negative():
-    assert audit_value(lambda u: u, four_sentences().prior, four_sentences(), batch_size=3).probability_negative == 0
+    assert (
+        audit_value(
+            lambda u: u, four_sentences().prior, four_sentences(), batch_size=3
+        ).probability_negative
+        == 0
+    )
 
 
 def test_means_of_many_need_no_enumeration_but_say_what_was_not_computed():
     report = value(kl_values.k1, batch_size=1000)
     assert report.variance == pytest.approx(value(kl_values.k1).variance / 1000, rel=1e-12)
     assert report.probability_negative is None
-    assert "P(estimate < 0) was not computed: it takes 8,459,043,543,951 batches" in " ".join(report.notes)
+    assert "P(estimate < 0) was not computed: it takes 8,459,043,543,951 batches" in " ".join(
+        report.notes
+    )
 
 
 def test_estimators_of_whole_batches_are_enumerated():
@@ -49,7 +58,11 @@ def test_estimators_of_whole_batches_are_enumerated():
     def log_mean(log_probs, prior_log_probs):
         return (prior_log_probs - log_probs).sum(-1).exp().mean().log()
 
-    expected = math.fsum(PI[a] * PI[b] * math.log((math.exp(-U[a]) + math.exp(-U[b])) / 2) for a in range(6) for b in range(6))
+    expected = math.fsum(
+        PI[a] * PI[b] * math.log((math.exp(-U[a]) + math.exp(-U[b])) / 2)
+        for a in range(6)
+        for b in range(6)
+    )
     report = value(log_mean, batch_size=2)
     assert float(report.mean) == pytest.approx(expected, rel=1e-12)
     assert report.executions == 21
@@ -58,8 +71,15 @@ def test_estimators_of_whole_batches_are_enumerated():
 
 
 def test_values_that_depend_on_the_rest_of_their_batch_are_found_out():
-    """[N] values centred by the batch mean look like one a sequence; their mean is 0 on every batch."""
-    report = value(lambda log_probs, prior_log_probs: (lambda u: u - u.mean())((log_probs - prior_log_probs).sum(-1)), batch_size=2)
+    """[N] values centred by the batch mean look like one a sequence; their mean is 0 on every
+    batch.
+    """
+    report = value(
+        lambda log_probs, prior_log_probs: (lambda u: u - u.mean())(
+            (log_probs - prior_log_probs).sum(-1)
+        ),
+        batch_size=2,
+    )
     assert report.executions == 21
     assert float(report.mean) == pytest.approx(0, abs=1e-15)
 
@@ -78,7 +98,11 @@ def test_an_estimator_that_draws_is_enumerated():
 def mismatch(prior, policy):
     space = SequenceSpace(("a", "b", "c"), 1, eos=False)
     tokens = space.all_tokens()
-    problem = Problem(SequenceTable(space, tokens, torch.tensor(prior).double().log()), lambda t, p: torch.zeros(len(t)), 1.0)
+    problem = Problem(
+        SequenceTable(space, tokens, torch.tensor(prior).double().log()),
+        lambda t, p: torch.zeros(len(t)),
+        1.0,
+    )
     return SequenceTable(space, tokens, torch.tensor(policy).double().log()), problem
 
 
@@ -101,5 +125,8 @@ def test_a_policy_off_the_priors_support_has_an_infinite_divergence_and_the_repo
     assert report.targets["reverse_kl"].tolist() == report.mean.tolist() == [math.inf]
     assert report.variance == math.inf
     assert "the policy gives mass 0.25 where the prior has none" in " ".join(report.notes)
-    assert report.verdict == "k1 has an infinite mean, as have reverse_kl and reverse_kl_per_token and forward_kl_per_token."
+    assert (
+        report.verdict == "k1 has an infinite mean, as have reverse_kl and reverse_kl_per_token and"
+        " forward_kl_per_token."
+    )
     assert audit_value(kl_values.k1, four_sentences_policy(), four_sentences()).notes == ()

@@ -1,1 +1,3 @@
-"""Speed, as ratios measured in one process: `python3 dev.py bench`. Nothing here is a timed test."""
+"""Speed, as ratios measured in one process: `python3 dev.py bench`. Nothing here is a
+timed test.
+"""

@@ -1,9 +1,11 @@
 """The bench: every speed ratio that the README quotes.
 
-python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md, results.json and the README's table
+python3 dev.py bench            a few minutes on one thread; writes tests/benchmarks/results.md,
+results.json and the README's table
 python3 dev.py bench --long     with the thousand-step training runs as well
 python3 dev.py bench --estimators   only the README's table of estimators
-python3 dev.py bench --exact    only the README's table of what is exact, at what size and in what time
+python3 dev.py bench --exact    only the README's table of what is exact, at what size and in what
+time
 """
 
 import datetime
@@ -35,8 +37,17 @@ from tests.benchmarks import audits, structured
 from tests.benchmarks.measure import ROUNDS, Ratio, ratio
 
 HERE = Path(__file__).parent
-ESTIMATOR_MARKS = ("<!-- estimators: written by python3 dev.py bench --estimators -->", "<!-- end of estimators -->")
-README, MARKS = HERE.parents[1] / "README.md", ("<!-- bench: written by python3 dev.py bench -->", "<!-- end of bench -->")
+ESTIMATOR_MARKS = (
+    "<!-- estimators: written by python3 dev.py bench --estimators -->",
+    "<!-- end of estimators -->",
+)
+README, MARKS = (
+    HERE.parents[1] / "README.md",
+    (
+        "<!-- bench: written by python3 dev.py bench -->",
+        "<!-- end of bench -->",
+    ),
+)
 BATCH, SHARE = 256, 16  # the full forward is timed on 1/16 of the batches and scaled
 
 
@@ -52,26 +63,38 @@ def enumeration_against_hugging_face() -> Ratio:
             for batch in batches:
                 log_probs(other, batch).double().sum(-1)
 
-    names = ("log q of all 262,144 sequences", "Hugging Face GPT-2, full forward in batches of 256 ÷ own")
+    names = (
+        "log q of all 262,144 sequences",
+        "Hugging Face GPT-2, full forward in batches of 256 ÷ own",
+    )
     return ratio(*names, "≥ 40", full, lambda: enumerate_support(prior), scale=SHARE)
 
 
 def rloo_step_against_hugging_face() -> Ratio:
-    """One RLOO step of batch 256; own reads log q and r from the enumerated table, as `klrl train` and the demo do."""
+    """One RLOO step of batch 256; own reads log q and r from the enumerated table, as `klrl train`
+    and the demo do.
+    """
     from tests.benchmarks.hugging_face import MinimalRloo
 
     problem = count_threes()
     options = {"steps": 10_000, "draw": seeded_draw(0), "batch_size": BATCH, "lr": 1e-3}
-    steps = train_steps(copy_of_prior(problem), looked_up(posterior(problem)), losses.rloo, **options)
+    steps = train_steps(
+        copy_of_prior(problem), looked_up(posterior(problem)), losses.rloo, **options
+    )
     other = MinimalRloo(problem, BATCH)
-    names = ("one RLOO step, batch 256", "minimal Hugging Face loop with past_key_values ÷ own, which looks log q up")
+    names = (
+        "one RLOO step, batch 256",
+        "minimal Hugging Face loop with past_key_values ÷ own, which looks log q up",
+    )
     return ratio(*names, "≥ 1.5", other.step, lambda: next(steps))
 
 
 def vectors(n: int = 1_000_000) -> tuple[Tensor, Tensor, Tensor]:
     """log q, r, log p [n] of a million outcomes."""
     generator = torch.Generator().manual_seed(0)
-    logits, rewards, others = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits, rewards, others = (
+        torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     return torch.log_softmax(logits, 0), rewards, torch.log_softmax(others, 0)
 
 
@@ -79,14 +102,24 @@ def posterior_of_a_million() -> Ratio:
     """π* and log Z, validation and −inf handling included."""
     log_prior, rewards, _ = vectors()
     names = ("posterior of 10⁶ outcomes, float64", "own ÷ torch.log_softmax")
-    return ratio(*names, "≤ 2", lambda: tilt(log_prior, rewards, 0.5), lambda: torch.log_softmax(log_prior, 0))
+    return ratio(
+        *names,
+        "≤ 2",
+        lambda: tilt(log_prior, rewards, 0.5),
+        lambda: torch.log_softmax(log_prior, 0),
+    )
 
 
 def kl_of_a_million() -> Ratio:
     """KL, exact near zero and where mass is zero."""
     log_q, _, log_p = vectors()
     names = ("KL of 10⁶ outcomes, float64", "own ÷ torch.log_softmax")
-    return ratio(*names, "≤ 3", lambda: logspace.kl_divergence(log_p, log_q), lambda: torch.log_softmax(log_q, 0))
+    return ratio(
+        *names,
+        "≤ 3",
+        lambda: logspace.kl_divergence(log_p, log_q),
+        lambda: torch.log_softmax(log_q, 0),
+    )
 
 
 @torch.no_grad()
@@ -95,7 +128,9 @@ def cached_sample(model: LanguageModel, n: int, draw: Draw) -> Tensor:
     logits, state = model.start(n)
     columns = []
     for t in range(model.space.max_length):
-        columns.append(draw(force_eos(logits, torch.zeros(n, dtype=torch.bool), False, model.space), None))
+        columns.append(
+            draw(force_eos(logits, torch.zeros(n, dtype=torch.bool), False, model.space), None)
+        )
         if t < model.space.max_length - 1:
             logits, state = model.step(state, columns[-1])
     return torch.stack(columns, 1)
@@ -104,40 +139,74 @@ def cached_sample(model: LanguageModel, n: int, draw: Draw) -> Tensor:
 def sampling() -> Ratio:
     """1024 samples: the same law, and with one seed the same tokens."""
     prior = count_threes().prior
-    assert torch.equal(cached_sample(prior, 1024, seeded_draw(5)), sample(prior, 1024, draw=seeded_draw(5)))
+    assert torch.equal(
+        cached_sample(prior, 1024, seeded_draw(5)), sample(prior, 1024, draw=seeded_draw(5))
+    )
     one, other = seeded_draw(0), seeded_draw(0)
     names = ("1024 samples from count-threes", "KV-cached sampler ÷ prefix-sharing sampler")
-    return ratio(*names, "≥ 2.3", lambda: cached_sample(prior, 1024, one), lambda: sample(prior, 1024, draw=other))
+    return ratio(
+        *names,
+        "≥ 2.3",
+        lambda: cached_sample(prior, 1024, one),
+        lambda: sample(prior, 1024, draw=other),
+    )
 
 
 def half_precision(dtype: torch.dtype) -> Ratio:
-    """What autocast does to a distribution: KL of the float32 prior from the same weights in half precision."""
+    """What autocast does to a distribution: KL of the float32 prior from the same weights in half
+    precision.
+    """
     prior = count_threes().prior
-    exact, rounded = (enumerate_support(model).log_weights for model in (prior, autocast(prior, dtype)))
+    exact, rounded = (
+        enumerate_support(model).log_weights for model in (prior, autocast(prior, dtype))
+    )
     worst = float((exact - rounded).abs().max())
-    names = (f"KL(float32‖{str(dtype).removeprefix('torch.')} autocast) of count-threes' prior", "nats a sequence")
-    return Ratio(*names, "–", float(logspace.kl_divergence(exact, rounded)), f"exact over 262,144 sequences; largest change of a log q: {worst:.2g}")
+    names = (
+        f"KL(float32‖{str(dtype).removeprefix('torch.')} autocast) of count-threes' prior",
+        "nats a sequence",
+    )
+    return Ratio(
+        *names,
+        "–",
+        float(logspace.kl_divergence(exact, rounded)),
+        f"exact over 262,144 sequences; largest change of a log q: {worst:.2g}",
+    )
 
 
 def thousand_steps() -> Ratio:
-    """Exact KL(π_end‖π*) ÷ KL(q‖π*) after 1000 RLOO steps of 256 from a copy of the prior, median of 3 seeds; a fresh start beside it."""
+    """Exact KL(π_end‖π*) ÷ KL(q‖π*) after 1000 RLOO steps of 256 from a copy of the prior, median
+    of 3 seeds; a fresh start beside it.
+    """
     problem = count_threes()
     target = posterior(problem)
     start = compare(problem.prior, target).reverse_kl
     copies = [_after_a_thousand(copy_of_prior(problem), target, seed) / start for seed in range(3)]
     fresh = [_after_a_thousand(untrained(seed), target, seed) / start for seed in range(3)]
-    note = "seeds 0–2: " + "; fresh start: ".join(", ".join(f"{end:.2g}" for end in ends) for ends in (copies, fresh))
-    names = ("exact KL(π‖π*) after 1000 RLOO steps of 256", "÷ KL(q‖π*), policy started as a copy of the prior")
+    note = "seeds 0–2: " + "; fresh start: ".join(
+        ", ".join(f"{end:.2g}" for end in ends) for ends in (copies, fresh)
+    )
+    names = (
+        "exact KL(π‖π*) after 1000 RLOO steps of 256",
+        "÷ KL(q‖π*), policy started as a copy of the prior",
+    )
     return Ratio(*names, "≤ 3e-4", statistics.median(copies), note)
 
 
 def untrained(seed: int) -> TransformerModel:
     """A policy of the prior's size with fresh weights."""
-    return TransformerModel(count_threes().space, width=64, heads=4, layers=2, seed=seed, dtype=torch.float32)
+    return TransformerModel(
+        count_threes().space, width=64, heads=4, layers=2, seed=seed, dtype=torch.float32
+    )
 
 
 def _after_a_thousand(policy: LanguageModel, target: Posterior, seed: int) -> float:
-    options = {"steps": 1000, "batch_size": BATCH, "optimizer": MuonWithAdam(policy), "schedule": linear, "max_grad_norm": 1.0}
+    options = {
+        "steps": 1000,
+        "batch_size": BATCH,
+        "optimizer": MuonWithAdam(policy),
+        "schedule": linear,
+        "max_grad_norm": 1.0,
+    }
     for _ in train_steps(policy, looked_up(target), losses.rloo, draw=seeded_draw(seed), **options):
         pass
     return compare(policy, target).reverse_kl
@@ -183,14 +252,27 @@ def run(benches: list[Callable[[], Ratio]]) -> Iterator[Ratio]:
             row = bench()
         except ModuleNotFoundError as error:
             what = (getattr(bench, "func", bench).__doc__ or "").split("\n")[0].rstrip(".")
-            row = Ratio(what, "–", "–", None, f"not measured: {error.name} is not installed (extras `hf` and `trl`)")
-        print(f"{row.measured}: {'–' if row.value is None else format(row.value, '.3g')} (bar {row.bar}; {row.note})", flush=True)
+            row = Ratio(
+                what,
+                "–",
+                "–",
+                None,
+                f"not measured: {error.name} is not installed (extras `hf` and `trl`)",
+            )
+        print(
+            f"{row.measured}: {'–' if row.value is None else format(row.value, '.3g')} (bar"
+            f" {row.bar}; {row.note})",
+            flush=True,
+        )
         yield row
 
 
 def where() -> str:
     """Date and machine."""
-    return f"{datetime.date.today()}, {platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return (
+        f"{datetime.date.today()}, {platform.machine()}, {platform.system()}, Python"
+        f" {platform.python_version()}, torch {torch.__version__}"
+    )
 
 
 def table(rows: list[Ratio]) -> str:
@@ -200,7 +282,9 @@ def table(rows: list[Ratio]) -> str:
     for row in rows:
         reached = {True: "yes", False: "**no**", None: "–"}[row.reached]
         value = "–" if row.value is None else f"{row.value:.3g}"
-        lines.append(f"| {row.measured}: {row.against} | {value} | {row.bar} | {reached} | {row.note} |")
+        lines.append(
+            f"| {row.measured}: {row.against} | {value} | {row.bar} | {reached} | {row.note} |"
+        )
     return head + "\n".join(lines) + "\n"
 
 
@@ -217,13 +301,21 @@ def main(arguments: list[str]) -> int:
 
         return exact_sizes.main()
     if "--estimators" in arguments:
-        README.write_text(with_table(README.read_text(encoding="utf-8"), f"{markdown_table()}\n", ESTIMATOR_MARKS), encoding="utf-8")
+        README.write_text(
+            with_table(
+                README.read_text(encoding="utf-8"), f"{markdown_table()}\n", ESTIMATOR_MARKS
+            ),
+            encoding="utf-8",
+        )
         return 0
     torch.set_num_threads(1)
     rows = list(run(SHORT + ([thousand_steps] if "--long" in arguments else [])))
     (HERE / "results.md").write_text(table(rows), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
-    (HERE / "results.json").write_text(json.dumps([vars(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (HERE / "results.json").write_text(
+        json.dumps([vars(row) for row in rows], indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     return int(any(row.reached is False for row in rows))
 
 

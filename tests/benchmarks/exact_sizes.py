@@ -1,4 +1,6 @@
-"""What is exact, by which method, at what size and in what time: the README's table, from `python3 dev.py bench --exact`."""
+"""What is exact, by which method, at what size and in what time: the README's table, from
+`python3 dev.py bench --exact`.
+"""
 
 import math
 import statistics
@@ -32,34 +34,114 @@ def rows() -> list[Row]:
     """Every line of the table."""
     threes, names = klrl.count_threes(), klrl.surnames(kl_coef=0.5, count=5000)
     texts = klrl.problems.corpora.surname_frequencies(5000)
-    fitted = klrl.NGramModel.fit(names.space, list(texts), 3, weights=[1e3 * percent for percent in texts.values()])
-    spelled = klrl.Problem(fitted, constraint(klrl.regular_expression("(son|sen|man)$", names.space)), 1.0)
-    hidden = klrl.Problem(klrl.HiddenMarkovModel.random(names.space, 8), constraint(at_least("a", 2, names.space)), 1.0)
+    fitted = klrl.NGramModel.fit(
+        names.space, list(texts), 3, weights=[1e3 * percent for percent in texts.values()]
+    )
+    spelled = klrl.Problem(
+        fitted, constraint(klrl.regular_expression("(son|sen|man)$", names.space)), 1.0
+    )
+    hidden = klrl.Problem(
+        klrl.HiddenMarkovModel.random(names.space, 8),
+        constraint(at_least("a", 2, names.space)),
+        1.0,
+    )
     big, small = lattice(), klrl.posterior(threes)
     log_prior, rewards, _ = bench.vectors()
     huge = klrl.exact.structured.StructuredPosterior(big, klrl.exact.forward_backward.backward(big))
     space = klrl.SequenceSpace(tuple("abcdefgh"), 40, eos=False)
-    network = klrl.Problem(klrl.NGramModel(space, 2), klrl.add(klrl.count_reward("a", space), constraint(exactly("b", 5, space))), 1.0)
+    network = klrl.Problem(
+        klrl.NGramModel(space, 2),
+        klrl.add(klrl.count_reward("a", space), constraint(exactly("b", 5, space))),
+        1.0,
+    )
     million = "10⁶ outcomes"
     return [
-        Row("π*, log Z, value of a table", "enumeration", million, lambda: klrl.exact.enumeration.tilt(log_prior, rewards, 0.5)),
-        Row("π* of 5,000 surnames, a reward on the spelling", "enumeration", "5,000 sequences", lambda: klrl.posterior(names)),
-        Row("π*, V(s), Q(s,a) under a Transformer prior", "soft Bellman on its prefix trie", "262,144 sequences", lambda: klrl.posterior(threes)),
-        Row("KL(π‖π*), KL(π*‖π), TV, J of a Transformer", "walk of the trie", "262,144 sequences", lambda: klrl.compare(threes.prior, small)),
-        Row("π* of a trigram of surnames, -son, -sen or -man", "forward–backward", _power(names.space.size), lambda: klrl.posterior(spelled)),
-        Row("π* of a hidden Markov model (8), ≥ 2 × 'a'", "forward–backward", _power(names.space.size), lambda: klrl.posterior(hidden)),
-        Row("π* of a bigram, counts rewarded and fixed", "forward–backward", _power(space.size), lambda: klrl.posterior(network)),
-        Row("log Z, 100 words, T = 50, 10 states", "forward–backward", "10¹⁰⁰ sequences", lambda: klrl.exact.forward_backward.backward(big)),
         Row(
-            "10,000 exact samples of it", "its conditionals, step by step", "10¹⁰⁰ sequences", lambda: huge.sample(SAMPLES, draw=klrl.seeded_draw(0))
+            "π*, log Z, value of a table",
+            "enumeration",
+            million,
+            lambda: klrl.exact.enumeration.tilt(log_prior, rewards, 0.5),
+        ),
+        Row(
+            "π* of 5,000 surnames, a reward on the spelling",
+            "enumeration",
+            "5,000 sequences",
+            lambda: klrl.posterior(names),
+        ),
+        Row(
+            "π*, V(s), Q(s,a) under a Transformer prior",
+            "soft Bellman on its prefix trie",
+            "262,144 sequences",
+            lambda: klrl.posterior(threes),
+        ),
+        Row(
+            "KL(π‖π*), KL(π*‖π), TV, J of a Transformer",
+            "walk of the trie",
+            "262,144 sequences",
+            lambda: klrl.compare(threes.prior, small),
+        ),
+        Row(
+            "π* of a trigram of surnames, -son, -sen or -man",
+            "forward–backward",
+            _power(names.space.size),
+            lambda: klrl.posterior(spelled),
+        ),
+        Row(
+            "π* of a hidden Markov model (8), ≥ 2 × 'a'",
+            "forward–backward",
+            _power(names.space.size),
+            lambda: klrl.posterior(hidden),
+        ),
+        Row(
+            "π* of a bigram, counts rewarded and fixed",
+            "forward–backward",
+            _power(space.size),
+            lambda: klrl.posterior(network),
+        ),
+        Row(
+            "log Z, 100 words, T = 50, 10 states",
+            "forward–backward",
+            "10¹⁰⁰ sequences",
+            lambda: klrl.exact.forward_backward.backward(big),
+        ),
+        Row(
+            "10,000 exact samples of it",
+            "its conditionals, step by step",
+            "10¹⁰⁰ sequences",
+            lambda: huge.sample(SAMPLES, draw=klrl.seeded_draw(0)),
         ),
         Row("E[r], Var[r] of it", "total covariance", "10¹⁰⁰ sequences", huge.reward_moments),
         Row("KL(π*‖q) of it", "chain rule", "10¹⁰⁰ sequences", huge.kl_to_prior),
-        Row("its 10 most probable sequences", "A*", "10¹⁰⁰ sequences", lambda: huge.top_sequences(10)),
-        Row("optimum under a χ² penalty", "one root", million, lambda: klrl.regularizers.chi_squared(log_prior, rewards, 0.5)),
-        Row("λ for a KL budget", "one root", million, lambda: klrl.budget.kl_coef_for_budget(log_prior, rewards, 0.5)),
-        Row("law of best-of-64, its KL and win rate", "closed form", million, lambda: klrl.best_of_n(log_prior, rewards, 64)),
-        Row("Metropolis–Hastings' second eigenvalue", "closed form", million, lambda: metropolis_second_eigenvalue(log_prior, rewards, 0.5)),
+        Row(
+            "its 10 most probable sequences",
+            "A*",
+            "10¹⁰⁰ sequences",
+            lambda: huge.top_sequences(10),
+        ),
+        Row(
+            "optimum under a χ² penalty",
+            "one root",
+            million,
+            lambda: klrl.regularizers.chi_squared(log_prior, rewards, 0.5),
+        ),
+        Row(
+            "λ for a KL budget",
+            "one root",
+            million,
+            lambda: klrl.budget.kl_coef_for_budget(log_prior, rewards, 0.5),
+        ),
+        Row(
+            "law of best-of-64, its KL and win rate",
+            "closed form",
+            million,
+            lambda: klrl.best_of_n(log_prior, rewards, 64),
+        ),
+        Row(
+            "Metropolis–Hastings' second eigenvalue",
+            "closed form",
+            million,
+            lambda: metropolis_second_eigenvalue(log_prior, rewards, 0.5),
+        ),
     ]
 
 
@@ -84,5 +166,7 @@ def main() -> int:
     torch.set_num_threads(1)
     written = table()
     RESULTS.write_text(written, encoding="utf-8")
-    bench.README.write_text(bench.with_table(bench.README.read_text(encoding="utf-8"), written, MARKS), encoding="utf-8")
+    bench.README.write_text(
+        bench.with_table(bench.README.read_text(encoding="utf-8"), written, MARKS), encoding="utf-8"
+    )
     return 0

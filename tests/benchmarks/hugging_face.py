@@ -1,4 +1,6 @@
-"""The other side of two ratios: a GPT-2 of the same size from Hugging Face, used as its documentation shows."""
+"""The other side of two ratios: a GPT-2 of the same size from Hugging Face, used as its
+documentation shows.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +13,16 @@ BOS, WORDS, LENGTH = 8, 8, 6
 
 def build_gpt2() -> GPT2LMHeadModel:
     """Two layers, width 64, 4 heads, eight words and BOS."""
-    sizes = {"vocab_size": WORDS + 1, "n_positions": LENGTH + 1, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=BOS, eos_token_id=BOS)
+    sizes = {
+        "vocab_size": WORDS + 1,
+        "n_positions": LENGTH + 1,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+    }
+    config = GPT2Config(
+        **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=BOS, eos_token_id=BOS
+    )
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()
 
@@ -31,7 +41,9 @@ def sample(model: GPT2LMHeadModel, n: int, generator: torch.Generator) -> Tensor
     for _ in range(LENGTH):
         out = model(token, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        token = torch.multinomial(torch.softmax(out.logits[:, -1, :WORDS], -1), 1, generator=generator)
+        token = torch.multinomial(
+            torch.softmax(out.logits[:, -1, :WORDS], -1), 1, generator=generator
+        )
         columns.append(token)
     return torch.cat(columns, 1)
 
@@ -40,7 +52,12 @@ class MinimalRloo:
     """RLOO with λ·log π/q in the reward, in as few lines as one would write."""
 
     def __init__(self, problem: Problem, batch_size: int):
-        self.policy, self.prior, self.problem, self.batch_size = build_gpt2(), build_gpt2(), problem, batch_size
+        self.policy, self.prior, self.problem, self.batch_size = (
+            build_gpt2(),
+            build_gpt2(),
+            problem,
+            batch_size,
+        )
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(0)
 

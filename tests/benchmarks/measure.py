@@ -15,7 +15,8 @@ class Ratio:
     Attributes:
         measured, against: what is divided, in words.
         bar: what to reach, e.g. "≥ 40".
-        value: the median over rounds of (seconds of one side)/(seconds of the other); None where it could not be measured.
+        value: the median over rounds of (seconds of one side)/(seconds of the other); None where it
+            could not be measured.
         note: the seconds of both sides, or why there is no value.
     """
 
@@ -41,8 +42,18 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def ratio(measured: str, against: str, bar: str, over: Callable[[], object], under: Callable[[], object], *, scale: float = 1.0) -> Ratio:
-    """scale · time(over) ÷ time(under): the median of ROUNDS interleaved pairs after one warm-up of each."""
+def ratio(
+    measured: str,
+    against: str,
+    bar: str,
+    over: Callable[[], object],
+    under: Callable[[], object],
+    *,
+    scale: float = 1.0,
+) -> Ratio:
+    """scale · time(over) ÷ time(under): the median of ROUNDS interleaved pairs after one warm-up of
+    each.
+    """
     over(), under()
     pairs = [(scale * cpu_seconds(over), cpu_seconds(under)) for _ in range(ROUNDS)]
     medians = [statistics.median(side) for side in zip(*pairs, strict=True)]

@@ -1,4 +1,6 @@
-"""A space of 10¹⁰⁰ sequences: log Z and exact samples against what one would write with torch alone."""
+"""A space of 10¹⁰⁰ sequences: log Z and exact samples against what one would write with torch
+alone.
+"""
 
 import subprocess
 import sys
@@ -20,13 +22,17 @@ V, T, S, SAMPLES, KL_COEF = 100, 50, 10, 10_000, 0.5
 
 
 def lattice() -> Lattice:
-    """A random bigram prior over 100 words, T = 50, and a random automaton of 10 states with a reward for each final state."""
+    """A random bigram prior over 100 words, T = 50, and a random automaton of 10 states with a
+    reward for each final state.
+    """
     generator = torch.Generator().manual_seed(0)
     space = SequenceSpace(tuple(f"w{k}" for k in range(V)), T, eos=False)
     prior = NGramModel(space, 2, torch.randn(V + 1, V, generator=generator, dtype=torch.float64))
     transitions = torch.randint(S, (S, V), generator=generator)
     final = torch.randn(S, generator=generator, dtype=torch.float64)
-    reward = AutomatonReward(space, transitions, 0, torch.zeros(S, V, dtype=torch.float64), final, "ten states")
+    reward = AutomatonReward(
+        space, transitions, 0, torch.zeros(S, V, dtype=torch.float64), final, "ten states"
+    )
     return build_lattice(Problem(prior, reward, KL_COEF))
 
 
@@ -55,11 +61,15 @@ def evidence_against_dense() -> Ratio:
         return message
 
     names = ("log Z over 10¹⁰⁰ sequences", "own ÷ T−1 dense products [VS×VS]·[VS]")
-    return ratio(*names, "≤ 0.25", lambda: StructuredPosterior(ours, backward(ours)).log_mass, chain)
+    return ratio(
+        *names, "≤ 0.25", lambda: StructuredPosterior(ours, backward(ours)).log_mass, chain
+    )
 
 
 def samples_against_multinomial() -> Ratio:
-    """10,000 exact samples, messages included, against a loop over time with batched torch.multinomial."""
+    """10,000 exact samples, messages included, against a loop over time with batched
+    torch.multinomial.
+    """
     ours, generator, draw = lattice(), torch.Generator().manual_seed(0), seeded_draw(0)
 
     def loop() -> None:
@@ -67,15 +77,30 @@ def samples_against_multinomial() -> Ratio:
         context, state = torch.zeros(SAMPLES, dtype=torch.long), torch.full((SAMPLES,), ours.start)
         for t in range(T):
             ahead = messages[t + 1][ours.successor[context], ours.next_state[state]]
-            word = torch.multinomial(torch.softmax(ours.log_emission[context] + ahead, -1), 1, generator=generator).squeeze(1)
+            word = torch.multinomial(
+                torch.softmax(ours.log_emission[context] + ahead, -1), 1, generator=generator
+            ).squeeze(1)
             context, state = ours.successor[context, word], ours.next_state[state, word]
 
     names = ("10,000 exact samples of 10¹⁰⁰ sequences", "loop with torch.multinomial ÷ own")
-    return ratio(*names, "≥ 15", loop, lambda: StructuredPosterior(ours, backward(ours)).sample(SAMPLES, draw=draw))
+    return ratio(
+        *names,
+        "≥ 15",
+        loop,
+        lambda: StructuredPosterior(ours, backward(ours)).sample(SAMPLES, draw=draw),
+    )
 
 
 def peak_memory() -> Ratio:
     """Peak memory of enumerating count-threes above the start, in megabytes."""
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
     walk, whole = (int(kilobytes) / 1024 for kilobytes in run.stdout.split())
-    return Ratio("peak memory of log q of all 262,144 sequences", "megabytes above the start", "≤ 250", walk, f"{whole:.0f} with the posterior")
+    return Ratio(
+        "peak memory of log q of all 262,144 sequences",
+        "megabytes above the start",
+        "≤ 250",
+        walk,
+        f"{whole:.0f} with the posterior",
+    )

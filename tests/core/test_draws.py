@@ -19,7 +19,9 @@ def test_draws_follow_the_probabilities():
     log_probs = torch.tensor([0.5, 0.2, 0.0, 0.05, 0.25], dtype=torch.float64).log()
     space = SequenceSpace(tuple("abcde"), 1, eos=False)
     table = SequenceTable(space, space.all_tokens(), log_probs)
-    assert_samples_from(lambda n, *, draw: draw(log_probs[None], torch.zeros(n, dtype=torch.long))[:, None], table)
+    assert_samples_from(
+        lambda n, *, draw: draw(log_probs[None], torch.zeros(n, dtype=torch.long))[:, None], table
+    )
 
 
 def test_draws_never_take_zero_mass_wherever_it_stands():
@@ -33,7 +35,9 @@ def test_draws_never_take_zero_mass_wherever_it_stands():
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("log_total", [0.0, -744.0, 300.0, math.log(1 / 3)])
 def test_no_uniform_lands_on_zero_mass_or_past_the_last_outcome(monkeypatch, uniform, log_total):
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape, **_: torch.full(shape, uniform, dtype=torch.float64)
+    )
     log_probs = torch.tensor([[-INF, -1.0, -INF, -0.5, -INF]], dtype=torch.float64) + log_total
     assert seeded_draw(0)(log_probs).item() in (1, 3)
 
@@ -69,7 +73,11 @@ def test_a_seed_that_is_not_a_whole_number_in_range_is_refused(seed):
 def test_a_row_without_mass_or_with_nan_is_refused(bad, how):
     log_probs = torch.tensor([[0.0, 0.0], [bad, bad]])
     with pytest.raises(InputError, match="no mass"):
-        seeded_draw(0)(log_probs) if how == "seeded" else enumerate_executions(lambda draw: draw(log_probs))
+        (
+            seeded_draw(0)(log_probs)
+            if how == "seeded"
+            else enumerate_executions(lambda draw: draw(log_probs))
+        )
 
 
 def test_a_program_without_draws_has_one_outcome_of_probability_one():
@@ -79,7 +87,10 @@ def test_a_program_without_draws_has_one_outcome_of_probability_one():
 def test_two_dice_have_thirty_six_outcomes_and_the_triangular_sum():
     die = torch.zeros(1, 6, dtype=torch.float64)
     outcomes = enumerate_executions(lambda draw: int(draw(die, torch.tensor([0, 0])).sum()) + 2)
-    mass = {total: math.fsum(math.exp(e.log_prob) for e in outcomes if e.result == total) for total in range(2, 13)}
+    mass = {
+        total: math.fsum(math.exp(e.log_prob) for e in outcomes if e.result == total)
+        for total in range(2, 13)
+    }
     assert len(outcomes) == 36
     assert mass == pytest.approx({total: (6 - abs(7 - total)) / 36 for total in mass}, rel=1e-13)
 
@@ -87,25 +98,40 @@ def test_two_dice_have_thirty_six_outcomes_and_the_triangular_sum():
 def test_outcomes_of_zero_mass_are_not_run_and_later_draws_may_depend_on_earlier_ones():
     def walk(draw):
         place, path = 0, []
-        while place < 2 and len(path) < 3:  # 0: stay never, go on to 1 (½) or leap to 2 (½); 1: always to 2
-            place = int(draw(torch.tensor([[-INF, math.log(0.5), math.log(0.5)], [-INF, -INF, 0.0]])[place : place + 1]))
+        while (
+            place < 2 and len(path) < 3
+        ):  # 0: stay never, go on to 1 (½) or leap to 2 (½); 1: always to 2
+            place = int(
+                draw(
+                    torch.tensor([[-INF, math.log(0.5), math.log(0.5)], [-INF, -INF, 0.0]])[
+                        place : place + 1
+                    ]
+                )
+            )
             path.append(place)
         return tuple(path)
 
     outcomes = enumerate_executions(walk)
     assert [e.result for e in outcomes] == [(1, 2), (2,)]
-    assert [e.log_prob for e in outcomes] == pytest.approx([math.log(0.5)] * 2, rel=1e-6)  # float32 rows
+    assert [e.log_prob for e in outcomes] == pytest.approx(
+        [math.log(0.5)] * 2, rel=1e-6
+    )  # float32 rows
 
 
 def test_executions_of_several_rows_are_their_product():
     log_probs = torch.tensor([[0.1, 0.9], [0.7, 0.3]], dtype=torch.float64).log()
     outcomes = enumerate_executions(lambda draw: tuple(draw(log_probs).tolist()))
-    expected = {(i, j): float(log_probs[0, i] + log_probs[1, j]) for i, j in itertools.product(range(2), repeat=2)}
+    expected = {
+        (i, j): float(log_probs[0, i] + log_probs[1, j])
+        for i, j in itertools.product(range(2), repeat=2)
+    }
     assert dict(outcomes) == pytest.approx(expected, rel=1e-14)
 
 
 def test_rows_are_normalised_before_they_count():
-    outcomes = enumerate_executions(lambda draw: int(draw(torch.tensor([[700.0, 700.0]], dtype=torch.float64))))
+    outcomes = enumerate_executions(
+        lambda draw: int(draw(torch.tensor([[700.0, 700.0]], dtype=torch.float64)))
+    )
     assert [e.log_prob for e in outcomes] == pytest.approx([-math.log(2)] * 2, rel=1e-13)
 
 

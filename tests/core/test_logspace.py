@@ -59,7 +59,10 @@ def test_nan_stays_nan_and_is_never_zero_mass():
     x = vector(0.0, math.nan, -INF)
     assert logspace.logsumexp(x).isnan()
     assert logspace.log_normalize(x).isnan().any()
-    assert logspace.segment_logsumexp(x, torch.tensor([0, 1, 1]), 2).isnan().tolist() == [False, True]
+    assert logspace.segment_logsumexp(x, torch.tensor([0, 1, 1]), 2).isnan().tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_torch_logsumexp_of_all_minus_inf_has_the_nan_gradient_that_ours_avoids():
@@ -77,7 +80,9 @@ def test_logsumexp_agrees_with_scipy(x):
 
 
 def test_logsumexp_works_along_any_dim_and_passes_gradcheck():
-    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(
+        2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
     for dim in (0, 1, -1):
         assert logspace.logsumexp(x, dim).shape == torch.logsumexp(x, dim).shape
         assert torch.autograd.gradcheck(lambda y, dim=dim: logspace.logsumexp(y, dim), x)
@@ -100,7 +105,9 @@ def test_log_normalize_keeps_the_ratios_of_weights_far_from_one(offset):
 
 
 def test_the_gradient_of_log_normalize_is_that_of_log_softmax():
-    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(
+        3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
     ours = torch.autograd.functional.jacobian(logspace.log_normalize, x)
     theirs = torch.autograd.functional.jacobian(lambda y: torch.log_softmax(y, -1), x)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-15)
@@ -115,7 +122,9 @@ def test_segment_logsumexp_is_logsumexp_of_each_segment_and_minus_inf_for_an_emp
     out[:2].sum().backward()
     assert x.grad is not None
     odds = special.softmax([1, 2])
-    assert x.grad.tolist() == pytest.approx([odds[0], special.expit(1), 0, odds[1], special.expit(-1), 0], rel=1e-14)
+    assert x.grad.tolist() == pytest.approx(
+        [odds[0], special.expit(1), 0, odds[1], special.expit(-1), 0], rel=1e-14
+    )
 
 
 def test_gradient_of_a_dead_segment_is_zero():
@@ -150,7 +159,9 @@ def test_mul_exp_broadcasts_and_passes_gradcheck():
 
 def test_expectation_ignores_infinite_values_of_zero_mass_only():
     log_p = vector(math.log(0.25), math.log(0.75), -INF)
-    assert logspace.expectation(log_p, vector(4.0, 8.0, math.nan)).item() == pytest.approx(7.0, rel=1e-15)
+    assert logspace.expectation(log_p, vector(4.0, 8.0, math.nan)).item() == pytest.approx(
+        7.0, rel=1e-15
+    )
     assert logspace.expectation(log_p, vector(4.0, -INF, INF)).item() == -INF
 
 
@@ -160,18 +171,25 @@ def test_entropy_gradient_with_a_minus_inf_logit_is_finite_and_that_of_the_other
     (gradient,) = torch.autograd.grad(entropy, logits)
     log_p = torch.log_softmax(vector(0.3, 1.1), -1)
     expected = -log_p.exp() * (log_p + entropy.detach())  # ∂H/∂θ_i = −p_i (log p_i + H)
-    assert gradient.tolist() == pytest.approx([expected[0].item(), 0, expected[1].item()], rel=1e-13)
+    assert gradient.tolist() == pytest.approx(
+        [expected[0].item(), 0, expected[1].item()], rel=1e-13
+    )
 
 
 @given(p=distributions())
 def test_entropy_agrees_with_scipy(p):
-    assert logspace.entropy(p.log()).item() == pytest.approx(special.entr(p.numpy()).sum(), rel=1e-13, abs=1e-15)
+    assert logspace.entropy(p.log()).item() == pytest.approx(
+        special.entr(p.numpy()).sum(), rel=1e-13, abs=1e-15
+    )
 
 
 # e^x − 1 − x
 
 
-@pytest.mark.parametrize("x", [1e-9, -1e-9, 1e-300, -1e-160, 0.4999999, 0.5, -0.5, 0.51, -3.0, 20.0, -745.0, -1e10, 709.0])
+@pytest.mark.parametrize(
+    "x",
+    [1e-9, -1e-9, 1e-300, -1e-160, 0.4999999, 0.5, -0.5, 0.51, -3.0, 20.0, -745.0, -1e10, 709.0],
+)
 def test_expm1_minus_identity_has_full_relative_accuracy(x):
     mp = high_precision()
     expected = float(mp.expm1(mp.mpf(x)) - mp.mpf(x)) if abs(x) > 1e-100 else x * x / 2
@@ -201,12 +219,17 @@ def test_kl_where_p_is_zero_is_log_two():
 
 
 def test_kl_where_q_is_zero_below_p_is_inf():
-    assert logspace.kl_divergence(vector(math.log(0.5), math.log(0.5)), vector(0.0, -INF)).item() == INF
+    assert (
+        logspace.kl_divergence(vector(math.log(0.5), math.log(0.5)), vector(0.0, -INF)).item()
+        == INF
+    )
 
 
 def test_kl_where_both_are_zero_ignores_the_outcome():
     p, q = vector(math.log(0.25), math.log(0.75), -INF), vector(math.log(0.5), math.log(0.5), -INF)
-    assert logspace.kl_divergence(p, q).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-14)
+    assert logspace.kl_divergence(p, q).item() == pytest.approx(
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-14
+    )
 
 
 @given(log_p=st.integers(1, 6).flatmap(log_probs))
@@ -235,9 +258,16 @@ def test_kl_agrees_with_sixty_digits(pair):
 def test_kl_keeps_its_digits_near_zero(gap):
     mp = high_precision()
     p = vector(0.0, 0.0).log_softmax(-1)
-    log_q = torch.stack([torch.log1p(torch.tensor(gap, dtype=torch.float64)), torch.log1p(torch.tensor(-gap, dtype=torch.float64))]) - math.log(2)
+    log_q = torch.stack(
+        [
+            torch.log1p(torch.tensor(gap, dtype=torch.float64)),
+            torch.log1p(torch.tensor(-gap, dtype=torch.float64)),
+        ]
+    ) - math.log(2)
     expected = float(-mp.log1p(-(mp.mpf(gap) ** 2)) / 2)  # KL(½,½ ‖ ½(1 ± gap)) = −½ log(1 − gap²)
-    assert logspace.kl_divergence(p, log_q).item() == pytest.approx(expected, rel=1e-16 / gap + 1e-12)
+    assert logspace.kl_divergence(p, log_q).item() == pytest.approx(
+        expected, rel=1e-16 / gap + 1e-12
+    )
 
 
 def test_kl_stays_finite_where_p_underflows_and_the_log_ratio_overflows():
@@ -247,8 +277,13 @@ def test_kl_stays_finite_where_p_underflows_and_the_log_ratio_overflows():
 
 def test_gradients_of_kl_pass_gradcheck_and_are_finite_at_zeros():
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda x, y: logspace.kl_divergence(x.log_softmax(-1), y.log_softmax(-1)), (a, b))
+    a, b = (
+        torch.randn(2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, y: logspace.kl_divergence(x.log_softmax(-1), y.log_softmax(-1)), (a, b)
+    )
     zeros = vector(0.5, -INF, 2.0, -INF, grad=True)
     others = vector(1.0, 0.0, 0.0, -INF, grad=True)
     logspace.kl_divergence(zeros.log_softmax(-1), others.log_softmax(-1)).backward()
@@ -266,7 +301,9 @@ def test_gradients_of_kl_pass_gradcheck_and_are_finite_at_zeros():
 @pytest.mark.parametrize("x", [-1e-20, -1e-10, -0.5, -math.log(2), -0.7, -1.0, -40.0, -700.0])
 def test_log1mexp_agrees_with_sixty_digits(x):
     mp = high_precision()
-    assert logspace.log1mexp(vector(x)).item() == pytest.approx(float(mp.log(-mp.expm1(mp.mpf(x)))), rel=1e-15)
+    assert logspace.log1mexp(vector(x)).item() == pytest.approx(
+        float(mp.log(-mp.expm1(mp.mpf(x)))), rel=1e-15
+    )
 
 
 def test_log1mexp_at_its_ends_is_the_log_of_zero_and_of_one():
@@ -287,10 +324,18 @@ def test_the_gradient_of_log1mexp_is_finite_on_both_branches():
 
 @pytest.mark.parametrize(
     ("weights", "expected"),
-    [((800.0, 0.0, 0.0), 1.0), ((-800.0, -800.0, -800.0), 3.0), ((0.0, -INF), 1.0), ((0.0, math.log(3)), 1.6), ((1e308, 1e308), 2.0)],
+    [
+        ((800.0, 0.0, 0.0), 1.0),
+        ((-800.0, -800.0, -800.0), 3.0),
+        ((0.0, -INF), 1.0),
+        ((0.0, math.log(3)), 1.6),
+        ((1e308, 1e308), 2.0),
+    ],
 )
 def test_effective_sample_size_of_huge_tiny_and_plain_weights(weights, expected):
-    assert logspace.effective_sample_size(vector(*weights)).item() == pytest.approx(expected, rel=1e-13)
+    assert logspace.effective_sample_size(vector(*weights)).item() == pytest.approx(
+        expected, rel=1e-13
+    )
 
 
 def test_effective_sample_size_without_any_mass_raises_infeasible():

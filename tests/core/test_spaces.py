@@ -15,7 +15,11 @@ from klrl_edu.testing import spaces
 def texts_of(space: SequenceSpace) -> list[str]:
     """Every text by itertools, shorter ones first."""
     lengths = range(space.max_length) if space.eos else [space.max_length]
-    return [space.separator.join(words) for k in lengths for words in itertools.product(space.vocabulary, repeat=k)]
+    return [
+        space.separator.join(words)
+        for k in lengths
+        for words in itertools.product(space.vocabulary, repeat=k)
+    ]
 
 
 @given(space=spaces(max_words=4, max_length=4))
@@ -90,7 +94,10 @@ def test_an_empty_vocabulary_and_a_length_of_zero_are_refused():
 
 
 def test_from_texts_takes_eos_only_where_lengths_differ():
-    same, mixed = SequenceSpace.from_texts(["a b", "b b"]), SequenceSpace.from_texts(["a b", "b", ""])
+    same, mixed = (
+        SequenceSpace.from_texts(["a b", "b b"]),
+        SequenceSpace.from_texts(["a b", "b", ""]),
+    )
     assert (same.eos, same.max_length, same.size) == (False, 2, 4)
     assert (mixed.eos, mixed.max_length, mixed.vocabulary) == (True, 3, ("a", "b"))
     assert SequenceSpace.from_texts(["a b"], eos=True).max_length == 3
@@ -114,7 +121,11 @@ def test_an_unknown_word_and_a_wrong_length_are_refused_by_text():
 
 @given(space=spaces(eos=True, max_length=4), data=st.data())
 def test_check_tokens_accepts_exactly_the_sequences_of_the_space(space, data):
-    row = data.draw(st.lists(st.integers(-1, space.vocab_size), min_size=space.max_length, max_size=space.max_length))
+    row = data.draw(
+        st.lists(
+            st.integers(-1, space.vocab_size), min_size=space.max_length, max_size=space.max_length
+        )
+    )
     if row in space.all_tokens().tolist():
         space.check_tokens(torch.tensor([row]))
     else:

@@ -35,8 +35,13 @@ def test_nodes_and_edges_are_the_live_prefixes_by_depth_then_order(table):
     assert (trie.nodes, len(trie.key)) == (len(nodes), len(edges))
     ordered_nodes = sorted(nodes, key=lambda prefix: (len(prefix), prefix))
     ordered_edges = sorted(edges, key=lambda prefix: (len(prefix), prefix))
-    assert [ordered_nodes[p] + (t,) for p, t in zip(trie.parent.tolist(), trie.token.tolist(), strict=True)] == ordered_edges
-    assert [sum(len(e) <= t for e in edges) for t in range(space.max_length + 1)] == trie.depth_edges
+    assert [
+        ordered_nodes[p] + (t,)
+        for p, t in zip(trie.parent.tolist(), trie.token.tolist(), strict=True)
+    ] == ordered_edges
+    assert [
+        sum(len(e) <= t for e in edges) for t in range(space.max_length + 1)
+    ] == trie.depth_edges
     for edge, child in zip(ordered_edges, trie.child.tolist(), strict=True):
         assert (ordered_nodes[child] == edge) if edge in nodes else child == -1
 
@@ -58,7 +63,9 @@ def test_find_follows_known_sequences_and_leaves_the_trie_with_unknown_ones(tabl
     found_nodes, found_edges = trie.find(everything)
     assert torch.equal(trie.find(tokens)[0], trie.node_of)
     assert torch.equal(trie.find(tokens)[1], trie.edge_of)
-    for row, node_row, edge_row in zip(everything.tolist(), found_nodes.tolist(), found_edges.tolist(), strict=True):
+    for row, node_row, edge_row in zip(
+        everything.tolist(), found_nodes.tolist(), found_edges.tolist(), strict=True
+    ):
         for t in range(space.max_length):
             assert (node_row[t] >= 0) == (tuple(row[:t]) in nodes)
             assert (edge_row[t] >= 0) == (tuple(row[: t + 1]) in edges)
@@ -69,7 +76,9 @@ def test_find_takes_narrow_integers(table):
     space, tokens = table
     trie = PrefixTrie(space, tokens)
     for dtype in (torch.int32, torch.int16, torch.uint8):
-        for narrow, wide in zip(trie.find(space.all_tokens().to(dtype)), trie.find(space.all_tokens()), strict=True):
+        for narrow, wide in zip(
+            trie.find(space.all_tokens().to(dtype)), trie.find(space.all_tokens()), strict=True
+        ):
             assert torch.equal(narrow, wide)
 
 
@@ -95,4 +104,12 @@ def test_a_trie_of_depth_5000_needs_no_recursion():
 def test_a_trie_moves_and_saves_without_weights_of_its_own():
     trie = PrefixTrie(SequenceSpace(("a", "b"), 2, eos=False), torch.tensor([[0, 1], [1, 1]]))
     assert not trie.state_dict()
-    assert {name for name, _ in trie.named_buffers()} >= {"node_of", "edge_of", "parent", "token", "child", "leaf", "first_edge"}
+    assert {name for name, _ in trie.named_buffers()} >= {
+        "node_of",
+        "edge_of",
+        "parent",
+        "token",
+        "child",
+        "leaf",
+        "first_edge",
+    }

@@ -5,8 +5,22 @@ import math
 import pytest
 import torch
 
-from klrl_edu.core.errors import CheckpointError, DivergedError, InfeasibleError, InputError, KlrlError, TooLargeError, UnsupportedPolicyError
-from klrl_edu.core.validation import check_count, check_finite_vector, check_kl_coef, check_probabilities, check_same_space
+from klrl_edu.core.errors import (
+    CheckpointError,
+    DivergedError,
+    InfeasibleError,
+    InputError,
+    KlrlError,
+    TooLargeError,
+    UnsupportedPolicyError,
+)
+from klrl_edu.core.validation import (
+    check_count,
+    check_finite_vector,
+    check_kl_coef,
+    check_probabilities,
+    check_same_space,
+)
 
 INF = math.inf
 
@@ -18,11 +32,15 @@ def test_probabilities_that_sum_to_one_but_for_rounding_pass():
 def test_three_times_333_is_refused_with_its_sum_and_the_remedy():
     with pytest.raises(InputError, match=r"probs sum to 0.999, not 1.*normalize=True"):
         check_probabilities([0.333] * 3)
-    assert check_probabilities([0.333] * 3, normalize=True).tolist() == pytest.approx([1 / 3] * 3, rel=1e-15)
+    assert check_probabilities([0.333] * 3, normalize=True).tolist() == pytest.approx(
+        [1 / 3] * 3, rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("value", "why"), [(-0.1, "is negative"), (math.nan, "is not finite"), (INF, "is not finite")])
+@pytest.mark.parametrize(
+    ("value", "why"), [(-0.1, "is negative"), (math.nan, "is not finite"), (INF, "is not finite")]
+)
 def test_a_bad_probability_is_refused_by_its_index(value, why, normalize):
     with pytest.raises(InputError, match=rf"probs\[2\] = {value} {why}"):
         check_probabilities([0.5, 0.5, value], normalize=normalize)

@@ -13,7 +13,12 @@ SPACE = SequenceSpace(("a", "b"), 2, eos=False)
 
 
 def weighted(*log_weights: float) -> WeightedSequences:
-    return WeightedSequences(SPACE, SPACE.all_tokens()[: len(log_weights)], torch.tensor(log_weights, dtype=torch.float64), exact=True)
+    return WeightedSequences(
+        SPACE,
+        SPACE.all_tokens()[: len(log_weights)],
+        torch.tensor(log_weights, dtype=torch.float64),
+        exact=True,
+    )
 
 
 def test_evidence_is_the_sum_of_the_weights_and_log_probs_are_normalised_by_it():

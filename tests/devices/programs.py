@@ -1,7 +1,9 @@
-"""What must run wherever a model lives: sampling, enumerating, comparing, training, auditing, checkpoints.
+"""What must run wherever a model lives: sampling, enumerating, comparing, training, auditing,
+checkpoints.
 
-Each program takes a device and returns numbers, the same on every device. `python -m tests.devices.programs` runs them on the simulated
-one and prints, as JSON, the numbers of both sides and what each planted mismatch raised.
+Each program takes a device and returns numbers, the same on every device.
+`python -m tests.devices.programs` runs them on the simulated one and prints, as JSON, the numbers
+of both sides and what each planted mismatch raised.
 """
 
 import json
@@ -41,7 +43,12 @@ Numbers = list[float]
 def problem_on(device: torch.device, prompt: Tensor | None = None) -> Problem:
     """A Transformer prior over 3 words, T = 3, with a reward in two parts."""
     prior = TransformerModel(SPACE, width=8, heads=2, layers=1, max_prompt=2, seed=3).to(device)
-    return Problem(prior, add(count_reward("a", SPACE), repeat_reward(SPACE)), 0.5, None if prompt is None else prompt.to(device))
+    return Problem(
+        prior,
+        add(count_reward("a", SPACE), repeat_reward(SPACE)),
+        0.5,
+        None if prompt is None else prompt.to(device),
+    )
 
 
 def models_on(device: torch.device) -> list[LanguageModel]:
@@ -49,7 +56,10 @@ def models_on(device: torch.device) -> list[LanguageModel]:
     base = four_sentences().prior
     assert isinstance(base, SequenceTable)
     lstm = RecurrentModel(base.space, hidden_size=4, seed=1)
-    tables = [SequenceTable(base.space, base.tokens, base.logits.detach()), PrefixTable.from_model(base, base.tokens)]
+    tables = [
+        SequenceTable(base.space, base.tokens, base.logits.detach()),
+        PrefixTable.from_model(base, base.tokens),
+    ]
     models = [*tables, lstm, TransformerModel(SPACE, width=8, heads=2, layers=2, seed=2)]
     return [*(model.to(device) for model in models), restrict_to_support(lstm, tables[0])]
 
@@ -62,11 +72,21 @@ def sampling(device: torch.device) -> Numbers:
 
 def prompted_sampling(device: torch.device) -> Numbers:
     prompts = torch.tensor([[-1, 0], [1, 2]]).to(device)
-    return sample(problem_on(device).prior, 8, draw=seeded_draw(5), prompts=prompts).cpu().double().flatten().tolist()
+    return (
+        sample(problem_on(device).prior, 8, draw=seeded_draw(5), prompts=prompts)
+        .cpu()
+        .double()
+        .flatten()
+        .tolist()
+    )
 
 
 def enumerating(device: torch.device) -> Numbers:
-    return [float(value) for model in models_on(device) for value in enumerate_support(model).log_weights.cpu()]
+    return [
+        float(value)
+        for model in models_on(device)
+        for value in enumerate_support(model).log_weights.cpu()
+    ]
 
 
 def comparing(device: torch.device) -> Numbers:
@@ -74,7 +94,12 @@ def comparing(device: torch.device) -> Numbers:
     other = TransformerModel(SPACE, width=8, heads=2, layers=1, seed=9).to(device)
     exact, sampled = compare(other, target), compare(other, target, n=16, draw=seeded_draw(2))
     by_prefixes = posterior(problem_on(device), "soft_bellman")
-    return [value for side in (exact, sampled, compare(by_prefixes.model, target)) for value in side.metrics().values() if value is not None]
+    return [
+        value
+        for side in (exact, sampled, compare(by_prefixes.model, target))
+        for value in side.metrics().values()
+        if value is not None
+    ]
 
 
 def training(device: torch.device) -> Numbers:
@@ -83,8 +108,19 @@ def training(device: torch.device) -> Numbers:
         problem = problem_on(device, prompt)
         for loss in (losses.rloo, losses.reinforce, losses.exact):
             policy = copy_of_prior(problem)
-            sgd = torch.optim.SGD(policy.parameters(), lr=0.1)  # Adam would divide gradients of rounding size by their own size
-            history = train(policy, problem, loss, steps=3, batch_size=8, optimizer=sgd, draw=seeded_draw(0), target=posterior(problem))
+            sgd = torch.optim.SGD(
+                policy.parameters(), lr=0.1
+            )  # Adam would divide gradients of rounding size by their own size
+            history = train(
+                policy,
+                problem,
+                loss,
+                steps=3,
+                batch_size=8,
+                optimizer=sgd,
+                draw=seeded_draw(0),
+                target=posterior(problem),
+            )
             numbers += [*history["loss"], history["reverse_kl"][-1]]
     return numbers
 
@@ -93,15 +129,30 @@ def training_from_a_table(device: torch.device) -> Numbers:
     problem = four_sentences()
     problem.prior.to(device)
     target = posterior(problem)
-    policy = restrict_to_support(RecurrentModel(problem.space, hidden_size=4, seed=1).to(device), problem.prior)
+    policy = restrict_to_support(
+        RecurrentModel(problem.space, hidden_size=4, seed=1).to(device), problem.prior
+    )
     sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
-    return train(policy, looked_up(target), losses.rloo, steps=3, batch_size=8, optimizer=sgd, draw=seeded_draw(0), target=target)["loss"]
+    return train(
+        policy,
+        looked_up(target),
+        losses.rloo,
+        steps=3,
+        batch_size=8,
+        optimizer=sgd,
+        draw=seeded_draw(0),
+        target=target,
+    )["loss"]
 
 
 def auditing(device: torch.device) -> Numbers:
     problem = four_sentences()
     problem.prior.to(device)
-    policy = SequenceTable(problem.space, posterior(problem).enumerated().tokens, torch.zeros(4, dtype=torch.float64).to(device))
+    policy = SequenceTable(
+        problem.space,
+        posterior(problem).enumerated().tokens,
+        torch.zeros(4, dtype=torch.float64).to(device),
+    )
     report = audit_gradient(losses.rloo, policy, problem, batch_size=2)
     return [float(value) for value in report.mean.cpu()]
 
@@ -109,17 +160,31 @@ def auditing(device: torch.device) -> Numbers:
 def checkpoints(device: torch.device) -> Numbers:
     with tempfile.TemporaryDirectory() as folder:
         saved = models_on(device)[3]
-        save_checkpoint(Path(folder) / "x.pt", {"weights": {name: value.cpu() for name, value in saved.state_dict().items()}})
+        save_checkpoint(
+            Path(folder) / "x.pt",
+            {"weights": {name: value.cpu() for name, value in saved.state_dict().items()}},
+        )
         loaded = TransformerModel(SPACE, width=8, heads=2, layers=2, seed=77).to(device)
         loaded.load_state_dict(load_checkpoint(Path(folder) / "x.pt")["weights"])
     tokens = SPACE.all_tokens().to(device)
-    assert torch.equal(sequence_log_probs(loaded, tokens).cpu(), sequence_log_probs(saved, tokens).cpu())
+    assert torch.equal(
+        sequence_log_probs(loaded, tokens).cpu(), sequence_log_probs(saved, tokens).cpu()
+    )
     return sequence_log_probs(loaded, tokens).detach().cpu().tolist()
 
 
 PROGRAMS: dict[str, Callable[[torch.device], Numbers]] = {
     program.__name__: program
-    for program in (sampling, prompted_sampling, enumerating, comparing, training, training_from_a_table, auditing, checkpoints)
+    for program in (
+        sampling,
+        prompted_sampling,
+        enumerating,
+        comparing,
+        training,
+        training_from_a_table,
+        auditing,
+        checkpoints,
+    )
 }
 
 
@@ -133,29 +198,62 @@ def planted() -> dict[str, tuple[Callable[[], object], Callable[[torch.device], 
         return torch.zeros(tokens.shape, dtype=torch.float64)
 
     return {
-        "BOS made on the CPU": (lambda: mock.patch.object(transformer, "device_of", return_value=torch.device("cpu")), sampling),
-        "a walk that starts on the CPU": (lambda: mock.patch.object(contract, "device_of", return_value=torch.device("cpu")), enumerating),
-        "live tokens on the CPU": (lambda: mock.patch.object(SequenceSpace, "live", lambda self, tokens: live(self, tokens).cpu()), training),
-        "a reward on the CPU": (lambda: mock.patch("klrl_edu.problems.rewards.SumReward.__call__", reward_on_cpu), training),
+        "BOS made on the CPU": (
+            lambda: mock.patch.object(transformer, "device_of", return_value=torch.device("cpu")),
+            sampling,
+        ),
+        "a walk that starts on the CPU": (
+            lambda: mock.patch.object(contract, "device_of", return_value=torch.device("cpu")),
+            enumerating,
+        ),
+        "live tokens on the CPU": (
+            lambda: mock.patch.object(
+                SequenceSpace, "live", lambda self, tokens: live(self, tokens).cpu()
+            ),
+            training,
+        ),
+        "a reward on the CPU": (
+            lambda: mock.patch("klrl_edu.problems.rewards.SumReward.__call__", reward_on_cpu),
+            training,
+        ),
         "an attention mask on the CPU": (
-            lambda: mock.patch.object(transformer, "_additive", lambda allowed, dtype: additive(allowed.cpu(), dtype)),
+            lambda: mock.patch.object(
+                transformer, "_additive", lambda allowed, dtype: additive(allowed.cpu(), dtype)
+            ),
             prompted_sampling,
         ),
         "uniforms left on the CPU": (
-            lambda: mock.patch("torch.rand", lambda *size, generator, dtype: _immovable(uniform(*size, generator=generator, dtype=dtype))),
+            lambda: mock.patch(
+                "torch.rand",
+                lambda *size, generator, dtype: _immovable(
+                    uniform(*size, generator=generator, dtype=dtype)
+                ),
+            ),
             sampling,
         ),
         "a trie that answers on the CPU": (
-            lambda: mock.patch.object(PrefixTrie, "find", lambda self, tokens: tuple(part.cpu() for part in find(self, tokens))),
+            lambda: mock.patch.object(
+                PrefixTrie,
+                "find",
+                lambda self, tokens: tuple(part.cpu() for part in find(self, tokens)),
+            ),
             training_from_a_table,
         ),
         "ended rows on the CPU": (
-            lambda: mock.patch.object(contract, "ended_and_last", lambda space, tokens: tuple(part.cpu() for part in ended(space, tokens))),
+            lambda: mock.patch.object(
+                contract,
+                "ended_and_last",
+                lambda space, tokens: tuple(part.cpu() for part in ended(space, tokens)),
+            ),
             comparing,
         ),
         "a prior left on the CPU": (
             lambda: mock.patch.object(TransformerModel, "to", lambda self, device: self),
-            lambda device: sequence_log_probs(problem_on(device).prior, SPACE.all_tokens().to(device)).cpu().tolist(),
+            lambda device: (
+                sequence_log_probs(problem_on(device).prior, SPACE.all_tokens().to(device))
+                .cpu()
+                .tolist()
+            ),
         ),
     }
 

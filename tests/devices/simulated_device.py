@@ -1,7 +1,9 @@
-"""A stand-in accelerator for machines without one: CPU arithmetic behind tensors that report device simgpu:0.
+"""A stand-in accelerator for machines without one: CPU arithmetic behind tensors that report device
+simgpu:0.
 
-Mixing them with CPU tensors, or drawing from a CPU generator onto them, raises as CUDA would; numbers and scalar tensors pass. The
-backend's name belongs to the whole process, so import this only in a process of its own. nn.GRU is known to fail on it.
+Mixing them with CPU tensors, or drawing from a CPU generator onto them, raises as CUDA would;
+numbers and scalar tensors pass. The backend's name belongs to the whole process, so import this
+only in a process of its own. nn.GRU is known to fail on it.
 """
 
 from typing import Any
@@ -32,8 +34,15 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "SimulatedTensor":
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype, "layout": held.layout}
-        wrapper = torch.Tensor._make_wrapper_subclass(cls, held.size(), **layout, device=DEVICE, requires_grad=held.requires_grad)
+        layout = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+            "layout": held.layout,
+        }
+        wrapper = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), **layout, device=DEVICE, requires_grad=held.requires_grad
+        )
         wrapper.held = held.detach() if held.requires_grad else held
         return wrapper
 
@@ -73,8 +82,12 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if on_device and func not in _CROSS:
         _refuse_strangers(func, args, tensors)
-    if kwargs.get("generator") is not None and (on_device or (asked is not None and asked.type == DEVICE.type)):
-        raise RuntimeError(f"{func}: Expected a '{DEVICE.type}' device type for generator but found 'cpu'")
+    if kwargs.get("generator") is not None and (
+        on_device or (asked is not None and asked.type == DEVICE.type)
+    ):
+        raise RuntimeError(
+            f"{func}: Expected a '{DEVICE.type}' device type for generator but found 'cpu'"
+        )
     result = _ON_CPU.get(func, func)(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     if func is _aten.copy_.default or (_is_in_place(func) and isinstance(args[0], SimulatedTensor)):
         return args[0]
@@ -88,7 +101,10 @@ def _refuse_strangers(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -
         values = args[2] if len(args) > 2 and isinstance(args[2], Tensor) else args[0]
         tensors = [args[0], values]
     if any(not isinstance(tensor, SimulatedTensor) and tensor.dim() > 0 for tensor in tensors):
-        raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu!")
+        raise RuntimeError(
+            f"{func}: Expected all tensors to be on the same device, but found at least two"
+            f" devices, {DEVICE} and cpu!"
+        )
 
 
 def _is_in_place(func: Any) -> bool:
@@ -102,8 +118,12 @@ def _unwrap(leaf: Any) -> Any:
     return CPU if isinstance(leaf, torch.device) and leaf.type == DEVICE.type else leaf
 
 
-def _lstm_cell(inputs: Tensor, hidden: Tensor, cell: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What accelerators run as one kernel, and the CPU does not have: h', c' and the activated gates (i, f, g, o)."""
+def _lstm_cell(
+    inputs: Tensor, hidden: Tensor, cell: Tensor, *biases: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What accelerators run as one kernel, and the CPU does not have: h', c' and the activated
+    gates (i, f, g, o).
+    """
     gates = inputs + hidden + sum(bias for bias in biases if bias is not None)
     i, f, g, o = gates.chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -112,19 +132,36 @@ def _lstm_cell(inputs: Tensor, hidden: Tensor, cell: Tensor, *biases: Tensor | N
 
 
 def _lstm_cell_backward(
-    to_hidden: Tensor | None, to_cell: Tensor | None, cell: Tensor, after: Tensor, gates: Tensor, has_bias: bool
+    to_hidden: Tensor | None,
+    to_cell: Tensor | None,
+    cell: Tensor,
+    after: Tensor,
+    gates: Tensor,
+    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients to the gates before activation, to c, and to the biases."""
     i, f, g, o = gates.chunk(4, 1)
     to_hidden = torch.zeros_like(cell) if to_hidden is None else to_hidden
     through = to_hidden * o * (1 - after.tanh() ** 2) + (0 if to_cell is None else to_cell)
-    parts = [through * g * i * (1 - i), through * cell * f * (1 - f), through * i * (1 - g**2), to_hidden * after.tanh() * o * (1 - o)]
+    parts = [
+        through * g * i * (1 - i),
+        through * cell * f * (1 - f),
+        through * i * (1 - g**2),
+        to_hidden * after.tanh() * o * (1 - o),
+    ]
     to_gates = torch.cat(parts, 1)
     return to_gates, through * f, to_gates.sum(0) if has_bias else None
 
 
-_ON_CPU = {_aten._thnn_fused_lstm_cell.default: _lstm_cell, _aten._thnn_fused_lstm_cell_backward_impl.default: _lstm_cell_backward}
+_ON_CPU = {
+    _aten._thnn_fused_lstm_cell.default: _lstm_cell,
+    _aten._thnn_fused_lstm_cell_backward_impl.default: _lstm_cell_backward,
+}
 
 
 def _wrap(leaf: Any) -> Any:
-    return SimulatedTensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, SimulatedTensor) else leaf
+    return (
+        SimulatedTensor(leaf)
+        if isinstance(leaf, Tensor) and not isinstance(leaf, SimulatedTensor)
+        else leaf
+    )

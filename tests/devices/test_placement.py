@@ -1,4 +1,6 @@
-"""Every program gives the CPU's numbers on another device, and a tensor left behind is noticed: on a simulated device, in a process of its own."""
+"""Every program gives the CPU's numbers on another device, and a tensor left behind is noticed: on
+a simulated device, in a process of its own.
+"""
 
 import json
 import subprocess
@@ -14,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def report():
-    run = subprocess.run([sys.executable, "-m", "tests.devices.programs"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.devices.programs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -1,6 +1,8 @@
-"""Two small worlds, and expectations over everything that can be drawn in them: a second audit, in a few plain lines.
+"""Two small worlds, and expectations over everything that can be drawn in them: a second audit, in
+a few plain lines.
 
-Batches are enumerated in every order, and each gradient is taken through the model itself; the audit does neither.
+Batches are enumerated in every order, and each gradient is taken through the model itself; the
+audit does neither.
 """
 
 import dataclasses
@@ -53,7 +55,9 @@ def vector(*values):
 
 
 def flat_gradient(value, model):
-    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        value, list(model.parameters()), retain_graph=True, materialize_grads=True
+    )
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
@@ -68,20 +72,29 @@ def called(function, batch):
     names = inspect.signature(function).parameters
     if "batch" in names:
         return function(batch)
-    return function(**{name: getattr(batch, name) for name in names if name in Batch.__dataclass_fields__})
+    return function(
+        **{name: getattr(batch, name) for name in names if name in Batch.__dataclass_fields__}
+    )
 
 
 def expectations(function, scene, size=1, off_policy=False):
-    """(E[g], E‖g − E g‖²) of the gradient of a surrogate or loss over all ordered batches of `size` sequences."""
+    """(E[g], E‖g − E g‖²) of the gradient of a surrogate or loss over all ordered batches of `size`
+    sequences.
+    """
     whole = scene.whole
-    log_weight = whole.behaviour_log_probs.sum(-1) if off_policy else whole.log_probs.detach().sum(-1)
+    log_weight = (
+        whole.behaviour_log_probs.sum(-1) if off_policy else whole.log_probs.detach().sum(-1)
+    )
     if not off_policy:
         whole = dataclasses.replace(whole, behaviour_log_probs=whole.log_probs.detach())
     mean, square = 0.0, 0.0
     for rows in itertools.product(range(len(whole.tokens)), repeat=size):
         probability = math.exp(float(log_weight[list(rows)].sum()))
         gradient = flat_gradient(called(function, picked(whole, list(rows))), scene.policy)
-        mean, square = mean + probability * gradient, square + probability * float(gradient.square().sum())
+        mean, square = (
+            mean + probability * gradient,
+            square + probability * float(gradient.square().sum()),
+        )
     return mean, square - float(mean.square().sum())
 
 

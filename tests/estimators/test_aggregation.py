@@ -16,7 +16,13 @@ LIVE = torch.tensor([[True, True, True], [True, False, False]])
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("seq_mean_token_sum", 7.5), ("seq_mean_token_mean", (7 / 3 + 8) / 2), ("token_mean", 15 / 4), ("fixed_length", 2.5)]
+    ("name", "value"),
+    [
+        ("seq_mean_token_sum", 7.5),
+        ("seq_mean_token_mean", (7 / 3 + 8) / 2),
+        ("token_mean", 15 / 4),
+        ("fixed_length", 2.5),
+    ],
 )
 def test_each_mean_by_hand_whatever_stands_after_the_end(name, value):
     values = VALUES.clone().requires_grad_()
@@ -29,11 +35,15 @@ def test_each_mean_by_hand_whatever_stands_after_the_end(name, value):
 
 @given(data=st.data(), n=st.integers(1, 4), length=st.integers(1, 4))
 def test_at_one_length_all_agree_up_to_it(data, n, length):
-    values = vector(*data.draw(st.lists(st.floats(-5, 5), min_size=n * length, max_size=n * length))).reshape(n, length)
+    values = vector(
+        *data.draw(st.lists(st.floats(-5, 5), min_size=n * length, max_size=n * length))
+    ).reshape(n, length)
     live = torch.ones(n, length, dtype=torch.bool)
     total = float(aggregation.seq_mean_token_sum(values, live))
     for name in ("seq_mean_token_mean", "token_mean", "fixed_length"):
-        assert float(getattr(aggregation, name)(values, live)) == pytest.approx(total / length, rel=1e-12, abs=1e-13)
+        assert float(getattr(aggregation, name)(values, live)) == pytest.approx(
+            total / length, rel=1e-12, abs=1e-13
+        )
 
 
 def test_a_fixed_length_may_be_given():
@@ -43,21 +53,36 @@ def test_a_fixed_length_may_be_given():
 def means(name, scene, size):
     """E of the aggregated log-ratio over all ordered batches of a size."""
     whole = scene.whole
-    ratio, log_pi = (whole.log_probs - whole.prior_log_probs).detach(), whole.log_probs.detach().sum(-1)
+    ratio, log_pi = (
+        (whole.log_probs - whole.prior_log_probs).detach(),
+        whole.log_probs.detach().sum(-1),
+    )
     total = 0.0
     for rows in itertools.product(range(len(ratio)), repeat=size):
         picked = list(rows)
-        total += math.exp(float(log_pi[picked].sum())) * float(getattr(aggregation, name)(ratio[picked], whole.live[picked]))
+        total += math.exp(float(log_pi[picked].sum())) * float(
+            getattr(aggregation, name)(ratio[picked], whole.live[picked])
+        )
     return total
 
 
 def test_the_token_mean_depends_on_the_batch_size_and_the_others_do_not():
     scene = answers()
     whole = scene.whole
-    pi, ratio, length = whole.log_probs.detach().sum(-1).exp(), (whole.log_probs - whole.prior_log_probs).detach().sum(-1), whole.live.sum(-1)
-    expected = {"seq_mean_token_sum": pi @ ratio, "seq_mean_token_mean": pi @ (ratio / length), "fixed_length": pi @ ratio / 3}
+    pi, ratio, length = (
+        whole.log_probs.detach().sum(-1).exp(),
+        (whole.log_probs - whole.prior_log_probs).detach().sum(-1),
+        whole.live.sum(-1),
+    )
+    expected = {
+        "seq_mean_token_sum": pi @ ratio,
+        "seq_mean_token_mean": pi @ (ratio / length),
+        "fixed_length": pi @ ratio / 3,
+    }
     for name, value in expected.items():
-        assert [means(name, scene, size) for size in (1, 2, 3)] == pytest.approx([float(value)] * 3, rel=1e-13)
+        assert [means(name, scene, size) for size in (1, 2, 3)] == pytest.approx(
+            [float(value)] * 3, rel=1e-13
+        )
     seen = [means("token_mean", scene, size) for size in (1, 2, 3)]
     limit = float(pi @ ratio / (pi @ length.double()))
     assert seen[0] == pytest.approx(float(expected["seq_mean_token_mean"]), rel=1e-13)

@@ -1,4 +1,6 @@
-"""Surrogates against the gradients of enumerated divergences, the course's numbers, and random problems."""
+"""Surrogates against the gradients of enumerated divergences, the course's numbers, and random
+problems.
+"""
 
 import inspect
 import math
@@ -14,7 +16,15 @@ from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
-from tests.estimators.scenes import Scene, answers, expectations, flat_gradient, sentences, truths, vector
+from tests.estimators.scenes import (
+    Scene,
+    answers,
+    expectations,
+    flat_gradient,
+    sentences,
+    truths,
+    vector,
+)
 from tests.exact.dictionaries import assert_close
 
 ON_POLICY = {
@@ -77,7 +87,10 @@ def test_on_policy_each_surrogate_follows_what_it_says(scene, name, target):
 @scene_of
 @pytest.mark.parametrize(("name", "target"), OFF_POLICY.items())
 def test_off_policy_each_surrogate_follows_what_it_says(scene, name, target):
-    close(expectations(getattr(kl_gradients, name), scene(), off_policy=True)[0], truths(scene())[target])
+    close(
+        expectations(getattr(kl_gradients, name), scene(), off_policy=True)[0],
+        truths(scene())[target],
+    )
 
 
 @scene_of
@@ -96,7 +109,10 @@ def test_k1_as_a_loss_is_noise_around_zero(scene):
 
 @scene_of
 def test_the_absolute_value_follows_twice_the_total_variation(scene):
-    close(expectations(kl_gradients.loss_absolute_k1, scene())[0], 2 * truths(scene())["total_variation"])
+    close(
+        expectations(kl_gradients.loss_absolute_k1, scene())[0],
+        2 * truths(scene())["total_variation"],
+    )
 
 
 @scene_of
@@ -104,7 +120,9 @@ def test_the_absolute_value_of_a_token_follows_twice_the_total_variation_of_its_
     scene = scene()
     whole = scene.whole
     variation = (whole.log_dists.exp() - whole.prior_log_dists.exp()).abs().sum((-1, -2))
-    expected = flat_gradient((whole.log_probs.detach().sum(-1).exp() * variation).sum(), scene.policy)
+    expected = flat_gradient(
+        (whole.log_probs.detach().sum(-1).exp() * variation).sum(), scene.policy
+    )
     close(expectations(kl_gradients.loss_absolute_k1_token, scene)[0], expected)
 
 
@@ -126,9 +144,15 @@ def test_the_unbiased_ones_are_so_for_any_problem_and_policies(data):
     largest = max(float(value.norm()) for value in known.values())
     for name, target in ON_POLICY.items():
         if name != "loss_clamped_k3_token":
-            assert_close(expectations(getattr(kl_gradients, name), scene)[0], known[target], 10 * largest)
+            assert_close(
+                expectations(getattr(kl_gradients, name), scene)[0], known[target], 10 * largest
+            )
     for name, target in OFF_POLICY.items():
-        assert_close(expectations(getattr(kl_gradients, name), scene, off_policy=True)[0], known[target], 10 * largest)
+        assert_close(
+            expectations(getattr(kl_gradients, name), scene, off_policy=True)[0],
+            known[target],
+            10 * largest,
+        )
 
 
 def test_a_batch_averages():
@@ -138,41 +162,65 @@ def test_a_batch_averages():
     assert two[1] == pytest.approx(one[1] / 2, rel=1e-12)
 
 
-# --- the course's numbers ------------------------------------------------------------------------------------------------
+# --- the course's numbers -------------------------------------------------------------------------
 
 
 def one_token(probs, prior):
     """A distribution over single words, in its logits."""
     words = "abcd"[: len(probs)]
     q = SequenceTable.from_texts(dict(zip(words, prior, strict=True)))
-    return Scene(Problem(q, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0), SequenceTable.from_texts(dict(zip(words, probs, strict=True))), q)
+    return Scene(
+        Problem(q, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0),
+        SequenceTable.from_texts(dict(zip(words, probs, strict=True))),
+        q,
+    )
 
 
 def test_the_four_sentences_of_t06():
     scene = sentences()
-    assert expectations(kl_gradients.loss_k2, scene)[0].tolist() == pytest.approx([0.061675, -0.101052, -0.079294, 0.118671], abs=5.1e-7)
-    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx([0.1, -0.1, -0.1, 0.1], abs=1e-15)
+    assert expectations(kl_gradients.loss_k2, scene)[0].tolist() == pytest.approx(
+        [0.061675, -0.101052, -0.079294, 0.118671], abs=5.1e-7
+    )
+    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx(
+        [0.1, -0.1, -0.1, 0.1], abs=1e-15
+    )
 
 
 def test_a_reversed_reference():
     scene = one_token((0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4))
-    assert expectations(kl_gradients.reward_k1, scene)[0].tolist() == pytest.approx([0.3719, -0.0153, -0.1724, -0.1843], abs=5.1e-5)
-    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx([0.3, 0.1, -0.1, -0.3], abs=1e-15)
+    assert expectations(kl_gradients.reward_k1, scene)[0].tolist() == pytest.approx(
+        [0.3719, -0.0153, -0.1724, -0.1843], abs=5.1e-5
+    )
+    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx(
+        [0.3, 0.1, -0.1, -0.3], abs=1e-15
+    )
 
 
-@pytest.mark.parametrize(("name", "slope"), [("loss_k1", 0.0), ("loss_k2", 1.386294361120), ("loss_k3", 1.875), ("reward_k1", 1.386294361120)])
+@pytest.mark.parametrize(
+    ("name", "slope"),
+    [
+        ("loss_k1", 0.0),
+        ("loss_k2", 1.386294361120),
+        ("loss_k3", 1.875),
+        ("reward_k1", 1.386294361120),
+    ],
+)
 def test_a_coin_by_the_probability_itself(name, slope):
-    """P = 0.8 against Q = 0.5, d/dp: KL' = log 4, and k3 as a loss follows 1 − (½/p) … = 1.875 instead."""
+    """P = 0.8 against Q = 0.5, d/dp: KL' = log 4, and k3 as a loss follows 1 − (½/p) … = 1.875
+    instead.
+    """
     total = 0.0
     for heads in (True, False):
         p = vector(0.8).requires_grad_()
         log_prob = torch.log(p if heads else 1 - p)
-        (gradient,) = torch.autograd.grad(getattr(kl_gradients, name)(log_prob[None], vector(math.log(0.5))[None]), p)
+        (gradient,) = torch.autograd.grad(
+            getattr(kl_gradients, name)(log_prob[None], vector(math.log(0.5))[None]), p
+        )
         total += (0.8 if heads else 0.2) * float(gradient)
     assert total == pytest.approx(slope, abs=5.1e-13)
 
 
-# --- sample by sample ----------------------------------------------------------------------------------------------------
+# --- sample by sample -----------------------------------------------------------------------------
 
 
 @given(data=st.data())
@@ -180,7 +228,11 @@ def test_k2_in_the_loss_and_k3_in_both_are_k1_in_the_reward_sample_by_sample(dat
     values = st.lists(st.floats(-3, 0), min_size=4, max_size=4)
     log_probs, prior = (vector(*data.draw(values)).reshape(2, 2) for _ in "pq")
     gradients = []
-    for surrogate in (kl_gradients.reward_k1, kl_gradients.loss_k2, kl_gradients.reward_and_loss_k3):
+    for surrogate in (
+        kl_gradients.reward_k1,
+        kl_gradients.loss_k2,
+        kl_gradients.reward_and_loss_k3,
+    ):
         leaf = log_probs.clone().requires_grad_()
         gradients.append(torch.autograd.grad(surrogate(leaf, prior), leaf)[0])
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
@@ -188,9 +240,14 @@ def test_k2_in_the_loss_and_k3_in_both_are_k1_in_the_reward_sample_by_sample(dat
 
 
 def test_the_straight_through_surrogate_shows_k3_and_pulls_as_k2():
-    log_probs, prior = vector(-1.0, -2.0).reshape(1, 2).requires_grad_(), vector(-3.0, -0.5).reshape(1, 2)
+    log_probs, prior = (
+        vector(-1.0, -2.0).reshape(1, 2).requires_grad_(),
+        vector(-3.0, -0.5).reshape(1, 2),
+    )
     value = kl_gradients.straight_through_k2(log_probs, prior)
-    assert float(value.detach()) == pytest.approx(math.exp(-2) - 1 + 2 + math.exp(1.5) - 1 - 1.5, rel=1e-14)
+    assert float(value.detach()) == pytest.approx(
+        math.exp(-2) - 1 + 2 + math.exp(1.5) - 1 - 1.5, rel=1e-14
+    )
     assert torch.autograd.grad(value, log_probs)[0].tolist() == [[2.0, -1.5]]
 
 
@@ -198,12 +255,17 @@ def test_a_clamped_k3_lets_go_of_what_is_furthest_away():
     """q/π = 13.6 is just below k3 = 10: beyond it the pull back is gone."""
     for log_ratio, pulls in ((-math.log(13.5), True), (-math.log(13.7), False)):
         log_probs = vector(log_ratio)[None].requires_grad_()
-        (gradient,) = torch.autograd.grad(kl_gradients.loss_clamped_k3_token(log_probs, torch.zeros(1, 1, dtype=torch.float64)), log_probs)
+        (gradient,) = torch.autograd.grad(
+            kl_gradients.loss_clamped_k3_token(log_probs, torch.zeros(1, 1, dtype=torch.float64)),
+            log_probs,
+        )
         assert (float(gradient) != 0) == pulls
 
 
 def test_later_divergence_is_what_the_per_token_loss_misses():
-    """The two-step example: after 0 policy and prior agree, after 1 they are opposed, so the first token decides the KL to come."""
+    """The two-step example: after 0 policy and prior agree, after 1 they are opposed, so the first
+    token decides the KL to come.
+    """
     scene = two_steps()
     known = truths(scene)
     assert float(known["reverse_kl"].norm()) > 2 * float(known["reverse_kl_per_token"].norm())
@@ -213,14 +275,20 @@ def test_later_divergence_is_what_the_per_token_loss_misses():
 
 def two_steps():
     policy = SequenceTable.from_texts({"0 0": 0.25, "0 1": 0.25, "1 0": 0.005, "1 1": 0.495})
-    prior = SequenceTable.from_texts({"0 0": 0.125, "0 1": 0.125, "1 0": 0.7425, "1 1": 0.0075}, space=policy.space)
-    return Scene(Problem(prior, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0), policy, prior)
+    prior = SequenceTable.from_texts(
+        {"0 0": 0.125, "0 1": 0.125, "1 0": 0.7425, "1 1": 0.0075}, space=policy.space
+    )
+    return Scene(
+        Problem(prior, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0), policy, prior
+    )
 
 
 @settings(max_examples=10)
 @given(data=st.data())
 def test_the_gradient_is_that_of_finite_differences(data):
-    """Rao–Blackwell with return to go, by next-token logits; central differences of KL at h = 1e-5 are good to about 1e-9."""
+    """Rao–Blackwell with return to go, by next-token logits; central differences of KL at h = 1e-5
+    are good to about 1e-9.
+    """
     problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
     tokens = problem.prior.tokens[problem.prior.log_probs.detach() > -math.inf]
     policy = data.draw(policies(problem))
@@ -232,13 +300,15 @@ def test_the_gradient_is_that_of_finite_differences(data):
                 old, values = float(parameter.view(-1)[index]), []
                 for shift in (h, -h):
                     parameter.view(-1)[index] = old + shift
-                    values.append(float(logspace.kl_divergence(sequence_log_probs(policy, tokens), log_q)))
+                    values.append(
+                        float(logspace.kl_divergence(sequence_log_probs(policy, tokens), log_q))
+                    )
                 parameter.view(-1)[index] = old
                 slopes.append((values[0] - values[1]) / (2 * h))
     assert seen.tolist() == pytest.approx(slopes, abs=1e-8 * max(1.0, float(log_q.abs().max())))
 
 
-# --- where mass is zero, and in vmap -------------------------------------------------------------------------------------
+# --- where mass is zero, and in vmap --------------------------------------------------------------
 
 
 def test_full_distributions_with_zeros_have_finite_gradients():
@@ -250,14 +320,20 @@ def test_full_distributions_with_zeros_have_finite_gradients():
     for surrogate in (kl_gradients.loss_full_kl, kl_gradients.loss_full_forward_kl):
         gradient = flat_gradient(surrogate(whole.log_dists, whole.prior_log_dists), policy)
         assert bool(torch.isfinite(gradient).all())
-    value = kl_gradients.rao_blackwell_to_go(whole.log_probs, whole.log_dists, whole.prior_log_dists)
+    value = kl_gradients.rao_blackwell_to_go(
+        whole.log_probs, whole.log_dists, whole.prior_log_dists
+    )
     assert bool(torch.isfinite(flat_gradient(value, policy)).all())
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_surrogates_run_under_vmap(name):
     whole, surrogate = answers().whole, getattr(kl_gradients, name)
-    wanted = [parameter for parameter in inspect.signature(surrogate).parameters if hasattr(whole, parameter)]
+    wanted = [
+        parameter
+        for parameter in inspect.signature(surrogate).parameters
+        if hasattr(whole, parameter)
+    ]
     fields = [getattr(whole, field).detach().unflatten(0, (3, 2)) for field in wanted]
 
     def value(*parts):

@@ -24,11 +24,18 @@ def rows(p, q):
 
 
 def test_by_hand_with_two_of_four_words():
-    full, kept = sum(float(p * (p / q).log()) for p, q in zip(P, Q, strict=True)), 0.5 * math.log(2) + 0.3 * math.log(1.2)
+    full, kept = (
+        sum(float(p * (p / q).log()) for p, q in zip(P, Q, strict=True)),
+        0.5 * math.log(2) + 0.3 * math.log(1.2),
+    )
     assert float(top_k_truncated(*rows(P, Q), 2)) == pytest.approx(kept, rel=1e-14)
-    assert float(top_k_tail_bucket(*rows(P, Q), 2)) == pytest.approx(kept + 0.2 * math.log(0.2 / 0.5), rel=1e-14)
+    assert float(top_k_tail_bucket(*rows(P, Q), 2)) == pytest.approx(
+        kept + 0.2 * math.log(0.2 / 0.5), rel=1e-14
+    )
     taken = [float(top_k_tail_sampled(*rows(P, Q), torch.tensor([[v]]), 2)) for v in range(4)]
-    assert taken == pytest.approx([kept, kept, kept + math.log(0.6), kept + math.log(0.2)], rel=1e-14)
+    assert taken == pytest.approx(
+        [kept, kept, kept + math.log(0.6), kept + math.log(0.2)], rel=1e-14
+    )
     assert float(P @ vector(*taken)) == pytest.approx(full, rel=1e-14)
 
 
@@ -40,7 +47,11 @@ def test_the_sampled_tail_keeps_the_mean_for_every_k_and_the_bucket_lies_below(d
     wide = p.expand(size, 1, -1), q.expand(size, 1, -1)
     for k in range(size + 1):
         values = top_k_tail_sampled(*wide, torch.arange(size)[:, None], k).squeeze(-1)
-        assert_close(logspace.expectation(p, values), full, float(q[q > -INF].abs().max()) + float(p[p > -INF].abs().max()))
+        assert_close(
+            logspace.expectation(p, values),
+            full,
+            float(q[q > -INF].abs().max()) + float(p[p > -INF].abs().max()),
+        )
         bucket = float(top_k_tail_bucket(p[None, None], q[None, None], k))
         assert -1e-15 <= bucket <= float(full) * (1 + 1e-12) + 1e-12
 
@@ -55,12 +66,16 @@ def test_all_of_the_vocabulary_is_the_full_divergence(data, size):
 def test_nothing_of_the_vocabulary_is_nothing_a_bucket_of_one_or_k1():
     assert float(top_k_truncated(*rows(P, Q), 0)) == 0
     assert float(top_k_tail_bucket(*rows(P, Q), 0)) == pytest.approx(0, abs=1e-15)
-    assert float(top_k_tail_sampled(*rows(P, Q), torch.tensor([[3]]), 0)) == pytest.approx(math.log(0.2), rel=1e-14)
+    assert float(top_k_tail_sampled(*rows(P, Q), torch.tensor([[3]]), 0)) == pytest.approx(
+        math.log(0.2), rel=1e-14
+    )
 
 
 def test_a_bucket_loses_nothing_where_the_tail_has_one_ratio():
     q = vector(0.3, 0.3, 0.3, 0.1)
-    assert float(top_k_tail_bucket(*rows(P, q), 2)) == pytest.approx(float(per_token_kl(*rows(P, q))), rel=1e-14)
+    assert float(top_k_tail_bucket(*rows(P, q), 2)) == pytest.approx(
+        float(per_token_kl(*rows(P, q))), rel=1e-14
+    )
 
 
 def test_along_sequences_that_end_the_mean_is_the_divergence():
@@ -68,7 +83,11 @@ def test_along_sequences_that_end_the_mean_is_the_divergence():
     pi = whole.log_probs.detach().sum(-1).exp()
     truth = float(pi @ (whole.log_probs - whole.prior_log_probs).detach().sum(-1))
     for k in range(4):
-        values = top_k_tail_sampled(whole.log_dists, whole.prior_log_dists, whole.tokens, k).sum(-1).detach()
+        values = (
+            top_k_tail_sampled(whole.log_dists, whole.prior_log_dists, whole.tokens, k)
+            .sum(-1)
+            .detach()
+        )
         assert float(pi @ values) == pytest.approx(truth, rel=1e-13)
 
 
@@ -77,10 +96,17 @@ def test_gradients_are_finite_where_mass_is_zero_and_vmap_gives_the_same():
     assert bool((whole.log_dists == -INF).any())
 
     def total(log_dists, prior, tokens):
-        parts = top_k_truncated(log_dists, prior, 2), top_k_tail_bucket(log_dists, prior, 2), top_k_tail_sampled(log_dists, prior, tokens, 2)
+        parts = (
+            top_k_truncated(log_dists, prior, 2),
+            top_k_tail_bucket(log_dists, prior, 2),
+            top_k_tail_sampled(log_dists, prior, tokens, 2),
+        )
         return torch.stack(parts).sum()
 
-    fields = [value.detach().unflatten(0, (3, 2)) for value in (whole.log_dists, whole.prior_log_dists, whole.tokens)]
+    fields = [
+        value.detach().unflatten(0, (3, 2))
+        for value in (whole.log_dists, whole.prior_log_dists, whole.tokens)
+    ]
     together = torch.func.vmap(torch.func.grad(total))(*fields)
     apart = torch.stack([torch.func.grad(total)(*(field[i] for field in fields)) for i in range(3)])
     assert bool(torch.isfinite(together).all())

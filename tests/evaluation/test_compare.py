@@ -1,4 +1,6 @@
-"""Comparisons against the course's numbers, the reference, brute force over whole spaces, and every outcome of sampling."""
+"""Comparisons against the course's numbers, the reference, brute force over whole spaces, and every
+outcome of sampling.
+"""
 
 import math
 
@@ -39,7 +41,7 @@ def shannon(p, q):
     return (reference.kl(p, middle) + reference.kl(q, middle)) / 2
 
 
-# --- exact -----------------------------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
 
 
 def test_the_course_numbers_of_t01_and_t03():
@@ -50,13 +52,18 @@ def test_the_course_numbers_of_t01_and_t03():
     assert seen.expected_reward == pytest.approx(0.9, abs=1e-15)
     assert seen.objective == anchor(0.9 - 0.099793472091)
     to_prior = compare(four_sentences_policy(), posterior(four_sentences(INF)))
-    assert (to_prior.reverse_kl, to_prior.forward_kl) == (anchor(0.099793472091), anchor(0.101696829963))
+    assert (to_prior.reverse_kl, to_prior.forward_kl) == (
+        anchor(0.099793472091),
+        anchor(0.101696829963),
+    )
 
 
 def test_the_course_numbers_of_t07():
     """p = (.3, .4, .2, .1) as a proposal for q, and its own posterior as a policy."""
     auxiliary = table({"the cat": 0.3, "the dog": 0.4, "a cat": 0.2, "a dog": 0.1})
-    assert compare(auxiliary, posterior(four_sentences(INF))).effective_sample_size == anchor(0.944881889764)
+    assert compare(auxiliary, posterior(four_sentences(INF))).effective_sample_size == anchor(
+        0.944881889764
+    )
     course = four_sentences()
     misled = posterior(Problem(auxiliary, course.reward, 1.0))
     assert compare(misled.model, posterior(course)).objective_gap == anchor(0.021255347883)
@@ -74,7 +81,13 @@ def test_an_exact_comparison_is_the_references(data):
     q, r = table_dict(problem.prior), reward_dict(problem)
     star, log_z = reference.posterior(q, r, lam)
     pi = dict.fromkeys(q, 0.0)
-    pi |= dict(zip(live_tuples(problem.space, tokens), sequence_log_probs(policy, tokens).exp().tolist(), strict=True))
+    pi |= dict(
+        zip(
+            live_tuples(problem.space, tokens),
+            sequence_log_probs(policy, tokens).exp().tolist(),
+            strict=True,
+        )
+    )
     seen = compare(policy, target)
     scale = max(1.0, abs(lam * log_z), lam * reference.kl(pi, star), lam * reference.kl(pi, q))
     assert_close(seen.reverse_kl, reference.kl(pi, star))
@@ -85,7 +98,9 @@ def test_an_exact_comparison_is_the_references(data):
     assert_close(seen.kl_to_prior, reference.kl(pi, q))
     assert_close(seen.objective, reference.objective(pi, q, r, lam), scale)
     assert_close(seen.objective_gap, lam * log_z - reference.objective(pi, q, r, lam), scale)
-    assert_close(seen.effective_sample_size, 1 / math.fsum(star[y] ** 2 / pi[y] for y in q if star[y] > 0))
+    assert_close(
+        seen.effective_sample_size, 1 / math.fsum(star[y] ** 2 / pi[y] for y in q if star[y] > 0)
+    )
     assert (seen.uncovered_mass, seen.violating_mass, seen.log_evidence_error) == (0, 0, None)
 
 
@@ -94,7 +109,9 @@ def test_the_posterior_compared_with_itself_has_no_distance(data):
     problem = data.draw(problems(extremes=True, kl_coefs=st.sampled_from((0.0, 0.5, 1.0, 5e-324))))
     target = posterior(problem)
     seen = compare(target.model, target)
-    assert max(seen.reverse_kl, seen.forward_kl, seen.total_variation, abs(seen.jensen_shannon)) < 1e-9
+    assert (
+        max(seen.reverse_kl, seen.forward_kl, seen.total_variation, abs(seen.jensen_shannon)) < 1e-9
+    )
     assert (seen.uncovered_mass, seen.violating_mass) == (0, 0)
     assert seen.effective_sample_size == pytest.approx(1, abs=1e-9)
 
@@ -111,8 +128,14 @@ def test_at_zero_the_gap_is_the_best_reward_less_the_objective():
 def test_the_stray_mass_of_a_full_softmax_is_that_of_every_other_sequence(kind):
     """A prior with EOS and zeros: brute force over all sequences of the space."""
     space = SequenceSpace(("a", "b", "c"), 4)
-    prior = SequenceTable.from_texts({"": 0.1, "a": 0.2, "a b": 0.3, "a b c": 0.15, "c c c": 0.25}, space=space)
-    model = TransformerModel(space, width=8, heads=2, seed=1) if kind == "transformer" else RecurrentModel(space, cell=kind, hidden_size=6, seed=1)
+    prior = SequenceTable.from_texts(
+        {"": 0.1, "a": 0.2, "a b": 0.3, "a b c": 0.15, "c c c": 0.25}, space=space
+    )
+    model = (
+        TransformerModel(space, width=8, heads=2, seed=1)
+        if kind == "transformer"
+        else RecurrentModel(space, cell=kind, hidden_size=6, seed=1)
+    )
     forbidden = {"a b": -INF, "": 0.5, "a": 1.0, "a b c": 0.0, "c c c": -1.0}
     target = posterior(Problem(prior, table_reward(forbidden, space), 1.0))
     seen = compare(model, target)
@@ -122,16 +145,29 @@ def test_the_stray_mass_of_a_full_softmax_is_that_of_every_other_sequence(kind):
     on_posterior = sequence_log_probs(target.model, everything).detach() > -INF
     assert float(log_pi.exp().sum()) == pytest.approx(1, abs=1e-13)
     assert seen.violating_mass == pytest.approx(float(log_pi[~on_posterior].exp().sum()), rel=1e-12)
-    assert (seen.reverse_kl, seen.kl_to_prior, seen.objective, seen.objective_gap) == (INF, INF, -INF, INF)
-    star, pi = sequence_log_probs(target.model, everything[on_posterior]).detach(), log_pi[on_posterior]
+    assert (seen.reverse_kl, seen.kl_to_prior, seen.objective, seen.objective_gap) == (
+        INF,
+        INF,
+        -INF,
+        INF,
+    )
+    star, pi = (
+        sequence_log_probs(target.model, everything[on_posterior]).detach(),
+        log_pi[on_posterior],
+    )
     assert seen.forward_kl == pytest.approx(float((star.exp() * (star - pi)).sum()), rel=1e-12)
-    assert seen.total_variation == pytest.approx(float(((pi.exp() - star.exp()).abs().sum() + seen.violating_mass) / 2), rel=1e-12)
+    assert seen.total_variation == pytest.approx(
+        float(((pi.exp() - star.exp()).abs().sum() + seen.violating_mass) / 2), rel=1e-12
+    )
 
 
 def test_a_policy_off_the_support_is_reported_and_not_silently_restricted():
     policy = RecurrentModel(four_sentences_space(), hidden_size=4)
     target = posterior(four_sentences())
-    raw, restricted = compare(policy, target), compare(restrict_to_support(policy, target.problem.prior), target)
+    raw, restricted = (
+        compare(policy, target),
+        compare(restrict_to_support(policy, target.problem.prior), target),
+    )
     assert raw.reverse_kl == INF
     assert 0.5 < raw.violating_mass < 1
     assert restricted.violating_mass == 0.0
@@ -151,7 +187,9 @@ def test_a_restricted_policy_strays_exactly_nowhere(data):
 
 
 def test_tiny_stray_mass_is_not_lost_in_rounding():
-    """1 − Σ on the support would say 0 or a rounding error; the mass off it is e^{−80}·(1 + e^{−5})."""
+    """1 − Σ on the support would say 0 or a rounding error; the mass off it is e^{−80}·(1 +
+    e^{−5}).
+    """
     space = four_sentences_space()
     logits = torch.full((5, 4), -INF, dtype=torch.float64)
     policy = PrefixTable(space)
@@ -171,30 +209,47 @@ def test_missing_mass_is_uncovered_and_the_forward_divergence_infinite():
     seen = compare(table({"the cat": 0.5, "the dog": 0.5}), target)
     assert seen.uncovered_mass == pytest.approx(0.085976452189 + 0.317642414206, abs=1e-11)
     assert (seen.forward_kl, seen.effective_sample_size) == (INF, 0.0)
-    assert seen.reverse_kl == pytest.approx(0.5 * math.log(0.5 / 0.467416455322) + 0.5 * math.log(0.5 / 0.128964678284), abs=1e-11)
+    assert seen.reverse_kl == pytest.approx(
+        0.5 * math.log(0.5 / 0.467416455322) + 0.5 * math.log(0.5 / 0.128964678284), abs=1e-11
+    )
     assert seen.violating_mass == 0
 
 
 def test_particles_are_merged_before_they_are_compared():
     space = four_sentences_space()
-    texts, weights = ["the cat", "a dog", "the cat", "a a", "the dog"], torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]).double()
+    texts, weights = (
+        ["the cat", "a dog", "the cat", "a a", "the dog"],
+        torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]).double(),
+    )
     particles = WeightedSequences(space, space.encode(texts), weights.log(), exact=False)
     target = posterior(four_sentences())
     seen = compare(particles, target)
     merged = {"the cat": 3 / 8, "a dog": 3 / 8}
-    star = dict(zip(["the cat", "the dog", "a cat", "a dog"], (0.467416455322, 0.128964678284, 0.085976452189, 0.317642414206), strict=True))
-    assert seen.total_variation == pytest.approx((sum(abs(merged.get(y, 0) - star[y]) for y in star) + 2 / 8) / 2, abs=1e-11)
+    star = dict(
+        zip(
+            ["the cat", "the dog", "a cat", "a dog"],
+            (0.467416455322, 0.128964678284, 0.085976452189, 0.317642414206),
+            strict=True,
+        )
+    )
+    assert seen.total_variation == pytest.approx(
+        (sum(abs(merged.get(y, 0) - star[y]) for y in star) + 2 / 8) / 2, abs=1e-11
+    )
     assert seen.violating_mass == pytest.approx(2 / 8, abs=1e-15)
     assert seen.uncovered_mass == pytest.approx(star["the dog"] + star["a cat"], abs=1e-11)
     assert seen.reverse_kl == INF
-    assert seen.log_evidence_error == pytest.approx(math.log(8) - math.log(2.326218341277), abs=1e-11)
+    assert seen.log_evidence_error == pytest.approx(
+        math.log(8) - math.log(2.326218341277), abs=1e-11
+    )
     assert seen.effective_sample_size == pytest.approx(64 / 18 / 5, abs=1e-15)
 
 
 def test_an_exact_table_of_weights_is_the_posterior_it_came_from():
     target = posterior(four_sentences())
     support = target.enumerated()
-    weights = WeightedSequences(target.problem.space, support.tokens, support.log_prior + support.rewards, exact=True)
+    weights = WeightedSequences(
+        target.problem.space, support.tokens, support.log_prior + support.rewards, exact=True
+    )
     seen = compare(weights, target)
     assert abs(seen.log_evidence_error) < 1e-15
     assert max(abs(x) for x in (seen.reverse_kl, seen.forward_kl, seen.objective_gap)) < 1e-15
@@ -203,7 +258,9 @@ def test_an_exact_table_of_weights_is_the_posterior_it_came_from():
 
 def test_particles_without_any_weight_are_refused():
     space = four_sentences_space()
-    dead = WeightedSequences(space, space.encode(["a dog"]), torch.tensor([-INF]).double(), exact=False)
+    dead = WeightedSequences(
+        space, space.encode(["a dog"]), torch.tensor([-INF]).double(), exact=False
+    )
     with pytest.raises(InfeasibleError):
         compare(dead, posterior(four_sentences()))
 
@@ -214,7 +271,9 @@ def test_several_targets_give_a_row_each_and_the_mean():
     assert isinstance(seen, Comparisons)
     single = [compare(four_sentences_policy(), target) for target in targets]
     assert list(seen.rows) == single
-    assert seen.mean["reverse_kl"] == pytest.approx(sum(row.reverse_kl for row in single) / 3, abs=1e-16)
+    assert seen.mean["reverse_kl"] == pytest.approx(
+        sum(row.reverse_kl for row in single) / 3, abs=1e-16
+    )
     assert "log_evidence_error" not in seen.mean
     assert seen.to_dict()["rows"][1]["reverse_kl"] == single[1].reverse_kl
     assert "problem 2" in str(seen)
@@ -222,14 +281,17 @@ def test_several_targets_give_a_row_each_and_the_mean():
 
 def test_it_prints_what_it_knows():
     target = posterior(four_sentences())
-    exact, sampled = compare(four_sentences_policy(), target), compare(four_sentences_policy(), target, n=5, draw=seeded_draw(0))
+    exact, sampled = (
+        compare(four_sentences_policy(), target),
+        compare(four_sentences_policy(), target, n=5, draw=seeded_draw(0)),
+    )
     assert "exact value" in str(exact)
     assert "mean of 5" in str(sampled)
     assert "standard error" in sampled._repr_html_()
     assert exact.to_dict()["standard_error"] == {}
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_another_space_is_refused():
@@ -244,7 +306,12 @@ def test_samples_need_a_model_a_draw_and_at_least_two():
         compare(policy, target, n=10)
     support = target.enumerated()
     with pytest.raises(InputError, match="weighted sequences are compared exactly"):
-        compare(WeightedSequences(policy.space, support.tokens, support.log_prior, exact=True), target, n=10, draw=seeded_draw(0))
+        compare(
+            WeightedSequences(policy.space, support.tokens, support.log_prior, exact=True),
+            target,
+            n=10,
+            draw=seeded_draw(0),
+        )
     with pytest.raises(InputError, match="n = 1"):
         compare(policy, target, n=1, draw=seeded_draw(0))
 
@@ -257,7 +324,7 @@ def test_an_exact_comparison_needs_the_support_and_samples_do_not():
     assert compare(four_sentences_policy(), bare, n=4, draw=seeded_draw(0)).sequences == 4
 
 
-# --- by samples ------------------------------------------------------------------------------------------------------
+# --- by samples -----------------------------------------------------------------------------------
 
 UNBIASED = (
     "reverse_kl",
@@ -288,18 +355,24 @@ def test_sampled_means_are_unbiased_over_every_outcome(kl_coef):
     assert len(results) == 4**4
     exact = compare(policy, target)
     for name in UNBIASED:
-        mean = math.fsum(w * getattr(result, name) for w, result in zip(weights, results, strict=True))
+        mean = math.fsum(
+            w * getattr(result, name) for w, result in zip(weights, results, strict=True)
+        )
         assert mean == pytest.approx(getattr(exact, name), abs=1e-12), name
 
 
 def test_squared_standard_errors_are_unbiased_for_the_variance():
-    """E[se²] = Var[mean]: the sample variance over n, metric by metric (with n = 2 the sample variance itself is unbiased)."""
+    """E[se²] = Var[mean]: the sample variance over n, metric by metric (with n = 2 the sample
+    variance itself is unbiased).
+    """
     results, weights = every_outcome(four_sentences_policy(), posterior(four_sentences()))
     for name in UNBIASED:
         values = [getattr(result, name) for result in results]
         mean = math.fsum(w * v for w, v in zip(weights, values, strict=True))
         variance = math.fsum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
-        reported = math.fsum(w * result.standard_error[name] ** 2 for w, result in zip(weights, results, strict=True))
+        reported = math.fsum(
+            w * result.standard_error[name] ** 2 for w, result in zip(weights, results, strict=True)
+        )
         assert reported == pytest.approx(variance, abs=1e-12), name
 
 
@@ -309,22 +382,37 @@ def test_sampled_means_find_the_mass_that_one_side_lacks():
     target = posterior(Problem(prior, text_reward(lambda text: 0.0, space), 1.0))
     policy = SequenceTable.from_texts({"a": 0.25, "c": 0.75}, space=space)
     results, weights = every_outcome(policy, target)
-    for name, expected in (("violating_mass", 0.75), ("uncovered_mass", 0.5), ("total_variation", 0.75)):
-        assert math.fsum(w * getattr(result, name) for w, result in zip(weights, results, strict=True)) == pytest.approx(expected, abs=1e-12)
+    for name, expected in (
+        ("violating_mass", 0.75),
+        ("uncovered_mass", 0.5),
+        ("total_variation", 0.75),
+    ):
+        assert math.fsum(
+            w * getattr(result, name) for w, result in zip(weights, results, strict=True)
+        ) == pytest.approx(expected, abs=1e-12)
     assert {result.reverse_kl for result in results if result.violating_mass > 0} == {INF}
-    assert {result.standard_error["reverse_kl"] for result in results if result.violating_mass > 0} == {INF}
+    assert {
+        result.standard_error["reverse_kl"] for result in results if result.violating_mass > 0
+    } == {INF}
 
 
 def test_at_zero_the_sampled_objective_is_the_reward():
     target = posterior(four_sentences(0.0))
     results, weights = every_outcome(four_sentences_policy(), target)
-    assert math.fsum(w * result.objective for w, result in zip(weights, results, strict=True)) == pytest.approx(0.9, abs=1e-12)
-    assert math.fsum(w * result.objective_gap for w, result in zip(weights, results, strict=True)) == pytest.approx(1.1, abs=1e-12)
+    assert math.fsum(
+        w * result.objective for w, result in zip(weights, results, strict=True)
+    ) == pytest.approx(0.9, abs=1e-12)
+    assert math.fsum(
+        w * result.objective_gap for w, result in zip(weights, results, strict=True)
+    ) == pytest.approx(1.1, abs=1e-12)
 
 
 def test_the_same_seed_gives_the_same_comparison():
     target = posterior(four_sentences())
-    first, second = (compare(four_sentences_policy(), target, n=50, draw=seeded_draw(3)).to_dict() for _ in range(2))
+    first, second = (
+        compare(four_sentences_policy(), target, n=50, draw=seeded_draw(3)).to_dict()
+        for _ in range(2)
+    )
     assert first == second
 
 
@@ -332,10 +420,16 @@ def test_the_same_seed_gives_the_same_comparison():
 def test_a_policy_off_the_prior_s_support_has_no_objective_at_any_kl_coef(kl_coef):
     problem = four_sentences(kl_coef)
     found = compare(RecurrentModel(problem.space, hidden_size=4), posterior(problem))
-    assert (found.objective, found.objective_gap, found.kl_to_prior) == (-math.inf, math.inf, math.inf)
+    assert (found.objective, found.objective_gap, found.kl_to_prior) == (
+        -math.inf,
+        math.inf,
+        math.inf,
+    )
 
 
 def test_sampled_numbers_at_infinite_kl_coef_are_infinite_and_never_nan():
-    found = compare(four_sentences_policy(), posterior(four_sentences(math.inf)), n=50, draw=seeded_draw(0))
+    found = compare(
+        four_sentences_policy(), posterior(four_sentences(math.inf)), n=50, draw=seeded_draw(0)
+    )
     assert found.objective == -math.inf
     assert not any(math.isnan(value) for value in found.metrics().values() if value is not None)

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from klrl_edu.core.errors import CheckpointError
-from klrl_edu.evaluation.records import History, json_line, jsonable, load_checkpoint, save_checkpoint, write_atomically
+from klrl_edu.evaluation.records import (
+    History,
+    json_line,
+    jsonable,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 
 STATE = {"weights": {"w": torch.arange(6.0).reshape(2, 3)}, "step": 7, "name": "é"}
 
@@ -30,7 +37,7 @@ def with_digest(data):
     return data + hashlib.sha256(data).digest()
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_comes_back(checkpoint):
@@ -96,7 +103,7 @@ def test_a_missing_file_or_a_directory_is_a_checkpoint_error(tmp_path):
         load_checkpoint(tmp_path)
 
 
-# --- whole files -----------------------------------------------------------------------------------------------------
+# --- whole files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
@@ -135,7 +142,7 @@ def test_a_file_is_written_and_overwritten(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def refuse(name):
@@ -143,16 +150,44 @@ def refuse(name):
 
 
 def test_json_never_holds_nan_or_infinity():
-    values = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": torch.tensor([math.nan, 1.0])}, 3: np.float64("nan"), "t": (math.inf,)}
+    values = {
+        "a": math.nan,
+        "b": [math.inf, -math.inf, 1.5],
+        "c": {"d": torch.tensor([math.nan, 1.0])},
+        3: np.float64("nan"),
+        "t": (math.inf,),
+    }
     line = json_line(values)
     data = json.loads(line, parse_constant=refuse)
-    assert data == {"a": "nan", "b": ["inf", "-inf", 1.5], "c": {"d": ["nan", 1.0]}, "3": "nan", "t": ["inf"]}
+    assert data == {
+        "a": "nan",
+        "b": ["inf", "-inf", 1.5],
+        "c": {"d": ["nan", 1.0]},
+        "3": "nan",
+        "t": ["inf"],
+    }
     assert "\n" not in line
 
 
 def test_json_keeps_numbers_to_the_last_bit_and_text_readable(tmp_path):
-    line = json_line({"x": 0.1 + 0.2, "text": "é", "path": tmp_path, "none": None, "flag": True, "scalar": torch.tensor(2.5)})
-    assert json.loads(line) == {"x": 0.30000000000000004, "text": "é", "path": str(tmp_path), "none": None, "flag": True, "scalar": 2.5}
+    line = json_line(
+        {
+            "x": 0.1 + 0.2,
+            "text": "é",
+            "path": tmp_path,
+            "none": None,
+            "flag": True,
+            "scalar": torch.tensor(2.5),
+        }
+    )
+    assert json.loads(line) == {
+        "x": 0.30000000000000004,
+        "text": "é",
+        "path": str(tmp_path),
+        "none": None,
+        "flag": True,
+        "scalar": 2.5,
+    }
     assert "é" in line
 
 
@@ -162,12 +197,18 @@ def test_jsonable_copies_and_does_not_change_its_input():
     assert record == {"loss": math.inf}
 
 
-# --- histories -------------------------------------------------------------------------------------------------------
+# --- histories ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def history():
-    return History([{"step": 0, "reverse_kl": 0.5}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan, "reverse_kl": 0.25}])
+    return History(
+        [
+            {"step": 0, "reverse_kl": 0.5},
+            {"step": 1, "loss": 2.0},
+            {"step": 2, "loss": math.nan, "reverse_kl": 0.25},
+        ]
+    )
 
 
 def test_a_history_gives_columns_and_their_steps(history):

@@ -26,7 +26,9 @@ def test_it_is_the_law_of_the_first_best_draw(seed, n, ties):
     found = best_of_n(log_q, rewards, n)
     torch.testing.assert_close(found.log_probs.exp(), expected, rtol=1e-13, atol=1e-15)
     wins = sum(
-        expected[i] * log_q[j].exp() * (1.0 if rewards[i] > rewards[j] else 0.5 if rewards[i] == rewards[j] else 0.0)
+        expected[i]
+        * log_q[j].exp()
+        * (1.0 if rewards[i] > rewards[j] else 0.5 if rewards[i] == rewards[j] else 0.0)
         for i in range(4)
         for j in range(4)
     )
@@ -52,7 +54,9 @@ def test_many_draws_end_on_the_best_level_whose_mass_caps_the_divergence():
     uniform = torch.full((20,), -math.log(20), dtype=torch.float64)
     found = best_of_n(uniform, torch.arange(20.0, dtype=torch.float64), 100)
     assert found.kl == pytest.approx(math.log(20), abs=0.04)
-    assert best_of_n(uniform, torch.arange(20.0, dtype=torch.float64), 10**6).kl == pytest.approx(math.log(20), abs=1e-12)
+    assert best_of_n(uniform, torch.arange(20.0, dtype=torch.float64), 10**6).kl == pytest.approx(
+        math.log(20), abs=1e-12
+    )
     assert kl_bound(10**6) > 12
 
 
@@ -81,4 +85,6 @@ def test_bad_rewards_are_named_and_ignored_off_the_support():
         with pytest.raises(InputError, match=r"rewards\[1\]"):
             best_of_n(Q, torch.tensor([0, bad, 0, 0], dtype=torch.float64), 2)
     log_q = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).log()
-    assert best_of_n(log_q, torch.tensor([0, 1, math.nan], dtype=torch.float64), 2).log_probs.exp().tolist() == pytest.approx([0.25, 0.75, 0])
+    assert best_of_n(
+        log_q, torch.tensor([0, 1, math.nan], dtype=torch.float64), 2
+    ).log_probs.exp().tolist() == pytest.approx([0.25, 0.75, 0])

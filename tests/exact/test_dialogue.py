@@ -1,4 +1,6 @@
-"""What the dialogue is for: exact numbers that say what γ, the user's replies and planning are worth."""
+"""What the dialogue is for: exact numbers that say what γ, the user's replies and planning are
+worth.
+"""
 
 import itertools
 from dataclasses import replace
@@ -35,8 +37,12 @@ def test_replies_that_the_plan_thinks_its_own_promise_more_than_is_attainable_an
     plans = compare_plans(dialogue(), KL_COEF)
     assert plans.promised["chosen replies"] > 3 * plans.promised["optimal"]
     assert plans.loss("chosen replies") > 0.34
-    guesses = {name: float(log_policy[0, GUESS].exp()) for name, log_policy in plans.log_policies.items()}
-    assert guesses["chosen replies"] > 0.3 > 0.01 > guesses["optimal"]  # it bets on the user's delight
+    guesses = {
+        name: float(log_policy[0, GUESS].exp()) for name, log_policy in plans.log_policies.items()
+    }
+    assert (
+        guesses["chosen replies"] > 0.3 > 0.01 > guesses["optimal"]
+    )  # it bets on the user's delight
 
 
 def test_a_user_who_always_gives_the_most_likely_reply_is_a_model_that_loses():
@@ -44,7 +50,9 @@ def test_a_user_who_always_gives_the_most_likely_reply_is_a_model_that_loses():
     assert plans.promised["most likely reply"] > plans.promised["optimal"]
     assert plans.loss("most likely reply") == pytest.approx(0.042446, abs=5e-7)
     puzzled = STATES.index("puzzled")
-    wrong, right = (plans.log_policies[name][puzzled, ASK].exp() for name in ("most likely reply", "optimal"))
+    wrong, right = (
+        plans.log_policies[name][puzzled, ASK].exp() for name in ("most likely reply", "optimal")
+    )
     assert wrong > 0.9 > 0.4 > right  # it asks a puzzled user again, sure to be understood
 
 
@@ -60,7 +68,13 @@ def test_every_wrong_plan_earns_strictly_less(discount, kl_coef):
 def test_the_numbers_of_the_dialogue():
     """Pinned, so that a change of the example is seen: J of each plan at γ = 0.95, λ = 0.1."""
     plans = compare_plans(dialogue(), KL_COEF)
-    expected = {"optimal": 0.429887, "prior": 0.266675, "myopic": 0.212608, "most likely reply": 0.387441, "chosen replies": 0.081885}
+    expected = {
+        "optimal": 0.429887,
+        "prior": 0.266675,
+        "myopic": 0.212608,
+        "most likely reply": 0.387441,
+        "chosen replies": 0.081885,
+    }
     assert plans.earned == pytest.approx(expected, abs=1e-6)
 
 
@@ -74,7 +88,9 @@ def test_the_most_likely_reply_is_certain_and_the_first_of_several():
 def test_where_the_start_lies_changes_no_policy():
     process = dialogue()
     elsewhere = replace(process, initial=most_likely_replies(process).initial)
-    assert torch.equal(value_iteration(process, KL_COEF).log_policy, value_iteration(elsewhere, KL_COEF).log_policy)
+    assert torch.equal(
+        value_iteration(process, KL_COEF).log_policy, value_iteration(elsewhere, KL_COEF).log_policy
+    )
 
 
 def test_a_simulated_dialogue_by_hand_earns_the_value_of_answering_at_once():
@@ -85,7 +101,9 @@ def test_a_simulated_dialogue_by_hand_earns_the_value_of_answering_at_once():
     after = policy_evaluation(process, process.log_prior, 0.0).state_values[STATES.index("annoyed")]
     annoyed = (0.5 * -0.2 + 0.5 * -0.3) / (1 - 0.95 * 0.5 * 0.3)
     assert float(after) == pytest.approx(annoyed, abs=1e-14)
-    assert policy_evaluation(process, answers, 0.0).value == pytest.approx(0.3 + 0.95 * 0.2 * annoyed, abs=1e-14)
+    assert policy_evaluation(process, answers, 0.0).value == pytest.approx(
+        0.3 + 0.95 * 0.2 * annoyed, abs=1e-14
+    )
 
 
 def test_plans_have_a_table_and_a_dictionary():

@@ -21,7 +21,15 @@ from klrl_edu.problems.examples import four_sentences
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward, text_reward
 from klrl_edu.testing import KL_COEFS, policies, problems
-from tests.exact.dictionaries import INF, assert_close, live_tuples, mpmath_posterior, reward_dict, table_dict, text_dict
+from tests.exact.dictionaries import (
+    INF,
+    assert_close,
+    live_tuples,
+    mpmath_posterior,
+    reward_dict,
+    table_dict,
+    text_dict,
+)
 
 positive = st.sampled_from((*KL_COEFS, 5e-324, 1e-300, 1e300)) | st.floats(0.01, 100)
 
@@ -43,7 +51,7 @@ def probabilities(problem, method="auto"):
     return [seen.get(text, 0.0) for text in problem.space.vocabulary]
 
 
-# --- the identities --------------------------------------------------------------------------------------------------
+# --- the identities -------------------------------------------------------------------------------
 
 
 @given(data=st.data())
@@ -64,9 +72,14 @@ def test_the_posterior_agrees_with_mpmath_also_at_extremes(data):
 def test_the_posterior_agrees_with_the_reference(data):
     problem = data.draw(problems())
     target = posterior(problem, "enumeration")
-    expected, log_z = reference.posterior(table_dict(problem.prior), reward_dict(problem), problem.kl_coef)
+    expected, log_z = reference.posterior(
+        table_dict(problem.prior), reward_dict(problem), problem.kl_coef
+    )
     support = target.enumerated()
-    assert_close(target.log_probs.exp(), [expected[key] for key in live_tuples(problem.space, support.tokens)])
+    assert_close(
+        target.log_probs.exp(),
+        [expected[key] for key in live_tuples(problem.space, support.tokens)],
+    )
     assert_close(float(target.log_evidence), log_z)
     assert_close(float(target.value), problem.kl_coef * log_z)
     assert_close(sequence_log_probs(target.model, support.tokens).detach(), target.log_probs)
@@ -74,13 +87,18 @@ def test_the_posterior_agrees_with_the_reference(data):
 
 @given(data=st.data())
 def test_the_objective_is_the_evidence_less_the_divergence(data):
-    """J(π) = λ log Z − λ KL(π‖π*), within 1e-12 of the largest term; both are −inf where π meets a forbidden text."""
+    """J(π) = λ log Z − λ KL(π‖π*), within 1e-12 of the largest term; both are −inf where π meets a
+    forbidden text.
+    """
     problem = data.draw(problems())
     policy = data.draw(policies(problem))
     target = posterior(problem)
     support, lam = target.enumerated(), problem.kl_coef
     log_pi = sequence_log_probs(policy, support.tokens).detach()
-    reward, divergence = logspace.expectation(log_pi, support.rewards), logspace.kl_divergence(log_pi, support.log_prior)
+    reward, divergence = (
+        logspace.expectation(log_pi, support.rewards),
+        logspace.kl_divergence(log_pi, support.log_prior),
+    )
     gap = lam * logspace.kl_divergence(log_pi, target.log_probs)
     terms = [float(x.abs()) for x in (target.value, reward, lam * divergence, gap)]
     assert_close(reward - lam * divergence, target.value - gap, max(x for x in terms if x < INF))
@@ -92,12 +110,23 @@ def test_the_divergence_of_sequences_is_the_sum_over_tokens(data):
     problem = data.draw(problems())
     policy = data.draw(policies(problem))
     tokens = problem_support(problem).tokens
-    log_pi, log_q = (sequence_log_probs(model, tokens).detach() for model in (policy, problem.prior))
-    per_token = per_token_kl(*(conditional_log_probs(model, tokens).detach() for model in (policy, problem.prior)))
+    log_pi, log_q = (
+        sequence_log_probs(model, tokens).detach() for model in (policy, problem.prior)
+    )
+    per_token = per_token_kl(
+        *(conditional_log_probs(model, tokens).detach() for model in (policy, problem.prior))
+    )
     assert per_token.shape == tokens.shape
-    assert_close(logspace.expectation(log_pi, per_token.sum(-1)), logspace.kl_divergence(log_pi, log_q))
-    seen = {key: math.exp(x) for key, x in zip(live_tuples(problem.space, tokens), log_pi.tolist(), strict=True)}
-    assert_close(logspace.kl_divergence(log_pi, log_q), reference.kl(seen, table_dict(problem.prior)))
+    assert_close(
+        logspace.expectation(log_pi, per_token.sum(-1)), logspace.kl_divergence(log_pi, log_q)
+    )
+    seen = {
+        key: math.exp(x)
+        for key, x in zip(live_tuples(problem.space, tokens), log_pi.tolist(), strict=True)
+    }
+    assert_close(
+        logspace.kl_divergence(log_pi, log_q), reference.kl(seen, table_dict(problem.prior))
+    )
 
 
 @given(data=st.data())
@@ -107,7 +136,11 @@ def test_log_evidence_differentiates_to_the_expected_reward(data):
     q, r = table_dict(problem.prior), reward_dict(problem)
 
     def log_z(beta):
-        return mpmath.log(mpmath.fsum(mpmath.mpf(q[y]) * mpmath.exp(beta * mpmath.mpf(r[y])) for y in q if q[y] > 0))
+        return mpmath.log(
+            mpmath.fsum(
+                mpmath.mpf(q[y]) * mpmath.exp(beta * mpmath.mpf(r[y])) for y in q if q[y] > 0
+            )
+        )
 
     target = posterior(problem)
     with mpmath.workdps(50):
@@ -120,7 +153,9 @@ def test_tilting_differentiates_to_posterior_and_posterior_over_prior(data):
     """∂ value/∂r = π* and ∂ value/∂ log q = λπ*, also through −inf entries."""
     problem = data.draw(problems())
     support = problem_support(problem)
-    log_prior, rewards = (torch.cat([x, vector(-INF)]).requires_grad_() for x in (support.log_prior, support.rewards))
+    log_prior, rewards = (
+        torch.cat([x, vector(-INF)]).requires_grad_() for x in (support.log_prior, support.rewards)
+    )
     tilted = tilt(log_prior, rewards, problem.kl_coef)
     by_prior, by_reward = torch.autograd.grad(tilted.value, (log_prior, rewards))
     star = tilted.log_posterior.detach().exp()
@@ -131,12 +166,17 @@ def test_tilting_differentiates_to_posterior_and_posterior_over_prior(data):
 def test_the_course_numbers_of_the_four_sentences():
     target = posterior(four_sentences())
     assert float(target.log_evidence.exp()) == pytest.approx(2.326218341277, abs=5.1e-13)
-    expected = {"the cat": 0.467416455322, "the dog": 0.128964678284, "a cat": 0.085976452189, "a dog": 0.317642414206}
+    expected = {
+        "the cat": 0.467416455322,
+        "the dog": 0.128964678284,
+        "a cat": 0.085976452189,
+        "a dog": 0.317642414206,
+    }
     seen = text_dict(target.problem.space, target.enumerated().tokens, target.log_probs.exp())
     assert seen == pytest.approx(expected, abs=5.1e-13)
 
 
-# --- limits and hazards ----------------------------------------------------------------------------------------------
+# --- limits and hazards ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["enumeration", "soft_bellman"])
@@ -175,9 +215,13 @@ def test_at_infinity_a_forbidden_text_stays_forbidden(method):
     assert float(posterior(problem, method).log_evidence) == pytest.approx(math.log(0.7), abs=1e-15)
 
 
-@pytest.mark.parametrize(("kl_coef", "expected"), [(1e-9, [0.625, 0.375, 0.0]), (1e12, [0.5, 0.3, 0.2])])
+@pytest.mark.parametrize(
+    ("kl_coef", "expected"), [(1e-9, [0.625, 0.375, 0.0]), (1e12, [0.5, 0.3, 0.2])]
+)
 def test_the_limits_are_where_finite_coefficients_go(kl_coef, expected):
-    assert probabilities(three(2.0, 2.0, 1.0, kl_coef=kl_coef)) == pytest.approx(expected, abs=1e-11)
+    assert probabilities(three(2.0, 2.0, 1.0, kl_coef=kl_coef)) == pytest.approx(
+        expected, abs=1e-11
+    )
 
 
 @pytest.mark.parametrize("bad", [-1.0, -5e-324, math.nan, -INF, "much", None])
@@ -189,7 +233,9 @@ def test_a_bad_coefficient_is_refused(bad):
 
 
 @pytest.mark.parametrize("method", ["enumeration", "soft_bellman"])
-@pytest.mark.parametrize(("high", "kl_coef"), [(1e308, 0.1), (1.0, 5e-324), (1e308, 5e-324), (-1e308, 0.1)])
+@pytest.mark.parametrize(
+    ("high", "kl_coef"), [(1e308, 0.1), (1.0, 5e-324), (1e308, 5e-324), (-1e308, 0.1)]
+)
 def test_huge_rewards_and_tiny_coefficients_stay_finite(method, high, kl_coef):
     problem = three(high, high, math.nextafter(high, -INF), kl_coef=kl_coef)
     assert probabilities(problem, method) == pytest.approx([0.625, 0.375, 0.0], abs=1e-14)
@@ -221,13 +267,17 @@ def test_a_bad_reward_on_the_support_raises_with_the_text(bad):
     space = SequenceSpace(("the", "cat", "dog"), 2, eos=False)
     prior = SequenceTable.from_texts({"the cat": 0.5, "the dog": 0.5}, space=space)
     with pytest.raises(InputError, match=r"'the dog', is (nan|inf).*-inf to forbid"):
-        posterior(Problem(prior, text_reward(lambda text: bad if text == "the dog" else 0.0, space), 1.0))
+        posterior(
+            Problem(prior, text_reward(lambda text: bad if text == "the dog" else 0.0, space), 1.0)
+        )
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF, 1e308])
 @pytest.mark.parametrize("kl_coef", [0.0, 1.0, INF])
 def test_a_reward_off_the_support_is_ignored(bad, kl_coef):
-    assert probabilities(three(1.0, 1.0, bad, kl_coef=kl_coef, probs=(0.25, 0.75, 0.0))) == pytest.approx([0.25, 0.75, 0.0], abs=1e-15)
+    assert probabilities(
+        three(1.0, 1.0, bad, kl_coef=kl_coef, probs=(0.25, 0.75, 0.0))
+    ) == pytest.approx([0.25, 0.75, 0.0], abs=1e-15)
     tilted = tilt(vector(0.25, 0.75, 0.0).log(), vector(1.0, 1.0, bad), kl_coef)
     assert tilted.log_posterior.exp().tolist() == pytest.approx([0.25, 0.75, 0.0], abs=1e-15)
 
@@ -258,7 +308,11 @@ def test_the_limit_on_sequences_is_the_callers():
 
 def test_rewards_at_both_ends_of_the_floats_are_weighed_without_overflow():
     # (r − m)/λ = (−1.5e308 − 1.5e308)/1e308 = −3, though r − m itself overflows
-    tilted = tilt(torch.tensor([0.5, 0.5], dtype=torch.float64).log(), torch.tensor([1.5e308, -1.5e308], dtype=torch.float64), 1e308)
+    tilted = tilt(
+        torch.tensor([0.5, 0.5], dtype=torch.float64).log(),
+        torch.tensor([1.5e308, -1.5e308], dtype=torch.float64),
+        1e308,
+    )
     odds = float(tilted.log_posterior[0] - tilted.log_posterior[1])
     assert odds == pytest.approx(3, rel=1e-12)
 
@@ -267,7 +321,12 @@ def test_many_outcomes_written_over_their_own_sums_are_those_of_a_fresh_softmax(
     generator = torch.Generator().manual_seed(0)
     log_prior = torch.log_softmax(torch.randn(200_003, generator=generator, dtype=torch.float64), 0)
     rewards = torch.randn(200_003, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(tilt(log_prior, rewards, 0.5).log_posterior, torch.log_softmax(log_prior + rewards / 0.5, 0), rtol=0, atol=0)
+    torch.testing.assert_close(
+        tilt(log_prior, rewards, 0.5).log_posterior,
+        torch.log_softmax(log_prior + rewards / 0.5, 0),
+        rtol=0,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("kl_coef", [5e-324, 1e-305, 0.5, 1e300])

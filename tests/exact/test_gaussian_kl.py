@@ -1,4 +1,6 @@
-"""The closed forms against Gauss–Hermite quadrature of the estimators themselves, and Schulman's table."""
+"""The closed forms against Gauss–Hermite quadrature of the estimators themselves, and Schulman's
+table.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from klrl_edu.exact import gaussian_kl
 
 
 def by_quadrature(estimator, kl):
-    """Mean and variance of an estimator over x ~ N(0, 1), with log π/q = −μx + μ²/2, to about 1e-12 for μ below 2."""
+    """Mean and variance of an estimator over x ~ N(0, 1), with log π/q = −μx + μ²/2, to about 1e-12
+    for μ below 2.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(120)
     probability = torch.from_numpy(weights / weights.sum())
     mu = (2 * kl) ** 0.5
@@ -39,7 +43,10 @@ def test_the_control_variates_moments_are_those_of_quadrature(kl, coefficient):
 
 def test_the_table_of_schulman():
     """std/KL of k1, k2, k3 and the relative bias of k2, at KL 0.005 and 0.5."""
-    for kl, stds, bias in ((0.005, (20.0, 1.4177, 1.4166), 0.0025), (0.5, (2.0, 1.7321, 1.6950), 0.25)):
+    for kl, stds, bias in (
+        (0.005, (20.0, 1.4177, 1.4166), 0.0025),
+        (0.5, (2.0, 1.7321, 1.6950), 0.25),
+    ):
         table = [getattr(gaussian_kl, name)(kl) for name in ("k1", "k2", "k3")]
         assert [float(row.relative_std) for row in table] == pytest.approx(stds, abs=5.1e-5)
         assert float(table[1].relative_bias) == pytest.approx(bias, rel=1e-12)
@@ -49,7 +56,9 @@ def test_the_table_of_schulman():
 def test_above_the_crossing_k3_is_worse_than_k1():
     d = gaussian_kl.crossing()
     assert d == pytest.approx(0.628, abs=5.1e-4)
-    assert float(gaussian_kl.k3(d).variance) == pytest.approx(float(gaussian_kl.k1(d).variance), rel=1e-13)
+    assert float(gaussian_kl.k3(d).variance) == pytest.approx(
+        float(gaussian_kl.k1(d).variance), rel=1e-13
+    )
     for kl, worse in ((d * 0.99, False), (d * 1.01, True)):
         assert (float(gaussian_kl.k3(kl).variance) > float(gaussian_kl.k1(kl).variance)) == worse
 
@@ -64,4 +73,6 @@ def test_no_other_coefficient_has_less_variance(kl, shift):
 
 def test_a_tensor_of_divergences_is_taken_at_once():
     kl = torch.tensor([1e-12, 0.005, 0.5], dtype=torch.float64)
-    assert gaussian_kl.k3(kl).relative_std.tolist() == pytest.approx([2**0.5, 1.4166, 1.6950], abs=5.1e-5)  # no cancellation near 0
+    assert gaussian_kl.k3(kl).relative_std.tolist() == pytest.approx(
+        [2**0.5, 1.4166, 1.6950], abs=5.1e-5
+    )  # no cancellation near 0

@@ -23,10 +23,20 @@ KL_COEFS = st.sampled_from((0.05, 0.5, 1.0, 10.0))
 def test_a_wrong_model_is_no_further_off_than_the_bound(data):
     process, lam = data.draw(processes()), data.draw(KL_COEFS)
     S, A = process.log_prior.shape
-    noise = torch.rand(S, A, S, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))), dtype=torch.float64)
+    noise = torch.rand(
+        S,
+        A,
+        S,
+        generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
+        dtype=torch.float64,
+    )
     amount = data.draw(st.sampled_from((0.01, 1.0)))
-    wrong = normalised(torch.where(process.transitions > 0, process.transitions + amount * noise, 0))
-    model = replace(process, transitions=wrong, rewards=process.rewards + amount * (noise[:, :, 0] - 0.5))
+    wrong = normalised(
+        torch.where(process.transitions > 0, process.transitions + amount * noise, 0)
+    )
+    model = replace(
+        process, transitions=wrong, rewards=process.rewards + amount * (noise[:, :, 0] - 0.5)
+    )
     planned, optimum = policy_iteration(model, lam), policy_iteration(process, lam)
     bound = simulation_bound(process, model, planned.state_values)
     assert float((planned.state_values - optimum.state_values).abs().max()) <= bound + 1e-12
@@ -38,7 +48,13 @@ def test_a_wrong_model_is_no_further_off_than_the_bound(data):
 @pytest.mark.parametrize("discount", [0.0, 0.5, 0.9])
 def test_the_bound_is_reached_where_every_reward_is_off_by_the_same(discount):
     process = DecisionProcess.from_probabilities(
-        [[0.4, 0.6]], [[[1.0], [1.0]]], [[1.0, 0.0]], initial=[1.0], terminal=[False], discount=discount, continuing=True
+        [[0.4, 0.6]],
+        [[[1.0], [1.0]]],
+        [[1.0, 0.0]],
+        initial=[1.0],
+        terminal=[False],
+        discount=discount,
+        continuing=True,
     )
     model = replace(process, rewards=process.rewards + 0.1)
     planned, optimum = (policy_iteration(one, 1.0) for one in (model, process))
@@ -62,7 +78,9 @@ def test_without_discount_the_bound_counts_steps_and_a_return_leaves_none():
 def test_models_that_cannot_be_held_against_each_other_are_refused():
     values = torch.zeros(2, dtype=torch.float64)
     for model in (loop(discount=0.9), token_process(four_sentences())):
-        with pytest.raises(InputError, match="must share states, terminal states, discount and available actions"):
+        with pytest.raises(
+            InputError, match="must share states, terminal states, discount and available actions"
+        ):
             simulation_bound(loop(), model, values)
     with pytest.raises(InputError, match="model_values holds NaN or an infinity"):
         simulation_bound(loop(), loop(), values - INF)
@@ -72,14 +90,25 @@ def test_models_that_cannot_be_held_against_each_other_are_refused():
 def test_the_trajectory_posterior_is_the_prior_s_paths_tilted_by_their_rewards(data):
     process, lam = data.draw(processes(returns=False, discounts=())), data.draw(KL_COEFS)
     start = int(data.draw(st.sampled_from((~process.terminal).nonzero().squeeze(-1).tolist())))
-    listed = [(math.log(weight) + reward / lam, steps) for weight, reward, _, steps in paths(process, process.log_prior) if steps[0][0] == start]
+    listed = [
+        (math.log(weight) + reward / lam, steps)
+        for weight, reward, _, steps in paths(process, process.log_prior)
+        if steps[0][0] == start
+    ]
     masses = torch.tensor([log_mass for log_mass, _ in listed], dtype=torch.float64)
     log_evidence = torch.logsumexp(masses, 0) - process.initial[start].log()
     chosen = trajectory_value(process, lam)
     assert_close(chosen.state_values[start], lam * log_evidence)
     posterior = torch.softmax(masses, 0)
     for action in process.available[start].nonzero().squeeze(-1).tolist():
-        expected = sum((float(p) for p, (_, steps) in zip(posterior, listed, strict=True) if steps[0][1] == action), 0.0)
+        expected = sum(
+            (
+                float(p)
+                for p, (_, steps) in zip(posterior, listed, strict=True)
+                if steps[0][1] == action
+            ),
+            0.0,
+        )
         assert_close(chosen.log_policy[start, action].exp(), expected)
 
 
@@ -98,9 +127,13 @@ def test_chosen_replies_promise_more_than_can_be_earned(data):
 
 def test_in_a_token_process_nothing_is_chosen_for_the_world():
     process = token_process(four_sentences())
-    assert trajectory_value(process, 1.0).value == pytest.approx(math.log(2.326218341277), abs=1e-12)
+    assert trajectory_value(process, 1.0).value == pytest.approx(
+        math.log(2.326218341277), abs=1e-12
+    )
 
 
 def test_a_process_whose_replies_cannot_be_listed_is_refused():
-    with pytest.raises(TooLargeError, match="2 states and 2 actions make 16 entries, more than max_entries = 15"):
+    with pytest.raises(
+        TooLargeError, match="2 states and 2 actions make 16 entries, more than max_entries = 15"
+    ):
         trajectory_value(loop(), 1.0, max_entries=15)

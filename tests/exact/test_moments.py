@@ -17,7 +17,9 @@ def test_the_courses_half_of_dogs():
     found = match_moments(Q, DOG, torch.tensor([0.5]))
     assert float(found.coefficients) == pytest.approx(math.log(1.5), abs=1e-12)
     assert found.log_probs.exp().tolist() == pytest.approx([1 / 3, 3 / 8, 1 / 6, 1 / 8], abs=1e-13)
-    assert found.kl == pytest.approx(math.log(1.5) / 2 - math.log(1.2), abs=1e-15)  # 0.020410997260128
+    assert found.kl == pytest.approx(
+        math.log(1.5) / 2 - math.log(1.2), abs=1e-15
+    )  # 0.020410997260128
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -32,7 +34,10 @@ def test_it_attains_the_means_in_the_family_and_no_other_is_nearer(seed, dimensi
     torch.testing.assert_close(p @ features, targets, rtol=0, atol=1e-12)
     lifted = found.log_probs - log_q - features @ found.coefficients  # constant: p ∝ q e^{β·φ}
     assert float(lifted.max() - lifted.min()) < 1e-12
-    constraints = {"type": "eq", "fun": lambda x: [x.sum() - 1, *(x @ features.numpy() - targets.numpy())]}
+    constraints = {
+        "type": "eq",
+        "fun": lambda x: [x.sum() - 1, *(x @ features.numpy() - targets.numpy())],
+    }
     other = minimize(
         lambda x: float((x * (torch.from_numpy(x).log().numpy() - log_q.numpy())).sum()),
         p.numpy() * 0.9 + 0.1 / 7,
@@ -40,7 +45,12 @@ def test_it_attains_the_means_in_the_family_and_no_other_is_nearer(seed, dimensi
         constraints=constraints,
     )
     assert found.kl <= other.fun + 1e-7
-    torch.testing.assert_close(found.covariance, (features * p[:, None]).T @ features - torch.outer(targets, targets), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found.covariance,
+        (features * p[:, None]).T @ features - torch.outer(targets, targets),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_dependent_features_get_the_coefficients_of_least_norm():

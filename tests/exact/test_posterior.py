@@ -16,7 +16,11 @@ from klrl_edu.problems.rewards import table_reward
 
 @pytest.mark.parametrize(
     ("method", "taken", "kind"),
-    [("auto", "enumeration", SequenceTable), ("enumeration", "enumeration", SequenceTable), ("soft_bellman", "soft_bellman", PrefixTable)],
+    [
+        ("auto", "enumeration", SequenceTable),
+        ("enumeration", "enumeration", SequenceTable),
+        ("soft_bellman", "soft_bellman", PrefixTable),
+    ],
 )
 def test_it_says_which_method_it_took(method, taken, kind):
     target = posterior(four_sentences(), method)
@@ -59,12 +63,18 @@ def test_long_tables_are_cut_in_print_and_whole_in_rows():
 @pytest.mark.parametrize("kl_coef", [0.0, 0.5, math.inf])
 def test_the_feasible_prior_is_the_prior_given_that_nothing_is_forbidden(kl_coef):
     base = four_sentences()
-    hard = table_reward({"the cat": 1.0, "the dog": -math.inf, "a cat": 0.0, "a dog": 2.0}, base.space)
+    hard = table_reward(
+        {"the cat": 1.0, "the dog": -math.inf, "a cat": 0.0, "a dog": 2.0}, base.space
+    )
     prior = feasible_prior(Problem(base.prior, hard, kl_coef))
     assert sorted(base.space.decode(prior.tokens)) == ["a cat", "a dog", "the cat"]
     assert sorted(prior.log_probs.exp().tolist()) == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=1e-15)
     with pytest.raises(InfeasibleError):
-        feasible_prior(Problem(base.prior, lambda tokens, prompt: torch.full((len(tokens),), -math.inf), kl_coef))
+        feasible_prior(
+            Problem(
+                base.prior, lambda tokens, prompt: torch.full((len(tokens),), -math.inf), kl_coef
+            )
+        )
 
 
 def test_a_posterior_without_its_support_says_what_to_do():
@@ -80,15 +90,21 @@ def test_looking_up_gives_the_same_conditionals_and_rewards():
     target = posterior(surnames(count=25))
     tokens, table = target.enumerated().tokens, looked_up(target)
     expected = conditional_log_probs(target.problem.prior, tokens)
-    torch.testing.assert_close(conditional_log_probs(table.prior, tokens), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        conditional_log_probs(table.prior, tokens), expected, rtol=0, atol=1e-13
+    )
     assert torch.equal(table.token_rewards(tokens), target.problem.token_rewards(tokens))
-    assert float(posterior(table).log_evidence) == pytest.approx(float(target.log_evidence), abs=1e-14)
+    assert float(posterior(table).log_evidence) == pytest.approx(
+        float(target.log_evidence), abs=1e-14
+    )
 
 
 def test_what_was_not_enumerated_is_not_looked_up():
     target = posterior(four_sentences())
     space = target.problem.space
-    stray = space.all_tokens()[~(space.all_tokens()[:, None] == target.enumerated().tokens).all(-1).any(-1)]
+    stray = space.all_tokens()[
+        ~(space.all_tokens()[:, None] == target.enumerated().tokens).all(-1).any(-1)
+    ]
     assert bool((looked_up(target).prior.log_prob(stray) == -math.inf).all())
     with pytest.raises(InputError, match="is nan"):
         looked_up(target).token_rewards(stray)

@@ -8,7 +8,14 @@ import torch
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.enumeration import tilt
-from klrl_edu.exact.preferences import bradley_terry, dpo_loss, duality_gap, ipo_loss, ipo_optimum, nash_equilibrium
+from klrl_edu.exact.preferences import (
+    bradley_terry,
+    dpo_loss,
+    duality_gap,
+    ipo_loss,
+    ipo_optimum,
+    nash_equilibrium,
+)
 from tests.exact.closed_forms import Q, R, random_problem
 
 CYCLE = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
@@ -27,10 +34,23 @@ def gradient(loss, log_policy):
 def test_the_posterior_is_where_dpos_gradient_vanishes(seed, kl_coef):
     log_q, rewards = random_problem(seed)
     preferences, star = bradley_terry(rewards), tilt(log_q, rewards, kl_coef).log_posterior
-    assert float(gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef), star).abs().max()) < 1e-14
+    assert (
+        float(gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef), star).abs().max())
+        < 1e-14
+    )
     elsewhere = torch.full_like(log_q, -math.log(len(log_q)))  # other comparisons, the same optimum
-    assert float(gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef, elsewhere), star).abs().max()) < 1e-14
-    assert float(gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef), log_q).abs().max()) > 1e-4
+    assert (
+        float(
+            gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef, elsewhere), star)
+            .abs()
+            .max()
+        )
+        < 1e-14
+    )
+    assert (
+        float(gradient(lambda p: dpo_loss(p, log_q, preferences, kl_coef), log_q).abs().max())
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -43,14 +63,24 @@ def test_ipos_gradient_vanishes_at_its_closed_form(seed, tau):
     assert float(gradient(lambda p: ipo_loss(p, log_q, preferences, tau), log_q).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize(("tau", "expected"), [(0.1, (0.964, 0.034, 0.001)), (0.5, (0.563, 0.289, 0.148)), (1.0, (0.448, 0.321, 0.230))])
+@pytest.mark.parametrize(
+    ("tau", "expected"),
+    [(0.1, (0.964, 0.034, 0.001)), (0.5, (0.563, 0.289, 0.148)), (1.0, (0.448, 0.321, 0.230))],
+)
 def test_deterministic_preferences_leave_ipo_a_distribution_and_push_dpo_on(tau, expected):
     assert ipo_optimum(UNIFORM, ORDER, tau).exp().tolist() == pytest.approx(expected, abs=6e-4)
-    further = torch.tensor([0.0, -30.0, -60.0], dtype=torch.float64)  # DPO's loss falls without end towards the best outcome
+    further = torch.tensor(
+        [0.0, -30.0, -60.0], dtype=torch.float64
+    )  # DPO's loss falls without end towards the best outcome
     near = ipo_optimum(UNIFORM, ORDER, tau)
-    losses = [float(dpo_loss(logspace.log_normalize(policy), UNIFORM, ORDER, tau)) for policy in (near, near + further, near + 100 * further)]
+    losses = [
+        float(dpo_loss(logspace.log_normalize(policy), UNIFORM, ORDER, tau))
+        for policy in (near, near + further, near + 100 * further)
+    ]
     assert losses[0] > losses[1] > losses[2]
-    assert losses[2] == pytest.approx(math.log(2) / 6, rel=1e-6)  # what is left compares an outcome with itself
+    assert losses[2] == pytest.approx(
+        math.log(2) / 6, rel=1e-6
+    )  # what is left compares an outcome with itself
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
@@ -76,15 +106,23 @@ def test_the_equilibrium_is_its_own_best_response_and_nobody_beats_it(seed, tau)
 
 
 def test_the_gap_is_what_best_responses_gain():
-    preferences, tau, policy = bradley_terry(R), 0.7, torch.log_softmax(torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), 0)
+    preferences, tau, policy = (
+        bradley_terry(R),
+        0.7,
+        torch.log_softmax(torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), 0),
+    )
     kl = float(logspace.kl_divergence(policy, Q))
     log_z = float(torch.logsumexp(Q + preferences @ policy.exp() / tau, 0))
-    assert float(duality_gap(policy, Q, preferences, tau)) == pytest.approx(2 * (tau * log_z + tau * kl - 0.5), abs=1e-14)
+    assert float(duality_gap(policy, Q, preferences, tau)) == pytest.approx(
+        2 * (tau * log_z + tau * kl - 0.5), abs=1e-14
+    )
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.2, 1.0])
 def test_rock_paper_scissors_ends_in_the_middle(tau):
-    assert nash_equilibrium(UNIFORM, CYCLE, tau).log_probs.exp().tolist() == pytest.approx([1 / 3] * 3, abs=1e-12)
+    assert nash_equilibrium(UNIFORM, CYCLE, tau).log_probs.exp().tolist() == pytest.approx(
+        [1 / 3] * 3, abs=1e-12
+    )
     skewed = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
     assert nash_equilibrium(skewed, CYCLE, tau).duality_gap <= 1e-13
 

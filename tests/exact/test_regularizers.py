@@ -1,4 +1,6 @@
-"""Each optimum solves its KKT condition, beats every other distribution, and is zero only where its divergence says."""
+"""Each optimum solves its KKT condition, beats every other distribution, and is zero only where its
+divergence says.
+"""
 
 import math
 
@@ -46,7 +48,9 @@ def test_the_optimum_solves_its_kkt_condition(name, seed, kl_coef):
         assert float(multiplier[~alive].max()) <= float(multiplier[alive].min()) + 1e-12
     if name not in ("reverse_kl",):
         assert float(multiplier[alive][0]) == pytest.approx(found.normaliser, rel=1e-9, abs=1e-9)
-    assert objective(name, log_q, rewards, kl_coef, pi) == pytest.approx(found.objective, rel=1e-11, abs=1e-11)
+    assert objective(name, log_q, rewards, kl_coef, pi) == pytest.approx(
+        found.objective, rel=1e-11, abs=1e-11
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -56,14 +60,21 @@ def test_no_other_distribution_does_better(name):
     best = optimum(name, log_q, rewards, 0.7)
     for size in (1e-3, 1e-2, 0.3):
         for _ in range(100):
-            other = torch.softmax(best.log_probs.clamp(min=-40) + size * torch.randn(5, generator=generator, dtype=torch.float64), 0)
+            other = torch.softmax(
+                best.log_probs.clamp(min=-40)
+                + size * torch.randn(5, generator=generator, dtype=torch.float64),
+                0,
+            )
             assert objective(name, log_q, rewards, 0.7, other) <= best.objective + 1e-13
 
 
 def test_only_chi_squared_gives_up_an_outcome():
     log_q, rewards = Q, torch.tensor([5.0, 0.0, -5.0, 4.0], dtype=torch.float64)
-    zeros = {name: int((optimum(name, log_q, rewards, 0.5).log_probs == -INF).sum()) for name in DIVERGENCES}
-    assert zeros == {name: (2 if name == "chi_squared" else 0) for name in DIVERGENCES}
+    zeros = {
+        name: int((optimum(name, log_q, rewards, 0.5).log_probs == -INF).sum())
+        for name in DIVERGENCES
+    }
+    assert zeros == {name: 2 if name == "chi_squared" else 0 for name in DIVERGENCES}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -71,7 +82,9 @@ def test_only_chi_squared_gives_up_an_outcome():
 def test_the_limits_are_those_of_the_posterior(name, kl_coef):
     rewards = torch.tensor([2.0, 0.0, 0.0, 2.0], dtype=torch.float64)
     found = optimum(name, Q, rewards, kl_coef).log_probs.exp()
-    assert found.tolist() == pytest.approx([0.8, 0, 0, 0.2] if kl_coef == 0 else Q.exp().tolist(), abs=1e-15)
+    assert found.tolist() == pytest.approx(
+        [0.8, 0, 0, 0.2] if kl_coef == 0 else Q.exp().tolist(), abs=1e-15
+    )
     near = optimum(name, Q, rewards, 1e-4 if kl_coef == 0 else 1e6).log_probs.exp()
     assert near.tolist() == pytest.approx(found.tolist(), abs=1e-3)
 
@@ -100,19 +113,27 @@ def test_a_forbidden_outcome_has_no_mass_or_makes_the_problem_infeasible(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_rewards_off_the_support_are_ignored(name):
     log_q = torch.cat([Q, torch.tensor([-INF], dtype=torch.float64)])
-    found = optimum(name, log_q, torch.cat([R, torch.tensor([math.nan], dtype=torch.float64)]), 1.0).log_probs
+    found = optimum(
+        name, log_q, torch.cat([R, torch.tensor([math.nan], dtype=torch.float64)]), 1.0
+    ).log_probs
     torch.testing.assert_close(found[:4], optimum(name, Q, R, 1.0).log_probs, rtol=1e-14, atol=0)
     assert found[4] == -INF
 
 
 def test_alpha_runs_from_forward_to_reverse_kl():
     forward, reverse = regularizers.forward_kl(Q, R, 1.0).log_probs, tilt(Q, R, 1.0).log_posterior
-    torch.testing.assert_close(alpha_divergence(Q, R, 1.0, 1e-7).log_probs, forward, rtol=0, atol=1e-6)
-    torch.testing.assert_close(alpha_divergence(Q, R, 1.0, 1 - 1e-7).log_probs, reverse, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        alpha_divergence(Q, R, 1.0, 1e-7).log_probs, forward, rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        alpha_divergence(Q, R, 1.0, 1 - 1e-7).log_probs, reverse, rtol=0, atol=1e-6
+    )
 
 
 def test_unknown_names_and_bad_parameters_are_named():
-    with pytest.raises(InputError, match=r"'renyi' is not known; choose from reverse_kl, forward_kl"):
+    with pytest.raises(
+        InputError, match=r"'renyi' is not known; choose from reverse_kl, forward_kl"
+    ):
         optimum("renyi", Q, R, 1.0)
     with pytest.raises(InputError, match=r"alpha = 1\.0"):
         alpha_divergence(Q, R, 1.0, 1.0)

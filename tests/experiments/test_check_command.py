@@ -58,7 +58,23 @@ def test_the_claims_alone_say_what_was_seen(tmp_path, capsys):
 def test_another_seed_tries_other_problems(tmp_path):
     errors = []
     for seed in ("0", "1"):
-        assert cli.main(["check", "--name", "frontier_slope", "--examples", "20", "--seed", seed, "--out", seed, "--quiet"]) == 0
+        assert (
+            cli.main(
+                [
+                    "check",
+                    "--name",
+                    "frontier_slope",
+                    "--examples",
+                    "20",
+                    "--seed",
+                    seed,
+                    "--out",
+                    seed,
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         errors.append(saved(tmp_path / seed)["identities"][0]["largest_error"])
     assert errors[0] != errors[1]
 

@@ -1,4 +1,6 @@
-"""The command line as people use it: results on disk, and one line with the remedy for bad input."""
+"""The command line as people use it: results on disk, and one line with the remedy for bad
+input.
+"""
 
 import json
 import math
@@ -13,7 +15,12 @@ import pytest
 from klrl_edu.experiments import cli
 
 FOUR = "sentence,prob,reward\nthe cat,0.4,1\nthe dog,0.3,0\na cat,0.2,0\na dog,0.1,2\n"
-POSTERIOR = {"the cat": 0.467416455322, "the dog": 0.128964678284, "a cat": 0.085976452189, "a dog": 0.317642414206}
+POSTERIOR = {
+    "the cat": 0.467416455322,
+    "the dog": 0.128964678284,
+    "a cat": 0.085976452189,
+    "a dog": 0.317642414206,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +42,20 @@ def test_posterior_prints_draws_and_saves_the_known_numbers(tmp_path, capsys):
     saved = result(tmp_path / "out")
     assert saved["log_evidence"] == pytest.approx(math.log(2.326218341277), abs=1e-12)
     assert saved["value"] == pytest.approx(0.844243919543, abs=1e-12)
-    rows = [line.split(",") for line in (tmp_path / "out" / "posterior.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    rows = [
+        line.split(",")
+        for line in (
+            (tmp_path / "out" / "posterior.csv").read_text(encoding="utf-8").splitlines()[1:]
+        )
+    ]
     assert {row[0]: pytest.approx(float(row[3]), abs=1e-12) for row in rows} == POSTERIOR
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "result.json", "posterior.csv", "posterior.png", "posterior.pdf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "result.json",
+        "posterior.csv",
+        "posterior.png",
+        "posterior.pdf",
+    }
     assert "the cat" in capsys.readouterr().out
 
 
@@ -46,21 +64,32 @@ def test_a_table_of_thousands_of_rows_in_any_language_is_read(tmp_path):
     rows = "".join(f"字{chr(0x4E00 + i)}é{i},{1 / 4096},{i % 3}\n" for i in range(4096))
     (tmp_path / "big.csv").write_text("sentence,prob,reward\n" + rows, encoding="utf-8-sig")
     started = time.process_time()
-    assert cli.main(["posterior", "big.csv", "--separator", "", "--out", "out", "--count", "5"]) == 0
+    assert (
+        cli.main(["posterior", "big.csv", "--separator", "", "--out", "out", "--count", "5"]) == 0
+    )
     assert time.process_time() - started < 60
     weights = [math.exp(i % 3) / 4096 for i in range(4096)]
-    assert result(tmp_path / "out")["log_evidence"] == pytest.approx(math.log(math.fsum(weights)), abs=1e-12)
+    assert result(tmp_path / "out")["log_evidence"] == pytest.approx(
+        math.log(math.fsum(weights)), abs=1e-12
+    )
 
 
 def test_a_formula_in_a_table_is_not_handed_on_to_a_spreadsheet(tmp_path):
-    (tmp_path / "f.csv").write_text('sentence,prob,reward\n"=HYPERLINK(""x"")",0.5,1\nb,0.5,-inf\n', encoding="utf-8")
+    (tmp_path / "f.csv").write_text(
+        'sentence,prob,reward\n"=HYPERLINK(""x"")",0.5,1\nb,0.5,-inf\n', encoding="utf-8"
+    )
     assert cli.main(["posterior", "f.csv", "--out", "out", "--quiet"]) == 0
     assert "'=HYPERLINK" in (tmp_path / "out" / "posterior.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("model", ["table", "lstm", "gru", "transformer"])
 def test_train_writes_a_run_and_compare_reads_it_back_bit_for_bit(model, tmp_path, capsys):
-    assert cli.main(["train", "four.csv", "--model", model, "--steps", "30", "--lr", "1e-3", "--out", "run"]) == 0
+    assert (
+        cli.main(
+            ["train", "four.csv", "--model", model, "--steps", "30", "--lr", "1e-3", "--out", "run"]
+        )
+        == 0
+    )
     saved = result(tmp_path / "run")
     assert saved["steps_done"] == 30
     assert not saved["interrupted"]
@@ -76,16 +105,51 @@ def test_train_writes_a_run_and_compare_reads_it_back_bit_for_bit(model, tmp_pat
 
 @pytest.mark.parametrize("loss", ["exact", "reinforce", "rloo"])
 def test_every_loss_trains_a_named_problem(loss, tmp_path):
-    assert cli.main(["train", "four-sentences", "--loss", loss, "--model", "table", "--lr", "0.01", "--steps", "60", "--out", "run", "--quiet"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "four-sentences",
+                "--loss",
+                loss,
+                "--model",
+                "table",
+                "--lr",
+                "0.01",
+                "--steps",
+                "60",
+                "--out",
+                "run",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     saved = result(tmp_path / "run")
     assert saved["end"]["reverse_kl"] < 0.6 * saved["start"]["reverse_kl"]
 
 
 @pytest.mark.parametrize("kl_coef", ["0", "0.5"])
 def test_hard_rewards_train_on_what_they_allow(kl_coef, tmp_path):
-    (tmp_path / "hard.csv").write_text(FOUR.replace("the dog,0.3,0", "the dog,0.3,-inf"), encoding="utf-8")
+    (tmp_path / "hard.csv").write_text(
+        FOUR.replace("the dog,0.3,0", "the dog,0.3,-inf"), encoding="utf-8"
+    )
     for model, loss in (("table", "exact"), ("lstm", "rloo")):
-        arguments = ["train", "hard.csv", "--model", model, "--loss", loss, "--steps", "20", "--kl-coef", kl_coef, "--out", f"run-{model}", "--quiet"]
+        arguments = [
+            "train",
+            "hard.csv",
+            "--model",
+            model,
+            "--loss",
+            loss,
+            "--steps",
+            "20",
+            "--kl-coef",
+            kl_coef,
+            "--out",
+            f"run-{model}",
+            "--quiet",
+        ]
         assert cli.main(arguments) == 0
         saved = result(tmp_path / f"run-{model}")["end"]
         assert saved["uncovered_mass"] == 0
@@ -95,7 +159,12 @@ def test_hard_rewards_train_on_what_they_allow(kl_coef, tmp_path):
 
 def test_the_same_seed_gives_the_same_metrics_and_another_does_not(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert cli.main(["train", "four.csv", "--steps", "5", "--seed", seed, "--out", name, "--quiet"]) == 0
+        assert (
+            cli.main(
+                ["train", "four.csv", "--steps", "5", "--seed", seed, "--out", name, "--quiet"]
+            )
+            == 0
+        )
     first, again, other = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "abc")
     assert first == again != other
 
@@ -226,11 +295,25 @@ def test_a_damaged_checkpoint_or_config_is_said_so(tmp_path, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_keeps_the_metrics_so_far_and_exits_130(tmp_path):
-    command = [sys.executable, "-m", "klrl_edu", "train", "four.csv", "--steps", "1000000", "--out", "run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "klrl_edu",
+        "train",
+        "four.csv",
+        "--steps",
+        "1000000",
+        "--out",
+        "run",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and metrics.read_text().count("\n") > 3
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

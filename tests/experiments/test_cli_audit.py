@@ -1,4 +1,6 @@
-"""`klrl audit`: anyone's function by its name, the package's own against its claims, and one line for whatever is wrong."""
+"""`klrl audit`: anyone's function by its name, the package's own against its claims, and one line
+for whatever is wrong.
+"""
 
 import json
 
@@ -50,17 +52,31 @@ def result(folder):
     def refuse(name):
         raise AssertionError(f"{name} in result.json")
 
-    return json.loads((folder / "out" / "result.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    return json.loads(
+        (folder / "out" / "result.json").read_text(encoding="utf-8"), parse_constant=refuse
+    )
 
 
-@pytest.mark.parametrize("target", ["an_audited_module:centred", "an_audited_module.py:centred", "an_audited_module:Module"])
+@pytest.mark.parametrize(
+    "target",
+    ["an_audited_module:centred", "an_audited_module.py:centred", "an_audited_module:Module"],
+)
 def test_a_users_loss_is_audited_by_its_name(target, tmp_path, capsys):
     assert cli.main(["audit", target, "--batch-size", "3", "--out", "out"]) == 0
     saved = result(tmp_path)
     assert saved["scale"]["objective"] == pytest.approx(2 / 3, rel=1e-12)
     assert "follows objective, scaled by 0.666667" in saved["verdict"]
-    assert (saved["target"], saved["problem"], saved["executions"]) == (target, "four-sentences", 20)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "result.json", "audit.png", "audit.pdf"}
+    assert (saved["target"], saved["problem"], saved["executions"]) == (
+        target,
+        "four-sentences",
+        20,
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "result.json",
+        "audit.png",
+        "audit.pdf",
+    }
     assert saved["verdict"] in capsys.readouterr().out
 
 
@@ -68,7 +84,10 @@ def test_a_users_loss_is_audited_by_its_name(target, tmp_path, capsys):
     ("target", "verdict"),
     [
         ("an_audited_module:policy_loss", "policy_loss is unbiased for reverse_kl."),
-        ("an_audited_module:kl_penalty", "kl_penalty is unbiased for reverse_kl and reverse_kl_per_token."),
+        (
+            "an_audited_module:kl_penalty",
+            "kl_penalty is unbiased for reverse_kl and reverse_kl_per_token.",
+        ),
         ("kl_values.k3", "k3 is unbiased for reverse_kl and reverse_kl_per_token."),
         ("losses.reinforce", "reinforce is unbiased for objective."),
     ],
@@ -79,16 +98,26 @@ def test_losses_and_values_are_told_apart(target, verdict, tmp_path):
 
 
 def test_kind_overrules_and_kl_coef_counts(tmp_path):
-    assert cli.main(["audit", "an_audited_module:policy_loss", "--kind", "value", "--out", "out", "--quiet"]) == 0
+    assert (
+        cli.main(
+            ["audit", "an_audited_module:policy_loss", "--kind", "value", "--out", "out", "--quiet"]
+        )
+        == 0
+    )
     assert result(tmp_path)["coordinates"] == "nats"
-    assert cli.main(["audit", "losses.reinforce", "--kl-coef", "0.3", "--out", "out", "--quiet"]) == 0
+    assert (
+        cli.main(["audit", "losses.reinforce", "--kl-coef", "0.3", "--out", "out", "--quiet"]) == 0
+    )
     assert result(tmp_path)["kl_coef"] == 0.3
 
 
 def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_path):
     rows = "sentence,prob,reward\nx y,0.5,1\nx z,0.3,0\nu y,0.1,2\nu z,0.1,-inf\n"
     (tmp_path / "table.csv").write_text(rows, encoding="utf-8")
-    assert cli.main(["audit", "losses.reinforce", "--problem", "table.csv", "--out", "out", "--quiet"]) == 0
+    assert (
+        cli.main(["audit", "losses.reinforce", "--problem", "table.csv", "--out", "out", "--quiet"])
+        == 0
+    )
     saved = result(tmp_path)
     assert saved["verdict"] == "reinforce is unbiased for objective."
     assert saved["relative_bias"]["reverse_kl"] > 0.01
@@ -98,14 +127,23 @@ def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["an_audited_module:nope"], "has no function 'nope'; it has centred, policy_loss, kl_penalty, broken"),
+        (
+            ["an_audited_module:nope"],
+            "has no function 'nope'; it has centred, policy_loss, kl_penalty, broken",
+        ),
         (["nowhere_at_all:f"], "there is no module 'nowhere_at_all'"),
         (["nowhere_at_all.py:f"], "there is no file nowhere_at_all.py"),
-        (["does_not_import:f"], "does not import: ModuleNotFoundError: No module named 'not_installed'; install"),
+        (
+            ["does_not_import:f"],
+            "does not import: ModuleNotFoundError: No module named 'not_installed'; install",
+        ),
         (["does_not_import.py:f"], "does not import: ModuleNotFoundError"),
         (["does_not_parse.py:f"], "does not import: SyntaxError"),
         (["an_audited_module:broken"], "failed as a loss: AttributeError"),
-        (["an_audited_module:NeedsMore"], "is a class and cannot be made without arguments: TypeError"),
+        (
+            ["an_audited_module:NeedsMore"],
+            "is a class and cannot be made without arguments: TypeError",
+        ),
         (["torch:exp"], "failed as a value: "),
         (["losses.nope"], "'losses.nope' is no function of this package"),
         (["nonsense"], "'nonsense' is no function of this package"),
@@ -146,7 +184,14 @@ def test_the_picture_has_a_bar_a_target_and_marks_what_is_unbiased():
     assert isinstance(ax, Axes)
     assert [bar.get_width() for bar in ax.patches] == pytest.approx(list(report.cosine.values()))
     assert [note.get_text() for note in ax.texts][:2] == ["unbiased", "off by 61.3 %"]
-    halved = plots.plot_audit(audit_gradient(lambda batch: losses.rloo(batch) / 2, four_sentences_policy(), four_sentences(), batch_size=2))
+    halved = plots.plot_audit(
+        audit_gradient(
+            lambda batch: losses.rloo(batch) / 2,
+            four_sentences_policy(),
+            four_sentences(),
+            batch_size=2,
+        )
+    )
     assert [note.get_text() for note in halved.texts][:2] == ["0.5 × exactly", "off by 80.1 %"]
     values = plots.plot_audit(audit_value(kl_values.k2, four_sentences_policy(), four_sentences()))
     assert values.get_xlabel() == "nats (dashed: the mean, 0.101)"

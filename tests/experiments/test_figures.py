@@ -1,4 +1,6 @@
-"""The registry and `klrl figure`: numbers, one's own files, and one line for what is wrong with them."""
+"""The registry and `klrl figure`: numbers, one's own files, and one line for what is wrong with
+them.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +26,8 @@ class Config:
 
 
 def compute(config):
-    return {"x": list(range(config.count)), "y": [float(k * k) for k in range(config.count)], "largest": 9.0}
+    x = list(range(config.count))
+    return {"x": x, "y": [float(k * k) for k in x], "largest": 9.0}
 
 
 def draw(data):
@@ -44,13 +47,32 @@ def test_a_registered_figure_writes_data_result_and_vector_picture(tmp_path, cap
     assert cli.main(["figure", "1", "--out", "out"]) == 0
     entry = figures.find_figure("01")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("config.json", "data.json", "result.json", "fig01_lambda_sweep.png", "fig01_lambda_sweep.pdf")
+        *(
+            "config.json",
+            "data.json",
+            "result.json",
+            "fig01_lambda_sweep.png",
+            "fig01_lambda_sweep.pdf",
+        )
     }
     data = json.loads((tmp_path / "out" / "data.json").read_text(encoding="utf-8"))
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    assert list(result) == ["command", "number", "title", "source", "script", "config", "seconds", "data"]
+    assert list(result) == [
+        "command",
+        "number",
+        "title",
+        "source",
+        "script",
+        "config",
+        "seconds",
+        "data",
+    ]
     assert result["data"] == data
-    assert (result["number"], result["script"], result["config"]["points"]) == ("01", "fig01_lambda_sweep.py", 79)
+    assert (result["number"], result["script"], result["config"]["points"]) == (
+        "01",
+        "fig01_lambda_sweep.py",
+        79,
+    )
     assert data.keys() == json.loads(entry.data.read_text(encoding="utf-8")).keys()
     pdf = (tmp_path / "out" / "fig01_lambda_sweep.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
@@ -90,7 +112,10 @@ def test_without_a_name_the_registry_is_listed_and_nothing_written(tmp_path, cap
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["figure"]) == 0
     said = capsys.readouterr().out
-    assert all(f"{entry.number}  " in said and entry.title in said and entry.source in said for entry in figures.find_figures())
+    assert all(
+        f"{entry.number}  " in said and entry.title in said and entry.source in said
+        for entry in figures.find_figures()
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -101,7 +126,9 @@ def test_listing_runs_no_figure(monkeypatch):
 
 def test_infinities_are_texts_in_the_files_and_numbers_in_the_picture(tmp_path):
     (tmp_path / "own.py").write_text(
-        OWN.replace('"largest": 9.0', '"largest": float("inf")').replace("    figure, (ax,)", "    assert data['largest'] > 9\n    figure, (ax,)")
+        OWN.replace('"largest": 9.0', '"largest": float("inf")').replace(
+            "    figure, (ax,)", "    assert data['largest'] > 9\n    figure, (ax,)"
+        )
     )
     assert cli.main(["figure", "own.py", "--out", "out", "--quiet"]) == 0
     assert json.loads((tmp_path / "out" / "data.json").read_text())["largest"] == "inf"
@@ -122,24 +149,57 @@ def test_figures_of_an_installed_package_come_before_a_checkout_s(tmp_path, monk
 
 
 BAD_FILES = {
-    "syntax error": (OWN.replace("def draw(data):", "def draw(data)"), "own.py is not Python: line 20: expected ':'"),
+    "syntax error": (
+        OWN.replace("def draw(data):", "def draw(data)"),
+        "own.py is not Python: line 20: expected ':'",
+    ),
     "null byte": ("\0", "own.py is not Python"),
-    "no compute": (OWN.replace("def compute", "def compte"), "own.py defines no compute; a figure's file has"),
+    "no compute": (
+        OWN.replace("def compute", "def compte"),
+        "own.py defines no compute; a figure's file has",
+    ),
     "nothing": ("", "own.py defines no Config, compute, draw"),
     "compute is a number": (OWN + "\n\ncompute = 3\n", "own.py defines no compute"),
     "Config is plain": (OWN.replace("@dataclass(frozen=True)\n", ""), "Config is not a dataclass"),
-    "Config needs an argument": (OWN.replace("count: int = 4", "count: int"), "own.py: Config() failed: TypeError"),
-    "import fails": (OWN.replace("from dataclasses", "import no_such_module\nfrom dataclasses"), "running it failed at line 6: ModuleNotFoundError"),
-    "compute fails": (OWN.replace('"largest": 9.0', '"largest": 1 / 0'), "compute(Config()) failed at line 17: ZeroDivisionError"),
+    "Config needs an argument": (
+        OWN.replace("count: int = 4", "count: int"),
+        "own.py: Config() failed: TypeError",
+    ),
+    "import fails": (
+        OWN.replace("from dataclasses", "import no_such_module\nfrom dataclasses"),
+        "running it failed at line 6: ModuleNotFoundError",
+    ),
+    "compute fails": (
+        OWN.replace('"largest": 9.0', '"largest": 1 / 0'),
+        "compute(Config()) failed at line 17: ZeroDivisionError",
+    ),
     "compute refuses": (
-        OWN.replace("    return {", "    plots.four_sentences = __import__('klrl_edu').four_sentences(-1)\n    return {"),
+        OWN.replace(
+            "    return {",
+            "    plots.four_sentences = __import__('klrl_edu').four_sentences(-1)\n    return {",
+        ),
         "compute(Config()): kl_coef = -1.0 must be",
     ),
-    "compute exits": (OWN.replace('"largest": 9.0', '"largest": exit(3)'), "compute(Config()) failed at line"),
-    "compute returns a list": (OWN.replace("return {", "return 3, {"), "compute returned a tuple; return a dict"),
-    "an array": (OWN.replace('"largest": 9.0', '"largest": __import__("numpy").zeros(2)'), "JSON cannot hold"),
-    "draw fails": (OWN.replace('data["y"]', 'data["z"]'), "draw(data) failed at line 22: KeyError: 'z'"),
-    "draw returns Axes": (OWN.replace("return figure", "return ax"), "draw returned a Axes; return the matplotlib Figure"),
+    "compute exits": (
+        OWN.replace('"largest": 9.0', '"largest": exit(3)'),
+        "compute(Config()) failed at line",
+    ),
+    "compute returns a list": (
+        OWN.replace("return {", "return 3, {"),
+        "compute returned a tuple; return a dict",
+    ),
+    "an array": (
+        OWN.replace('"largest": 9.0', '"largest": __import__("numpy").zeros(2)'),
+        "JSON cannot hold",
+    ),
+    "draw fails": (
+        OWN.replace('data["y"]', 'data["z"]'),
+        "draw(data) failed at line 22: KeyError: 'z'",
+    ),
+    "draw returns Axes": (
+        OWN.replace("return figure", "return ax"),
+        "draw returned a Axes; return the matplotlib Figure",
+    ),
 }
 
 
@@ -192,9 +252,17 @@ def test_the_committed_files_are_renewed_by_the_module(tmp_path, monkeypatch):
     (place / "fig07_own.py").write_text(OWN, encoding="utf-8")
     monkeypatch.setattr(figures, "_PACKAGE", tmp_path / "klrl_edu")
     assert figures.main([]) == 0
-    assert {path.name for path in place.iterdir()} == {"fig07_own.py", "fig07_own.png", "fig07_own.pdf", "data", "README.md"}
+    assert {path.name for path in place.iterdir()} == {
+        "fig07_own.py",
+        "fig07_own.png",
+        "fig07_own.pdf",
+        "data",
+        "README.md",
+    }
     assert json.loads((place / "data" / "fig07.json").read_text())["largest"] == 9
-    assert "| 07 | Squares. | Euclid, book II |" in (place / "README.md").read_text(encoding="utf-8")
+    assert "| 07 | Squares. | Euclid, book II |" in (place / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_renewing_says_what_is_unknown(capsys):

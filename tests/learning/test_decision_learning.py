@@ -1,4 +1,6 @@
-"""Learners from transitions: their updates in expectation, over every outcome; their gaps on the dialogue, with fixed seeds."""
+"""Learners from transitions: their updates in expectation, over every outcome; their gaps on the
+dialogue, with fixed seeds.
+"""
 
 import itertools
 import math
@@ -11,7 +13,12 @@ from klrl_edu.core.draws import enumerate_executions, seeded_draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.decision_process import DecisionProcess
 from klrl_edu.exact.dialogue import dialogue
-from klrl_edu.exact.soft_control import objective_gap, policy_evaluation, policy_gradient, policy_iteration
+from klrl_edu.exact.soft_control import (
+    objective_gap,
+    policy_evaluation,
+    policy_gradient,
+    policy_iteration,
+)
 from klrl_edu.learning.decision_learning import (
     SoftQTable,
     estimated_process,
@@ -31,7 +38,9 @@ KL_COEF = 0.1
 
 
 def fork(discount: float = 1.0) -> DecisionProcess:
-    """Two actions whose replies lead to one of two states, each with two actions to the end: 16 paths."""
+    """Two actions whose replies lead to one of two states, each with two actions to the end: 16
+    paths.
+    """
     end, nothing = [0.0, 0.0, 0.0, 1.0], [0.0] * 4
     return DecisionProcess.from_probabilities(
         [[0.3, 0.7], [0.5, 0.5], [0.2, 0.8], [0, 0]],
@@ -44,17 +53,25 @@ def fork(discount: float = 1.0) -> DecisionProcess:
 
 
 def other_policy(process: DecisionProcess) -> torch.Tensor:
-    return softmax_policy(process, torch.arange(process.log_prior.numel(), dtype=torch.float64).reshape(process.log_prior.shape).sin())
+    return softmax_policy(
+        process,
+        torch.arange(process.log_prior.numel(), dtype=torch.float64)
+        .reshape(process.log_prior.shape)
+        .sin(),
+    )
 
 
-# --- their pieces, over every outcome --------------------------------------------------------------------------------
+# --- their pieces, over every outcome -------------------------------------------------------------
 
 
 def test_an_episode_is_drawn_with_the_probability_of_its_path():
     process = fork()
     policy = other_policy(process)
     outcomes = enumerate_executions(lambda draw: sample_transitions(process, policy, 1, draw))
-    seen = {tuple(zip(*(c.tolist() for c in batch[:3]), strict=True)): math.exp(log_p) for batch, log_p in outcomes}
+    seen = {
+        tuple(zip(*(c.tolist() for c in batch[:3]), strict=True)): math.exp(log_p)
+        for batch, log_p in outcomes
+    }
     expected = {tuple(steps): weight for weight, _, _, steps in paths(process, policy)}
     assert seen == pytest.approx(expected, rel=1e-12)
 
@@ -65,7 +82,9 @@ def test_sums_along_drawn_episodes_mean_the_discounted_value(discount):
     process, policy = fork(discount), other_policy(fork())
     paid = process.rewards - 0.7 * torch.where(process.available, policy - process.log_prior, 0)
     outcomes = enumerate_executions(lambda draw: sample_transitions(process, policy, 1, draw))
-    mean = math.fsum(math.exp(log_p) * float(paid[batch.state, batch.action].sum()) for batch, log_p in outcomes)
+    mean = math.fsum(
+        math.exp(log_p) * float(paid[batch.state, batch.action].sum()) for batch, log_p in outcomes
+    )
     assert mean == pytest.approx(policy_evaluation(process, policy, 0.7).value, abs=1e-13)
 
 
@@ -76,7 +95,9 @@ def test_the_drawn_gradient_is_unbiased_with_any_baseline(discount, episodes):
     baseline = torch.tensor([0.4, -1.0, 2.0, 0.0], dtype=torch.float64)
 
     def program(draw):
-        return reinforce_gradient(process, policy, 0.7, sample_transitions(process, policy, episodes, draw), baseline)[0]
+        return reinforce_gradient(
+            process, policy, 0.7, sample_transitions(process, policy, episodes, draw), baseline
+        )[0]
 
     mean = sum(math.exp(log_p) * gradient for gradient, log_p in enumerate_executions(program))
     assert float((mean - policy_gradient(process, policy, 0.7)).abs().max()) < 1e-13
@@ -88,7 +109,9 @@ def test_a_baseline_from_the_same_batch_would_bias_it():
 
     def program(draw):
         batch = sample_transitions(process, policy, 1, draw)
-        _, own = reinforce_gradient(process, policy, 0.7, batch, torch.zeros(4, dtype=torch.float64))
+        _, own = reinforce_gradient(
+            process, policy, 0.7, batch, torch.zeros(4, dtype=torch.float64)
+        )
         return reinforce_gradient(process, policy, 0.7, batch, own)[0]
 
     assert all(float(gradient.abs().max()) < 1e-15 for gradient, _ in enumerate_executions(program))
@@ -117,7 +140,9 @@ def test_one_update_moves_q_to_its_target_and_the_next_by_the_step_size():
     assert table.action_values[0] == pytest.approx([0, -0.2 + 0.5 * soft], abs=1e-15)
     table.update([0], [1], [2])
     step = 2**-0.8
-    assert table.action_values[0][1] == pytest.approx((1 - step) * (-0.2 + 0.5 * soft) + step * -0.2, abs=1e-15)
+    assert table.action_values[0][1] == pytest.approx(
+        (1 - step) * (-0.2 + 0.5 * soft) + step * -0.2, abs=1e-15
+    )
 
 
 def test_the_estimate_starts_with_one_observation_shared_by_all_states():
@@ -131,10 +156,17 @@ def test_the_estimate_starts_with_one_observation_shared_by_all_states():
 
 
 def test_the_count_bound_holds_with_its_confidence_at_every_count():
-    """One pair that stays with p = 0.7: V* = 1/(1 − γp), and every number of replies can be summed over."""
+    """One pair that stays with p = 0.7: V* = 1/(1 − γp), and every number of replies can be summed
+    over.
+    """
     stay, gamma = 0.7, 0.5
     process = DecisionProcess.from_probabilities(
-        [[1.0], [0.0]], [[[stay, 1 - stay]], [[0, 0]]], [[1.0], [0.0]], initial=[1, 0], terminal=[False, True], discount=gamma
+        [[1.0], [0.0]],
+        [[[stay, 1 - stay]], [[0, 0]]],
+        [[1.0], [0.0]],
+        initial=[1, 0],
+        terminal=[False, True],
+        discount=gamma,
     )
     missed = 0.0
     for n in range(1, 60):
@@ -144,7 +176,9 @@ def test_the_count_bound_holds_with_its_confidence_at_every_count():
             if abs(estimate - 1 / (1 - gamma * stay)) > bound:
                 missed += math.comb(n, k) * stay**k * (1 - stay) ** (n - k)
     assert missed <= 0.95  # together, over all n
-    assert sampling_bound(process, torch.tensor([[0.0], [0.0]])) == pytest.approx(2.0)  # nothing seen: γR/(1 − γ)
+    assert sampling_bound(process, torch.tensor([[0.0], [0.0]])) == pytest.approx(
+        2.0
+    )  # nothing seen: γR/(1 − γ)
     assert sampling_bound(process, torch.tensor([[1e4], [0.0]])) < 0.1
 
 
@@ -152,36 +186,46 @@ def test_the_count_bound_by_hand():
     counts = torch.tensor([[9.0, 4.0], [0, 0]])
     ahead, value_range = 1 / (1 - 0.5), (0.3 + 0.5) / (1 - 0.5)
     worst = 4 / 5 * math.sqrt(math.log(2 * 2 * 4 * 5 / 0.05) / 8) + 1 / 5
-    assert sampling_bound(loop(-0.5, 0.5), counts) == pytest.approx(0.5 * ahead * value_range * worst, rel=1e-12)
+    assert sampling_bound(loop(-0.5, 0.5), counts) == pytest.approx(
+        0.5 * ahead * value_range * worst, rel=1e-12
+    )
     assert sampling_bound(loop(-0.5, 0.0), counts) == 0
     assert sampling_bound(loop(-0.5, 1.0), counts) == INF
 
 
-# --- the learners ---------------------------------------------------------------------------------------------------
+# --- the learners ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("discount", [0.95, 1.0])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_learners_come_close_to_the_optimum(learner, discount):
-    """Seed 0. Over seeds 0 … 19 the largest last gap of any learner was 0.0164 and the mean at most 0.0023; the prior's is 0.16 and more."""
+    """Seed 0. Over seeds 0 … 19 the largest last gap of any learner was 0.0164 and the mean at most
+    0.0023; the prior's is 0.16 and more.
+    """
     curve = learner(dialogue(discount), KL_COEF, CHECKPOINTS, seeded_draw(0))
     assert all(gap >= 0 for gap in curve.gaps)
     assert curve.gaps[-1] < 0.02
-    assert all(taken >= wanted for taken, wanted in zip(curve.transitions, CHECKPOINTS, strict=True))
+    assert all(
+        taken >= wanted for taken, wanted in zip(curve.transitions, CHECKPOINTS, strict=True)
+    )
     assert curve.transitions[-1] < CHECKPOINTS[-1] + 400
 
 
 def test_a_plan_s_gap_is_within_both_bounds_at_every_checkpoint():
     """The first bound is certain; the second has confidence 0.95 (seed 1) and is far from tight."""
     curve = plan_on_estimate(dialogue(0.5), KL_COEF, (10, 100, 1_000, 10_000), seeded_draw(1))
-    for gap, model_bound, count_bound in zip(curve.gaps, curve.model_bounds, curve.count_bounds, strict=True):
+    for gap, model_bound, count_bound in zip(
+        curve.gaps, curve.model_bounds, curve.count_bounds, strict=True
+    ):
         assert gap <= model_bound <= count_bound
     assert all(later <= earlier for earlier, later in itertools.pairwise(curve.count_bounds))
     assert curve.count_bounds[-1] < 0.6 * curve.count_bounds[0]
 
 
 def test_a_target_with_the_hard_maximum_forgets_the_prior():
-    """The broken twin of the update, on one stream (seed 0): a state is worth its best action, however rarely the prior takes it."""
+    """The broken twin of the update, on one stream (seed 0): a state is worth its best action,
+    however rarely the prior takes it.
+    """
 
     class HardQTable(SoftQTable):
         def _soft_value(self, state):
@@ -201,7 +245,9 @@ def test_a_target_with_the_hard_maximum_forgets_the_prior():
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_one_seed_is_one_curve(learner):
-    first, again, other = (learner(dialogue(), KL_COEF, (50, 500), seeded_draw(seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        learner(dialogue(), KL_COEF, (50, 500), seeded_draw(seed)) for seed in (3, 3, 4)
+    )
     assert first.to_dict() == again.to_dict() != other.to_dict()
     assert torch.equal(first.log_policy, again.log_policy)
 
@@ -217,10 +263,14 @@ def test_a_curve_has_a_table_and_its_last_gap_is_that_of_its_policy(learner):
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_a_process_that_continues_is_learned_too(learner):
     process = DecisionProcess.from_probabilities(
-        [[0.5, 0.5], [0.5, 0.5]], [[[1, 0], [0.2, 0.8]], [[0, 1], [0.7, 0.3]]], [[0.0, -0.1], [1.0, 0.0]],
+        [[0.5, 0.5], [0.5, 0.5]],
+        [[[1, 0], [0.2, 0.8]], [[0, 1], [0.7, 0.3]]],
+        [[0.0, -0.1], [1.0, 0.0]],
         initial=[1, 0], terminal=[False, False], discount=0.8, continuing=True,
     )  # fmt: skip
-    gentle = {"learning_rate": 0.1} if learner is policy_gradient_learning else {}  # sums to 5 rewards an episode make noisy steps
+    gentle = (
+        {"learning_rate": 0.1} if learner is policy_gradient_learning else {}
+    )  # sums to 5 rewards an episode make noisy steps
     curve = learner(process, 0.5, (100, 30_000), seeded_draw(0), **gentle)
     assert curve.gaps[-1] < 0.01
 
@@ -252,7 +302,9 @@ def test_settings_out_of_range_are_refused():
         policy_gradient_learning(loop(), 1.0, (10,), seeded_draw(0), episodes=0)
 
 
-def plain_mean_of_two_episodes(process: DecisionProcess, lam: float, omega: float) -> list[list[float]]:
+def plain_mean_of_two_episodes(
+    process: DecisionProcess, lam: float, omega: float
+) -> list[list[float]]:
     """E Q(s,a) of the live states after two undiscounted episodes of the prior, in dictionaries."""
     prior, rewards = process.log_prior.exp().tolist(), process.rewards.tolist()
     mean = [[0.0, 0.0] for _ in range(3)]
@@ -262,10 +314,17 @@ def plain_mean_of_two_episodes(process: DecisionProcess, lam: float, omega: floa
         for state, action, after in (*steps, *more):
             value = 0.0
             if after != 3:
-                value = lam * math.log(math.fsum(p * math.exp(q.get((after, a), 0.0) / lam) for a, p in enumerate(prior[after])))
+                value = lam * math.log(
+                    math.fsum(
+                        p * math.exp(q.get((after, a), 0.0) / lam)
+                        for a, p in enumerate(prior[after])
+                    )
+                )
             n[state, action] = n.get((state, action), 0) + 1
             step = 1 / n[state, action] ** omega
-            q[state, action] = (1 - step) * q.get((state, action), 0.0) + step * (rewards[state][action] + process.discount * value)
+            q[state, action] = (1 - step) * q.get((state, action), 0.0) + step * (
+                rewards[state][action] + process.discount * value
+            )
         for (state, action), value in q.items():
             mean[state][action] += first * second * value
     return mean

@@ -1,4 +1,6 @@
-"""What the named losses follow on-policy, over every ordered batch: RLOO, GRPO and its kin, PPO, f-DPG; and what clipping does."""
+"""What the named losses follow on-policy, over every ordered batch: RLOO, GRPO and its kin, PPO,
+f-DPG; and what clipping does.
+"""
 
 import dataclasses
 import itertools
@@ -18,7 +20,16 @@ from klrl_edu.models.contract import conditional_log_probs
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
-from tests.estimators.scenes import Scene, answers, expectations, flat_gradient, picked, sentences, truths, vector
+from tests.estimators.scenes import (
+    Scene,
+    answers,
+    expectations,
+    flat_gradient,
+    picked,
+    sentences,
+    truths,
+    vector,
+)
 from tests.exact.dictionaries import INF, assert_close
 
 SCENES = {"four sentences": sentences, "answers of several lengths": answers}
@@ -36,12 +47,20 @@ def on_policy(scene):
 
 
 def pairs(scene, advantage, share):
-    """−E over two samples of A(r, r') · share(L, L') · s(y), by a double loop: what a group of two follows, if A is odd."""
+    """−E over two samples of A(r, r') · share(L, L') · s(y), by a double loop: what a group of two
+    follows, if A is odd.
+    """
     whole = scene.whole
-    log_pi, r, length = whole.log_probs.sum(-1), whole.rewards.sum(-1).tolist(), whole.live.sum(-1).tolist()
+    log_pi, r, length = (
+        whole.log_probs.sum(-1),
+        whole.rewards.sum(-1).tolist(),
+        whole.live.sum(-1).tolist(),
+    )
     pi, total = log_pi.detach().exp().tolist(), 0.0
     for i, j in itertools.product(range(len(pi)), repeat=2):
-        total = total - pi[i] * pi[j] * advantage(r[i], r[j]) * share(length[i], length[j]) * log_pi[i]
+        total = (
+            total - pi[i] * pi[j] * advantage(r[i], r[j]) * share(length[i], length[j]) * log_pi[i]
+        )
     return flat_gradient(total, scene.policy)
 
 
@@ -54,13 +73,17 @@ def sample_score(a, b, epsilon=1e-4):
     return (a - b) / 2 / (abs(a - b) / math.sqrt(2) + epsilon) if a != b else 0.0
 
 
-# --- the course's numbers, in sequence logits ----------------------------------------------------------------------------------
+# --- the course's numbers, in sequence logits -----------------------------------------------------
 
 
 def test_rloo_without_kl_follows_the_expected_reward_of_t11():
     scene = sentences()
-    reward_only = Scene(Problem(scene.problem.prior, scene.problem.reward, 0.0), scene.policy, scene.behaviour)
-    assert expectations(losses.rloo, reward_only, 2)[0].tolist() == pytest.approx([-0.05, 0.18, 0.09, -0.22], abs=1e-15)
+    reward_only = Scene(
+        Problem(scene.problem.prior, scene.problem.reward, 0.0), scene.policy, scene.behaviour
+    )
+    assert expectations(losses.rloo, reward_only, 2)[0].tolist() == pytest.approx(
+        [-0.05, 0.18, 0.09, -0.22], abs=1e-15
+    )
 
 
 def test_grpo_of_two_follows_another_direction_by_the_numbers_of_t11():
@@ -74,13 +97,16 @@ def test_grpo_of_two_follows_another_direction_by_the_numbers_of_t11():
 def test_the_sample_std_scales_it_by_a_root_of_half_and_epsilon_shrinks_it_further():
     scene = sentences()
     population = expectations(losses.z_score, scene, 2)[0]
-    without, with_it = (2 * expectations(partial(losses.grpo_without_kl, epsilon=e), scene, 2)[0] for e in (0.0, 1e-4))  # T = 2
+    without, with_it = (
+        2 * expectations(partial(losses.grpo_without_kl, epsilon=e), scene, 2)[0]
+        for e in (0.0, 1e-4)
+    )  # T = 2
     close(without, math.sqrt(0.5) * population)
     assert bool((with_it.abs() < without.abs()).all())
     assert float((with_it - without).norm()) < 2e-4 * float(without.norm())
 
 
-# --- baselines and placements --------------------------------------------------------------------------------------------------
+# --- baselines and placements ---------------------------------------------------------------------
 
 
 @scene_of
@@ -89,7 +115,10 @@ def test_the_batch_mean_shrinks_the_gradient_to_g_minus_one_over_g(scene, size):
     scene = scene() if size == 2 else sentences()
     known = truths(scene)
     close(expectations(losses.group_mean, scene, size)[0], (size - 1) / size * known["objective"])
-    close(expectations(losses.dr_grpo, scene, size)[0], (size - 1) / size / scene.whole.tokens.shape[1] * known["expected_reward"])
+    close(
+        expectations(losses.dr_grpo, scene, size)[0],
+        (size - 1) / size / scene.whole.tokens.shape[1] * known["expected_reward"],
+    )
     close(expectations(losses.rloo, scene, size)[0], known["objective"])
 
 
@@ -101,7 +130,9 @@ def test_z_scores_of_two_follow_who_wins(scene):
 
 @scene_of
 def test_grpo_weighs_by_length_and_adds_the_forward_divergence_where_that_is_one(scene):
-    """With lengths that vary it is not even E[(1/L) Σ_t ∇KL(q_t‖π_t)], as 1/L depends on the token whose score it weighs."""
+    """With lengths that vary it is not even E[(1/L) Σ_t ∇KL(q_t‖π_t)], as 1/L depends on the token
+    whose score it weighs.
+    """
     scene = scene()
     followed = pairs(scene, sample_score, lambda a, b: 1 / a)
     close(expectations(losses.grpo_without_kl, scene, 2)[0], followed)
@@ -118,11 +149,15 @@ def test_grpo_weighs_by_length_and_adds_the_forward_divergence_where_that_is_one
 def test_dapo_divides_by_the_length_of_the_whole_batch(scene):
     scene = scene()
     # a batch of two sums to A s + A' s' over L + L': twice the mean over who is first
-    close(expectations(losses.dapo, scene, 2)[0], pairs(scene, sample_score, lambda a, b: 2 / (a + b)))
+    close(
+        expectations(losses.dapo, scene, 2)[0], pairs(scene, sample_score, lambda a, b: 2 / (a + b))
+    )
 
 
 @scene_of
-@pytest.mark.parametrize(("one", "other"), [(losses.gspo, losses.grpo_without_kl), (losses.cispo, losses.dapo)])
+@pytest.mark.parametrize(
+    ("one", "other"), [(losses.gspo, losses.grpo_without_kl), (losses.cispo, losses.dapo)]
+)
 def test_on_policy_two_methods_are_one_sample_by_sample(scene, one, other):
     scene = scene()
     whole = on_policy(scene)
@@ -132,11 +167,17 @@ def test_on_policy_two_methods_are_one_sample_by_sample(scene, one, other):
 
 
 def test_grpo_does_not_rest_at_the_posterior():
-    """There r − λu is constant and RLOO has nothing left to learn; GRPO's z-score and forward KL pull on."""
+    """There r − λu is constant and RLOO has nothing left to learn; GRPO's z-score and forward KL
+    pull on.
+    """
     scene = answers()
     target = posterior(scene.problem)
     tokens = scene.problem.prior.tokens
-    star = Scene(scene.problem, SequenceTable(scene.problem.space, tokens, target.model.log_prob(tokens).detach()), scene.behaviour)
+    star = Scene(
+        scene.problem,
+        SequenceTable(scene.problem.space, tokens, target.model.log_prob(tokens).detach()),
+        scene.behaviour,
+    )
     assert float(expectations(losses.rloo, star, 2)[0].norm()) < 1e-14
     assert float(expectations(losses.grpo, star, 2)[0].norm()) > 1e-2
 
@@ -144,11 +185,16 @@ def test_grpo_does_not_rest_at_the_posterior():
 def test_grpo_on_wins_and_losses_follows_its_closed_form():
     """r in {0, 1}: E_{k~Bin(G,p)}[√(k/G (1 − k/G))] ∇p/(p(1 − p))."""
     scene = sentences()
-    won = Problem(scene.problem.prior, lambda tokens, prompt: (tokens[:, 1] == 2).double(), 1.0)  # a cat
+    won = Problem(
+        scene.problem.prior, lambda tokens, prompt: (tokens[:, 1] == 2).double(), 1.0
+    )  # a cat
     scene = Scene(won, scene.policy, scene.behaviour)
     p, slope = 0.6, -truths(scene)["expected_reward"]
     for size in (2, 3):
-        spread = sum(math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size)) for k in range(size + 1))
+        spread = sum(
+            math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size))
+            for k in range(size + 1)
+        )
         close(expectations(losses.z_score, scene, size)[0], -spread / (p * (1 - p)) * slope)
 
 
@@ -159,29 +205,42 @@ def test_the_unbiased_losses_are_so_for_any_problem_and_policy(data):
     scene = Scene(problem, data.draw(policies(problem)), None)
     scene = scene._replace(behaviour=scene.policy)
     truth = truths(scene)["objective"]
-    largest = 10 * (1 + float(scene.whole.rewards.abs().max()) + problem.kl_coef * float(scene.whole.prior_log_probs.abs().max()))
+    largest = 10 * (
+        1
+        + float(scene.whole.rewards.abs().max())
+        + problem.kl_coef * float(scene.whole.prior_log_probs.abs().max())
+    )
     assert_close(expectations(losses.reinforce, scene)[0], truth, largest)
     assert_close(expectations(losses.rloo, scene, 2)[0], truth, largest)
     assert_close(expectations(partial(losses.ppo_clip, values=0.7), scene)[0], truth, largest)
 
 
-# --- PPO -------------------------------------------------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------------
 
 
 @scene_of
 def test_ppo_on_policy_is_exact_for_any_values_without_decay_and_not_with_it(scene):
     scene = scene()
-    values = conditional_log_probs(scene.problem.prior, scene.whole.tokens)[..., 0].exp().detach()  # any function of the prefix
+    values = (
+        conditional_log_probs(scene.problem.prior, scene.whole.tokens)[..., 0].exp().detach()
+    )  # any function of the prefix
     whole, pi, bias = on_policy(scene), scene.whole.log_probs.detach().sum(-1).exp(), {}
     for decay in (1.0, 0.5):
-        total = sum(pi[i] * losses.ppo_clip(picked(whole, [i]), values[i : i + 1], decay=decay) for i in range(len(pi)))
-        bias[decay] = float((flat_gradient(total, scene.policy) - truths(scene)["objective"]).norm())
+        total = sum(
+            pi[i] * losses.ppo_clip(picked(whole, [i]), values[i : i + 1], decay=decay)
+            for i in range(len(pi))
+        )
+        bias[decay] = float(
+            (flat_gradient(total, scene.policy) - truths(scene)["objective"]).norm()
+        )
     assert bias[1.0] < 1e-13
     assert bias[0.5] > 1e-2
 
 
 def one_step(ratio, reward, **changes):
-    """A batch of one token that was drawn with probability ½, whose policy now has `ratio` times that."""
+    """A batch of one token that was drawn with probability ½, whose policy now has `ratio` times
+    that.
+    """
     log_prob = vector(math.log(0.5 * ratio))[None].requires_grad_()
     batch = picked(sentences().whole, [0])
     half = vector(math.log(0.5))[None]
@@ -195,22 +254,47 @@ def one_step(ratio, reward, **changes):
     return dataclasses.replace(batch, **{**fields, **changes})
 
 
-@pytest.mark.parametrize(("ratio", "reward", "moves"), [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, 1.0, True), (0.7, -1.0, False), (1.1, 1.0, True)])
+@pytest.mark.parametrize(
+    ("ratio", "reward", "moves"),
+    [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, 1.0, True), (0.7, -1.0, False), (1.1, 1.0, True)],
+)
 def test_the_clip_stops_what_already_went_far_enough_and_nothing_else(ratio, reward, moves):
     batch = one_step(ratio, reward)
     loss = losses.ppo_clip(batch)
     (slope,) = torch.autograd.grad(loss, batch.log_probs)
     assert float(slope) == pytest.approx(-ratio * reward if moves else 0.0, rel=1e-14)
-    assert float(loss.detach()) == pytest.approx(-reward * (ratio if moves else (1.2 if reward > 0 else 0.8)), rel=1e-14)
+    assert float(loss.detach()) == pytest.approx(
+        -reward * (ratio if moves else (1.2 if reward > 0 else 0.8)), rel=1e-14
+    )
 
 
 def test_cispo_keeps_the_gradient_of_a_clipped_token():
     def two(ratio):
         other = one_step(1.0, 0.0)
         batch = one_step(ratio, 1.0)
-        names = ("log_probs", "behaviour_log_probs", "prior_log_probs", "rewards", "live", "group", "kl_coef", "tokens")
-        joined = {name: torch.cat([getattr(part, name).detach() for part in (batch, other)]) for name in names}
-        return dataclasses.replace(batch, **{**joined, "log_probs": joined["log_probs"].requires_grad_(), "log_dists": None, "prior_log_dists": None})
+        names = (
+            "log_probs",
+            "behaviour_log_probs",
+            "prior_log_probs",
+            "rewards",
+            "live",
+            "group",
+            "kl_coef",
+            "tokens",
+        )
+        joined = {
+            name: torch.cat([getattr(part, name).detach() for part in (batch, other)])
+            for name in names
+        }
+        return dataclasses.replace(
+            batch,
+            **{
+                **joined,
+                "log_probs": joined["log_probs"].requires_grad_(),
+                "log_dists": None,
+                "prior_log_dists": None,
+            },
+        )
 
     score = sample_score(1.0, 0.0)
     for ratio, weight in ((1.5, 1.5), (1.9, 1.6)):
@@ -223,7 +307,9 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token():
 
 
 def test_dapo_lets_ratios_rise_further_than_grpo():
-    assert [float(losses._clipped(vector(1.25), vector(1.0), 0.2, high)) for high in (0.2, 0.28)] == [1.2, 1.25]
+    assert [
+        float(losses._clipped(vector(1.25), vector(1.0), 0.2, high)) for high in (0.2, 0.28)
+    ] == [1.2, 1.25]
 
 
 def test_gspo_takes_the_geometric_mean_of_the_ratios():
@@ -232,49 +318,88 @@ def test_gspo_takes_the_geometric_mean_of_the_ratios():
     ratio = torch.exp((batch.log_probs - batch.behaviour_log_probs).detach().sum(-1) / 2)
     score = sample_score(2.0, 1.0)
     expected = -(float(ratio[1]) * score - float(ratio[0]) * score) / 2
-    assert float(losses.gspo(batch, clip_low=0.9, clip_high=9.0).detach()) == pytest.approx(expected, rel=1e-13)
+    assert float(losses.gspo(batch, clip_low=0.9, clip_high=9.0).detach()) == pytest.approx(
+        expected, rel=1e-13
+    )
 
 
-# --- f-DPG -------------------------------------------------------------------------------------------------------------------------
+# --- f-DPG ----------------------------------------------------------------------------------------
 
 
 @scene_of
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "total_variation", "jensen_shannon", "chi_squared", "squared_hellinger"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reverse_kl",
+        "forward_kl",
+        "total_variation",
+        "jensen_shannon",
+        "chi_squared",
+        "squared_hellinger",
+    ],
+)
 def test_f_dpg_descends_its_divergence_to_the_posterior(scene, name):
     scene = scene()
     target = posterior(scene.problem)
     whole = scene.whole
-    log_pi, p = whole.log_probs.sum(-1), scene.whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / scene.problem.kl_coef - target.log_evidence
+    log_pi, p = (
+        whole.log_probs.sum(-1),
+        scene.whole.prior_log_probs.sum(-1)
+        + whole.rewards.sum(-1) / scene.problem.kl_coef
+        - target.log_evidence,
+    )
     pi, p = log_pi.exp(), p.exp()
     divergence = {
         "reverse_kl": lambda: (pi * (pi / p).log()).sum(),
         "forward_kl": lambda: -(p * log_pi).sum(),
         "total_variation": lambda: (pi - p).abs().sum() / 2,
-        "jensen_shannon": lambda: ((pi * (2 * pi / (pi + p)).log()).sum() + (p * (2 * p / (pi + p)).log()).sum()) / 2,
+        "jensen_shannon": (
+            lambda: (
+                ((pi * (2 * pi / (pi + p)).log()).sum() + (p * (2 * p / (pi + p)).log()).sum()) / 2
+            )
+        ),
         "chi_squared": lambda: (p * (pi / p - 1).square()).sum() / 2,
         "squared_hellinger": lambda: (pi.sqrt() - p.sqrt()).square().sum() / 2,
     }[name]()
-    loss = partial(losses.f_dpg, pseudo_reward=getattr(advantages, f"fdpg_{name}"), log_evidence=target.log_evidence)
-    close(expectations(lambda batch: loss(batch), scene)[0], flat_gradient(divergence, scene.policy))
+    loss = partial(
+        losses.f_dpg,
+        pseudo_reward=getattr(advantages, f"fdpg_{name}"),
+        log_evidence=target.log_evidence,
+    )
+    close(
+        expectations(lambda batch: loss(batch), scene)[0], flat_gradient(divergence, scene.policy)
+    )
 
 
 def test_f_dpg_of_the_reverse_divergence_is_the_objective_and_needs_no_evidence():
     scene = answers()
     for guess in (0.0, 3.0):
         loss = partial(losses.f_dpg, pseudo_reward=advantages.fdpg_reverse_kl, log_evidence=guess)
-        close(expectations(lambda batch, loss=loss: loss(batch), scene)[0], truths(scene)["objective"] / scene.problem.kl_coef)
+        close(
+            expectations(lambda batch, loss=loss: loss(batch), scene)[0],
+            truths(scene)["objective"] / scene.problem.kl_coef,
+        )
 
 
-# --- refusals and edges --------------------------------------------------------------------------------------------------------------
+# --- refusals and edges ---------------------------------------------------------------------------
 
-GROUPED = (losses.z_score, losses.grpo, losses.grpo_without_kl, losses.dapo, losses.gspo, losses.cispo)
+GROUPED = (
+    losses.z_score,
+    losses.grpo,
+    losses.grpo_without_kl,
+    losses.dapo,
+    losses.gspo,
+    losses.cispo,
+)
 
 
 @pytest.mark.parametrize("loss", GROUPED)
 def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden_one(loss):
     scene = sentences()
     batch = picked(on_policy(scene), [1, 2, 1])  # rewards 0, 0, 0
-    gradient = flat_gradient(loss(dataclasses.replace(batch, kl_coef=torch.zeros(3, dtype=torch.float64))), scene.policy)
+    gradient = flat_gradient(
+        loss(dataclasses.replace(batch, kl_coef=torch.zeros(3, dtype=torch.float64))), scene.policy
+    )
     assert float(gradient.norm()) == 0
     with pytest.raises(InputError, match="group 0 holds one sequence"):
         loss(picked(on_policy(scene), [1]))
@@ -284,7 +409,10 @@ def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden
         loss(dataclasses.replace(batch, rewards=forbidden))
 
 
-@pytest.mark.parametrize("loss", [*GROUPED, losses.reinforce, losses.rloo, losses.group_mean, losses.dr_grpo, losses.ppo_clip])
+@pytest.mark.parametrize(
+    "loss",
+    [*GROUPED, losses.reinforce, losses.rloo, losses.group_mean, losses.dr_grpo, losses.ppo_clip],
+)
 def test_losses_run_under_vmap(loss):
     whole = answers().whole
     names = [name for name in whole.__dataclass_fields__ if name not in ("group", "kl_coef")]
@@ -296,7 +424,12 @@ def test_losses_run_under_vmap(loss):
 
     leaf = fields.pop("log_probs")
     together = torch.func.vmap(torch.func.grad(value))(leaf, fields)
-    apart = torch.stack([torch.func.grad(value)(leaf[i], {name: field[i] for name, field in fields.items()}) for i in range(3)])
+    apart = torch.stack(
+        [
+            torch.func.grad(value)(leaf[i], {name: field[i] for name, field in fields.items()})
+            for i in range(3)
+        ]
+    )
     assert torch.allclose(together, apart, rtol=1e-12, atol=1e-14)
 
 
@@ -304,6 +437,11 @@ def test_groups_do_not_mix():
     """Two prompts of two in one batch: RLOO and the z-score see each alone."""
     whole = on_policy(sentences())
     batch = dataclasses.replace(picked(whole, [0, 1, 2, 3]), group=torch.tensor([0, 0, 1, 1]))
-    apart = [dataclasses.replace(picked(whole, rows), group=torch.zeros(2, dtype=torch.long)) for rows in ([0, 1], [2, 3])]
+    apart = [
+        dataclasses.replace(picked(whole, rows), group=torch.zeros(2, dtype=torch.long))
+        for rows in ([0, 1], [2, 3])
+    ]
     for loss in (losses.rloo, losses.z_score, losses.grpo):
-        assert float(loss(batch).detach()) == pytest.approx(sum(float(loss(part).detach()) for part in apart) / 2, abs=1e-14)
+        assert float(loss(batch).detach()) == pytest.approx(
+            sum(float(loss(part).detach()) for part in apart) / 2, abs=1e-14
+        )

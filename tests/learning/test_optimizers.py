@@ -18,8 +18,12 @@ SPACE = SequenceSpace(("a", "b"), 3)
 def test_each_parameter_has_one_optimiser():
     model = TransformerModel(SPACE, width=8, heads=2, layers=2, seed=0)
     optimizer = MuonWithAdam(model)
-    muon, adam = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
-    assert muon == {id(p) for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+    muon, adam = (
+        {id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts
+    )
+    assert muon == {
+        id(p) for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2
+    }
     assert adam == {id(p) for p in model.parameters()} - muon
 
 
@@ -29,7 +33,10 @@ def test_a_model_without_blocks_is_adams():
     for optimizer, policy in zip(optimizers, (model, twin), strict=True):
         policy.log_prob(SPACE.all_tokens()).sum().backward()
         optimizer.step()
-    assert all(torch.equal(mine, other) for mine, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(mine, other)
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_a_matrix_moves_by_the_same_amount_in_every_direction():
@@ -37,15 +44,32 @@ def test_a_matrix_moves_by_the_same_amount_in_every_direction():
     weight = model.blocks[0].project.weight
     before = weight.detach().clone()
     model.log_prob(SPACE.all_tokens()).sum().backward()
-    rank = int((torch.linalg.svdvals(weight.grad) > 1e-6 * torch.linalg.svdvals(weight.grad)[0]).sum())
+    rank = int(
+        (torch.linalg.svdvals(weight.grad) > 1e-6 * torch.linalg.svdvals(weight.grad)[0]).sum()
+    )
     MuonWithAdam(model, lr=0.01).step()
     moved = torch.linalg.svdvals(weight.detach() - before)[:rank] / 0.01
-    assert bool(((moved > 0.5) & (moved < 1.5)).all())  # five Newton-Schulz steps bring singular values near 1, not onto it
+    assert bool(
+        ((moved > 0.5) & (moved < 1.5)).all()
+    )  # five Newton-Schulz steps bring singular values near 1, not onto it
 
 
 def test_the_schedule_reaches_both_parts():
     model = TransformerModel(SPACE, width=8, heads=2, layers=1, seed=0)
     optimizer = MuonWithAdam(model, lr=1e-2, adam_lr=1e-3)
-    problem = Problem(TransformerModel(SPACE, width=8, heads=2, layers=1, seed=1).requires_grad_(False), count_reward("a", SPACE), 1.0)
-    train(model, problem, losses.rloo, steps=4, batch_size=8, optimizer=optimizer, schedule=linear, draw=seeded_draw(0))
+    problem = Problem(
+        TransformerModel(SPACE, width=8, heads=2, layers=1, seed=1).requires_grad_(False),
+        count_reward("a", SPACE),
+        1.0,
+    )
+    train(
+        model,
+        problem,
+        losses.rloo,
+        steps=4,
+        batch_size=8,
+        optimizer=optimizer,
+        schedule=linear,
+        draw=seeded_draw(0),
+    )
     assert [part.param_groups[0]["lr"] for part in optimizer.parts] == [0.25e-2, 0.25e-3]

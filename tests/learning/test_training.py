@@ -1,4 +1,6 @@
-"""The training loop: it reaches the posterior, and stops where it must. Every run is a fixed seed, so nothing here is left to chance."""
+"""The training loop: it reaches the posterior, and stops where it must. Every run is a fixed seed,
+so nothing here is left to chance.
+"""
 
 import copy
 import json
@@ -45,31 +47,52 @@ def weights(model):
 
 
 def same(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for a, b in zip(left, right, strict=True)
+    )
 
 
-# --- it reaches the posterior ----------------------------------------------------------------------------------------
+# --- it reaches the posterior ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_rloo_drives_each_model_to_the_posterior(kind):
     problem = four_sentences()
-    history = train(restricted(problem, kind), problem, losses.rloo, steps=300, draw=seeded_draw(0), target=posterior(problem))
+    history = train(
+        restricted(problem, kind),
+        problem,
+        losses.rloo,
+        steps=300,
+        draw=seeded_draw(0),
+        target=posterior(problem),
+    )
     before, after = history["reverse_kl"]
     assert before > 1e-3
     assert 0 <= after <= 1e-10
-    assert compare(history.policy, posterior(problem)).objective_gap == pytest.approx(after, rel=1e-9)
+    assert compare(history.policy, posterior(problem)).objective_gap == pytest.approx(
+        after, rel=1e-9
+    )
 
 
 def test_the_exact_loss_needs_no_samples_to_get_there():
     problem = four_sentences(0.5)
     policy = restricted(problem)
     descent = torch.optim.SGD(policy.parameters(), lr=3.0)
-    history = train(policy, problem, losses.exact, steps=150, optimizer=descent, draw=seeded_draw(0), target=posterior(problem))
+    history = train(
+        policy,
+        problem,
+        losses.exact,
+        steps=150,
+        optimizer=descent,
+        draw=seeded_draw(0),
+        target=posterior(problem),
+    )
     assert history["reverse_kl"][-1] < 1e-10
     assert history["objective"][-1] == pytest.approx(float(posterior(problem).value), abs=1e-9)
     assert history["objective"][-1] == pytest.approx(-history["loss"][-1], abs=1e-14)
-    assert history.records[-1]["exact_objective"] == pytest.approx(history["objective"][-1], abs=1e-6)  # the record was taken a step earlier
+    assert history.records[-1]["exact_objective"] == pytest.approx(
+        history["objective"][-1], abs=1e-6
+    )  # the record was taken a step earlier
 
 
 def test_without_a_penalty_the_policy_collapses_onto_the_best_sequence():
@@ -83,11 +106,24 @@ def test_without_a_penalty_the_policy_collapses_onto_the_best_sequence():
 
 def test_a_hard_reward_is_learnt_on_the_posteriors_support():
     base = four_sentences()
-    problem = Problem(base.prior, table_reward({"the cat": 1, "the dog": 0, "a cat": 0, "a dog": -INF}, base.space), 1.0)
+    problem = Problem(
+        base.prior,
+        table_reward({"the cat": 1, "the dog": 0, "a cat": 0, "a dog": -INF}, base.space),
+        1.0,
+    )
     target = posterior(problem)
     for loss in (losses.exact, losses.rloo):
         policy = restrict_to_support(PrefixTable(base.space), feasible_prior(problem))
-        history = train(policy, problem, loss, steps=200, lr=5e-2, batch_size=16, draw=seeded_draw(0), target=target)
+        history = train(
+            policy,
+            problem,
+            loss,
+            steps=200,
+            lr=5e-2,
+            batch_size=16,
+            draw=seeded_draw(0),
+            target=target,
+        )
         assert history["reverse_kl"][-1] < 1e-5 < history["reverse_kl"][0]
         assert history["violating_mass"] == [0, 0]
 
@@ -99,30 +135,52 @@ class Prompted(LanguageModel):
         super().__init__()
         self.space = space
         shape = (space.vocab_size, space.vocab_size + 1, space.vocab_size)
-        self.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+        self.weight = nn.Parameter(
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        )
 
     def forward(self, tokens, prompt=None):
-        before = torch.cat([torch.full_like(tokens[:, :1], self.space.vocab_size), tokens[:, :-1]], 1)
+        before = torch.cat(
+            [torch.full_like(tokens[:, :1], self.space.vocab_size), tokens[:, :-1]], 1
+        )
         return self.weight[prompt[:, -1]][torch.arange(len(tokens))[:, None], before]
 
 
 def test_two_prompts_are_learnt_at_once():
-    """One prior, two prompts, each with its own reward and λ: the rows of `compare` both fall to 0."""
+    """One prior, two prompts, each with its own reward and λ: the rows of `compare` both
+    fall to 0.
+    """
     space = SequenceSpace(("a", "b"), 2)
     prior = Prompted(space)
     rewards = [table_reward({"": 0.0, "a": 1.0, "b": value}, space) for value in (0.0, 0.5)]
-    both = [Problem(prior, reward, lam, torch.tensor([word])) for word, (reward, lam) in enumerate(zip(rewards, (1.0, 2.0), strict=True))]
+    both = [
+        Problem(prior, reward, lam, torch.tensor([word]))
+        for word, (reward, lam) in enumerate(zip(rewards, (1.0, 2.0), strict=True))
+    ]
     targets = [posterior(problem) for problem in both]
     assert float(targets[0].value) != float(targets[1].value)
-    history = train(None, both, losses.rloo, steps=250, lr=3e-2, batch_size=32, draw=seeded_draw(0), target=targets)
+    history = train(
+        None,
+        both,
+        losses.rloo,
+        steps=250,
+        lr=3e-2,
+        batch_size=32,
+        draw=seeded_draw(0),
+        target=targets,
+    )
     rows = compare(history.policy, targets).rows
     assert max(row.reverse_kl for row in rows) < 1e-8
     assert min(row.reverse_kl for row in compare(prior, targets).rows) > 1e-3
-    assert history["reverse_kl"][-1] == pytest.approx(sum(row.reverse_kl for row in rows) / 2, rel=1e-9)
+    assert history["reverse_kl"][-1] == pytest.approx(
+        sum(row.reverse_kl for row in rows) / 2, rel=1e-9
+    )
 
 
 class TrajectoryBalance(nn.Module):
-    """(log Z + log π − log q − r/λ)², whose log Z is a parameter of the loss. Malkin et al. (2022)."""
+    """(log Z + log π − log q − r/λ)², whose log Z is a parameter of the loss. Malkin et
+    al. (2022).
+    """
 
     def __init__(self):
         super().__init__()
@@ -130,18 +188,22 @@ class TrajectoryBalance(nn.Module):
 
     def forward(self, batch):
         log_ratio = (batch.log_probs - batch.prior_log_probs).sum(-1)
-        return (self.log_evidence + log_ratio - batch.rewards.sum(-1) / batch.kl_coef).square().mean()
+        return (
+            (self.log_evidence + log_ratio - batch.rewards.sum(-1) / batch.kl_coef).square().mean()
+        )
 
 
 def test_a_loss_may_own_parameters():
     problem, loss = four_sentences(), TrajectoryBalance()
     policy = restricted(problem)
-    history = train(policy, problem, loss, steps=300, lr=5e-2, draw=seeded_draw(0), target=posterior(problem))
+    history = train(
+        policy, problem, loss, steps=300, lr=5e-2, draw=seeded_draw(0), target=posterior(problem)
+    )
     assert history["reverse_kl"][-1] < 1e-10
     assert float(loss.log_evidence.detach()) == pytest.approx(math.log(2.326218341277), abs=1e-5)
 
 
-# --- the loop itself -------------------------------------------------------------------------------------------------
+# --- the loop itself ------------------------------------------------------------------------------
 
 
 def test_without_a_policy_a_copy_of_the_prior_is_trained_and_the_prior_stays():
@@ -158,7 +220,12 @@ def test_without_a_policy_a_copy_of_the_prior_is_trained_and_the_prior_stays():
 
 def test_one_seed_gives_the_same_history_twice_and_another_seed_another():
     problem = four_sentences()
-    first, second, other = (train(restricted(problem, "lstm"), problem, losses.rloo, steps=5, draw=seeded_draw(seed)).records for seed in (1, 1, 2))
+    first, second, other = (
+        train(
+            restricted(problem, "lstm"), problem, losses.rloo, steps=5, draw=seeded_draw(seed)
+        ).records
+        for seed in (1, 1, 2)
+    )
     assert first == second
     assert first != other
 
@@ -174,20 +241,33 @@ def test_train_steps_is_lazy_and_train_is_the_same_loop():
     after = weights(policy)
     assert not same(after, before)
     records = [first, *stream]
-    assert records == train(restricted(problem), problem, losses.rloo, steps=3, draw=seeded_draw(0)).records
+    assert (
+        records
+        == train(restricted(problem), problem, losses.rloo, steps=3, draw=seeded_draw(0)).records
+    )
 
 
 def test_no_steps_change_nothing():
     problem, policy = four_sentences(), restricted(four_sentences())
     before = weights(policy)
-    history = train(policy, problem, losses.rloo, steps=0, draw=seeded_draw(0), target=posterior(problem))
+    history = train(
+        policy, problem, losses.rloo, steps=0, draw=seeded_draw(0), target=posterior(problem)
+    )
     assert history.steps("reverse_kl") == [0]
     assert same(weights(policy), before)
 
 
 def test_comparisons_come_before_every_so_often_and_after():
     problem = four_sentences()
-    history = train(restricted(problem), problem, losses.rloo, steps=7, draw=seeded_draw(0), target=posterior(problem), evaluate_every=3)
+    history = train(
+        restricted(problem),
+        problem,
+        losses.rloo,
+        steps=7,
+        draw=seeded_draw(0),
+        target=posterior(problem),
+        evaluate_every=3,
+    )
     assert history.steps("reverse_kl") == [0, 3, 6, 7]
     assert history.steps("loss") == [1, 2, 3, 4, 5, 6, 7]
     assert "exact_objective" in history.names
@@ -196,7 +276,9 @@ def test_comparisons_come_before_every_so_often_and_after():
 
 def test_batch_means_of_an_enumerated_batch_are_exact():
     problem, policy = four_sentences(), four_sentences_policy()
-    record = next(train_steps(policy, problem, losses.exact, steps=1, lr=1e-300, draw=seeded_draw(0)))
+    record = next(
+        train_steps(policy, problem, losses.exact, steps=1, lr=1e-300, draw=seeded_draw(0))
+    )
     assert record["reward"] == pytest.approx(0.9, abs=1e-14)
     assert record["kl"] == pytest.approx(0.099793472091, abs=5.1e-13)
     assert record["objective"] == pytest.approx(-record["loss"], abs=1e-14)
@@ -205,20 +287,46 @@ def test_batch_means_of_an_enumerated_batch_are_exact():
 
 def test_batch_means_count_no_sequence_that_the_policy_never_gives():
     problem = four_sentences()
-    policy = SequenceTable(problem.space, problem.prior.tokens, torch.tensor([0.0, 0.0, -INF, -INF], dtype=torch.float64))
-    history = train(policy, problem, losses.exact, steps=100, optimizer=torch.optim.SGD(policy.parameters(), lr=2.0), draw=seeded_draw(0))
-    assert history["kl"][0] == pytest.approx(0.5 * math.log(0.5 / 0.4) + 0.5 * math.log(0.5 / 0.3), abs=1e-14)
+    policy = SequenceTable(
+        problem.space,
+        problem.prior.tokens,
+        torch.tensor([0.0, 0.0, -INF, -INF], dtype=torch.float64),
+    )
+    history = train(
+        policy,
+        problem,
+        losses.exact,
+        steps=100,
+        optimizer=torch.optim.SGD(policy.parameters(), lr=2.0),
+        draw=seeded_draw(0),
+    )
+    assert history["kl"][0] == pytest.approx(
+        0.5 * math.log(0.5 / 0.4) + 0.5 * math.log(0.5 / 0.3), abs=1e-14
+    )
     star = 0.4 * math.e / (0.4 * math.e + 0.3)  # the posterior within the two sentences
     assert policy.log_probs.exp().tolist() == pytest.approx([star, 1 - star, 0, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])]
+    ("name", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.853553, 0.5, 0.146447]),
+    ],
 )
 def test_schedules_scale_the_learning_rate(name, expected):
     problem, policy = four_sentences(), restricted(four_sentences())
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.2)
-    stream = train_steps(policy, problem, losses.rloo, steps=4, optimizer=optimizer, schedule=SCHEDULES[name], draw=seeded_draw(0))
+    stream = train_steps(
+        policy,
+        problem,
+        losses.rloo,
+        steps=4,
+        optimizer=optimizer,
+        schedule=SCHEDULES[name],
+        draw=seeded_draw(0),
+    )
     seen = [(record["lr"], optimizer.param_groups[0]["lr"]) for record in stream]
     assert seen == [(pytest.approx(0.2 * factor, abs=1e-6),) * 2 for factor in expected]
     assert (linear(1.0), cosine(1.0)) == (0.0, pytest.approx(0.0, abs=1e-16))
@@ -227,18 +335,44 @@ def test_schedules_scale_the_learning_rate(name, expected):
 def test_ones_own_optimizer_is_used_with_its_rate():
     problem, policy = four_sentences(), four_sentences_policy()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    record = next(train_steps(policy, problem, losses.exact, steps=1, draw=seeded_draw(0), optimizer=optimizer, lr=123.0, schedule=lambda done: 0.5))
+    record = next(
+        train_steps(
+            policy,
+            problem,
+            losses.exact,
+            steps=1,
+            draw=seeded_draw(0),
+            optimizer=optimizer,
+            lr=123.0,
+            schedule=lambda done: 0.5,
+        )
+    )
     assert record["lr"] == 0.5
-    gradient = torch.tensor([-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306], dtype=torch.float64)
+    gradient = torch.tensor(
+        [-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306], dtype=torch.float64
+    )
     expected = torch.log(torch.tensor([0.5, 0.2, 0.1, 0.2], dtype=torch.float64)) + 0.5 * gradient
     assert policy.logits.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_recorded():
     problem, policy = four_sentences(), four_sentences_policy()
-    before, norm = policy.logits.detach().clone(), math.hypot(-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306)
+    before, norm = (
+        policy.logits.detach().clone(),
+        math.hypot(-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306),
+    )
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    record = next(train_steps(policy, problem, losses.exact, steps=1, draw=seeded_draw(0), optimizer=optimizer, max_grad_norm=1e-3))
+    record = next(
+        train_steps(
+            policy,
+            problem,
+            losses.exact,
+            steps=1,
+            draw=seeded_draw(0),
+            optimizer=optimizer,
+            max_grad_norm=1e-3,
+        )
+    )
     assert record["grad_norm"] == pytest.approx(norm, abs=1e-11)
     assert float((policy.logits.detach() - before).norm()) == pytest.approx(1e-3, rel=1e-4)
 
@@ -252,7 +386,7 @@ def test_frozen_parameters_stay():
     assert torch.equal(policy.policy.embedding.weight, before)
 
 
-# --- where it must stop ----------------------------------------------------------------------------------------------
+# --- where it must stop ---------------------------------------------------------------------------
 
 
 def good_until(step, value):
@@ -270,7 +404,9 @@ def good_until(step, value):
 def test_a_bad_loss_stops_with_its_step_and_the_last_good_weights(value):
     problem = four_sentences()
     policy, twin = restricted(problem, "lstm"), restricted(problem, "lstm")
-    with pytest.raises(DivergedError, match=r"step 4: the loss is (nan|-?inf); the last good weights are kept") as caught:
+    with pytest.raises(
+        DivergedError, match=r"step 4: the loss is (nan|-?inf); the last good weights are kept"
+    ) as caught:
         train(policy, problem, good_until(4, value), steps=9, draw=seeded_draw(0))
     assert caught.value.step == 4
     train(twin, problem, losses.rloo, steps=3, draw=seeded_draw(0))
@@ -281,7 +417,9 @@ def test_a_bad_gradient_under_a_finite_loss_stops_too():
     """√0 has slope inf, and inf·0 is NaN."""
 
     def loss(batch):
-        return losses.rloo(batch) + torch.sqrt((batch.log_probs - batch.log_probs.detach()).square().sum())
+        return losses.rloo(batch) + torch.sqrt(
+            (batch.log_probs - batch.log_probs.detach()).square().sum()
+        )
 
     problem, policy = four_sentences(), restricted(four_sentences())
     before = weights(policy)
@@ -295,8 +433,18 @@ def test_an_update_to_infinity_is_taken_back():
     problem, policy = four_sentences(), restricted(four_sentences())
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e308)
     before = weights(policy)
-    with pytest.raises(DivergedError, match=r"step 1: its update made the policy NaN; the last good weights are back in place") as caught:
-        train(policy, problem, lambda batch: 1e3 * losses.rloo(batch), steps=3, draw=seeded_draw(0), optimizer=optimizer)
+    with pytest.raises(
+        DivergedError,
+        match=r"step 1: its update made the policy NaN; the last good weights are back in place",
+    ) as caught:
+        train(
+            policy,
+            problem,
+            lambda batch: 1e3 * losses.rloo(batch),
+            steps=3,
+            draw=seeded_draw(0),
+            optimizer=optimizer,
+        )
     assert caught.value.step == 1
     assert same(weights(policy), before)
 
@@ -322,14 +470,18 @@ def test_an_unrestricted_policy_is_refused_before_any_update(loss):
     problem = four_sentences()
     policy = RecurrentModel(problem.space, hidden_size=4)
     before = weights(policy)
-    with pytest.raises(UnsupportedPolicyError, match=r"restrict_to_support\(policy, problem\.prior\)"):
+    with pytest.raises(
+        UnsupportedPolicyError, match=r"restrict_to_support\(policy, problem\.prior\)"
+    ):
         train(policy, problem, loss, steps=3, draw=seeded_draw(0))
     assert same(weights(policy), before)
 
 
 @pytest.mark.parametrize("loss", [losses.rloo, losses.exact])
 def test_stray_mass_too_small_to_be_drawn_is_refused_before_any_update(loss):
-    """π('cat' first) is about e^{−30}/2: no batch of two shows it (seed fixed), only a look at the distribution does."""
+    """π('cat' first) is about e^{−30}/2: no batch of two shows it (seed fixed), only a look at the
+    distribution does.
+    """
     problem = four_sentences()
     policy = PrefixTable(problem.space)
     with torch.no_grad():
@@ -345,9 +497,15 @@ def test_stray_mass_too_small_to_be_drawn_is_refused_before_any_update(loss):
 
 def test_a_policy_on_the_prior_only_is_refused_under_a_hard_reward():
     base = four_sentences()
-    problem = Problem(base.prior, table_reward({"the cat": 1, "the dog": 0, "a cat": 0, "a dog": -INF}, base.space), 1.0)
+    problem = Problem(
+        base.prior,
+        table_reward({"the cat": 1, "the dog": 0, "a cat": 0, "a dog": -INF}, base.space),
+        1.0,
+    )
     for loss in (losses.exact, losses.rloo):
-        with pytest.raises(UnsupportedPolicyError, match=r"reward is -inf.*feasible_prior\(problem\)"):
+        with pytest.raises(
+            UnsupportedPolicyError, match=r"reward is -inf.*feasible_prior\(problem\)"
+        ):
             train(restricted(base), problem, loss, steps=50, draw=seeded_draw(0))
 
 
@@ -370,7 +528,12 @@ def test_arguments_are_checked():
     problem = four_sentences()
 
     def run(policy=None, given=problem, loss=losses.rloo, **options):
-        return train(restricted(problem) if policy is None else policy, given, loss, **{"steps": 1, "draw": seeded_draw(0)} | options)
+        return train(
+            restricted(problem) if policy is None else policy,
+            given,
+            loss,
+            **{"steps": 1, "draw": seeded_draw(0)} | options,
+        )
 
     for options, message in (
         ({"batch_size": 1}, "group 0 holds one sequence"),

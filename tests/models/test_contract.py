@@ -1,4 +1,6 @@
-"""The contract's functions: sampling, enumeration, restriction, prompts; and every model held to the laws."""
+"""The contract's functions: sampling, enumeration, restriction, prompts; and every model held to
+the laws.
+"""
 
 import itertools
 import math
@@ -25,15 +27,30 @@ from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
-from klrl_edu.testing import assert_samples_from, check_language_model, example_tokens, policies, problems, sequence_tables, spaces
+from klrl_edu.testing import (
+    assert_samples_from,
+    check_language_model,
+    example_tokens,
+    policies,
+    problems,
+    sequence_tables,
+    spaces,
+)
 from tests.models.toys import BigramToy, PromptedToy, UniformToy, words
 
 INF = math.inf
-SPACES = {"eos": words(2, 3), "no-eos": words(3, 3, eos=False), "one-word": words(1, 2), "one-token": words(3, 1, eos=False)}
+SPACES = {
+    "eos": words(2, 3),
+    "no-eos": words(3, 3, eos=False),
+    "one-word": words(1, 2),
+    "one-token": words(3, 1, eos=False),
+}
 
 
 def some_table(space: SequenceSpace, zeros: bool = True) -> SequenceTable:
-    """A table on every fifth sequence of a space, so that prefixes are out of reach; with `zeros`, its first row (of several) has mass 0."""
+    """A table on every fifth sequence of a space, so that prefixes are out of reach; with `zeros`,
+    its first row (of several) has mass 0.
+    """
     tokens = space.all_tokens()[::5]
     logits = torch.linspace(-1, 2, len(tokens), dtype=torch.float64)
     if zeros and len(tokens) > 1:
@@ -43,16 +60,28 @@ def some_table(space: SequenceSpace, zeros: bool = True) -> SequenceTable:
 
 def random_prefix_table(space: SequenceSpace) -> PrefixTable:
     table = PrefixTable(space)
-    logits = torch.randn(table.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = torch.randn(
+        table.logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return PrefixTable(space, None, logits)
 
 
-def small_rnn(space: SequenceSpace, cell: str = "lstm", layers: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> RecurrentModel:
+def small_rnn(
+    space: SequenceSpace,
+    cell: str = "lstm",
+    layers: int = 1,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> RecurrentModel:
     return RecurrentModel(space, cell=cell, hidden_size=6, layers=layers, seed=seed, dtype=dtype)
 
 
-def small_transformer(space: SequenceSpace, dtype: torch.dtype = torch.float64, seed: int = 0, max_prompt: int = 0) -> TransformerModel:
-    model = TransformerModel(space, width=8, heads=2, layers=2, max_prompt=max_prompt, seed=seed, dtype=dtype)
+def small_transformer(
+    space: SequenceSpace, dtype: torch.dtype = torch.float64, seed: int = 0, max_prompt: int = 0
+) -> TransformerModel:
+    model = TransformerModel(
+        space, width=8, heads=2, layers=2, max_prompt=max_prompt, seed=seed, dtype=dtype
+    )
     with torch.no_grad():  # embeddings of 0.02 make logits too alike for a law to notice much
         for embedding in (model.token_embedding, model.position_embedding):
             embedding.weight.mul_(50)
@@ -76,14 +105,22 @@ MODELS = {
     "transformer-float32": lambda space: small_transformer(space, torch.float32),
     "restricted-bigram": lambda space: restrict_to_support(BigramToy(space), some_table(space)),
     "restricted-lstm": lambda space: restrict_to_support(small_rnn(space), some_table(space)),
-    "restricted-transformer-float32": lambda space: restrict_to_support(small_transformer(space, torch.float32), some_table(space)),
-    "restricted-twice": lambda space: restrict_to_support(restrict_to_support(BigramToy(space), some_table(space, False)), some_table(space)),
+    "restricted-transformer-float32": lambda space: restrict_to_support(
+        small_transformer(space, torch.float32), some_table(space)
+    ),
+    "restricted-twice": lambda space: restrict_to_support(
+        restrict_to_support(BigramToy(space), some_table(space, False)), some_table(space)
+    ),
 }
 EXACT = [name for name in MODELS if "float32" not in name]
 
 
-def distribution_by_forward(model: LanguageModel, prompt: torch.Tensor | None = None) -> dict[tuple[int, ...], float]:
-    """Every sequence's log-probability by chaining plain softmaxes of `forward` in Python; zero mass left out."""
+def distribution_by_forward(
+    model: LanguageModel, prompt: torch.Tensor | None = None
+) -> dict[tuple[int, ...], float]:
+    """Every sequence's log-probability by chaining plain softmaxes of `forward` in Python; zero
+    mass left out.
+    """
     space, out = model.space, {}
     rows = space.all_tokens()
     logits = model(rows, None if prompt is None else prompt.expand(len(rows), -1)).detach().double()
@@ -123,7 +160,9 @@ PROMPTED = {
     "gru": lambda space: small_rnn(space, "gru"),
     "transformer": lambda space: small_transformer(space, max_prompt=3),
     "lstm-float32": lambda space: small_rnn(space, dtype=torch.float32),
-    "restricted-transformer": lambda space: restrict_to_support(small_transformer(space, max_prompt=3), some_table(space, False)),
+    "restricted-transformer": lambda space: restrict_to_support(
+        small_transformer(space, max_prompt=3), some_table(space, False)
+    ),
 }
 
 
@@ -132,7 +171,9 @@ PROMPTED = {
 def test_prompted_models_keep_every_law_with_and_without_left_padding(build, space):
     model = build(space)
     tokens = example_tokens(space)
-    rows = torch.tensor([[-1, -1, 1], [0, 1, 1], [-1, 1, 0], [-1, -1, -1]]).repeat(len(tokens), 1)[: len(tokens)]
+    rows = torch.tensor([[-1, -1, 1], [0, 1, 1], [-1, 1, 0], [-1, -1, -1]]).repeat(len(tokens), 1)[
+        : len(tokens)
+    ]
     check_language_model(model, torch.tensor([1, 0]))
     check_language_model(model, torch.tensor([-1, 1, 0]))
     check_language_model(model, rows, tokens=tokens)
@@ -146,17 +187,23 @@ def test_left_padding_changes_nothing_and_the_prompt_does(build):
     padded = model(tokens, torch.tensor([[-1, 1, 0]]).expand(len(tokens), -1))
     tolerance = 1e-12 if logits.dtype == torch.float64 else 1e-5
     assert torch.allclose(padded, logits, rtol=tolerance, atol=tolerance)
-    mixed = model(tokens[:2], torch.tensor([[-1, 1, 0], [1, 1, 0]]))  # padding beside a row that has none
+    mixed = model(
+        tokens[:2], torch.tensor([[-1, 1, 0], [1, 1, 0]])
+    )  # padding beside a row that has none
     assert torch.allclose(mixed[0], logits[0], rtol=tolerance, atol=tolerance)
     for other in (model(tokens, torch.tensor([[1, 1]]).expand(len(tokens), -1)), model(tokens)):
-        assert (other.softmax(-1) - logits.softmax(-1)).abs().max() > 10 * tolerance + 1e-4  # far beyond what padding may change
+        assert (
+            other.softmax(-1) - logits.softmax(-1)
+        ).abs().max() > 10 * tolerance + 1e-4  # far beyond what padding may change
 
 
 @pytest.mark.parametrize("build", PROMPTED.values(), ids=PROMPTED)
 def test_a_prompt_of_padding_only_is_no_prompt(build):
     model = build(SPACES["eos"])
     tokens = SPACES["eos"].all_tokens()
-    assert torch.allclose(model(tokens, torch.full((len(tokens), 2), -1)), model(tokens), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(
+        model(tokens, torch.full((len(tokens), 2), -1)), model(tokens), rtol=1e-6, atol=1e-6
+    )
 
 
 # log-probabilities
@@ -168,7 +215,9 @@ def test_sequence_log_probs_chain_the_softmaxes_and_sum_to_one(name, space):
     model = MODELS[name](space)
     tokens = space.all_tokens()
     seen = as_dict(tokens, sequence_log_probs(model, tokens))
-    assert {row: value for row, value in seen.items() if value > -INF} == pytest.approx(distribution_by_forward(model), rel=1e-12, abs=1e-12)
+    assert {row: value for row, value in seen.items() if value > -INF} == pytest.approx(
+        distribution_by_forward(model), rel=1e-12, abs=1e-12
+    )
     assert math.fsum(map(math.exp, seen.values())) == pytest.approx(1, abs=1e-12)
 
 
@@ -179,7 +228,12 @@ def test_token_log_probs_are_zero_after_the_first_eos():
 
 
 def test_float32_logits_are_upcast_before_the_softmax():
-    assert conditional_log_probs(MODELS["gru-float32"](SPACES["eos"]), SPACES["eos"].all_tokens()).dtype == torch.float64
+    assert (
+        conditional_log_probs(
+            MODELS["gru-float32"](SPACES["eos"]), SPACES["eos"].all_tokens()
+        ).dtype
+        == torch.float64
+    )
 
 
 def test_tokens_and_prompts_of_a_wrong_shape_are_refused():
@@ -187,7 +241,9 @@ def test_tokens_and_prompts_of_a_wrong_shape_are_refused():
     with pytest.raises(InputError, match=r"tokens\[0, 2\] = 0 does not belong"):
         sequence_log_probs(model, torch.tensor([[0, 0, 0]]))
     with pytest.raises(InputError, match=r"prompt has shape \[3, 1\]; expected \[S\] or \[2, S\]"):
-        sequence_log_probs(model, SPACES["eos"].all_tokens()[:2], torch.zeros(3, 1, dtype=torch.long))
+        sequence_log_probs(
+            model, SPACES["eos"].all_tokens()[:2], torch.zeros(3, 1, dtype=torch.long)
+        )
     with pytest.raises(InputError, match=r"prompts has shape \[1\]"):
         sample(model, 2, draw=seeded_draw(0), prompts=torch.zeros(1, dtype=torch.long))
 
@@ -197,7 +253,9 @@ def test_a_forward_of_the_wrong_shape_is_named():
         def forward(self, tokens, prompt=None):
             return super().forward(tokens)[:, :-1]
 
-    with pytest.raises(InputError, match=r"Short.forward gave shape .* expected \[N, T, V\] = \[7, 3, 3\]"):
+    with pytest.raises(
+        InputError, match=r"Short.forward gave shape .* expected \[N, T, V\] = \[7, 3, 3\]"
+    ):
         sequence_log_probs(Short(SPACES["eos"]), SPACES["eos"].all_tokens())
 
 
@@ -222,7 +280,9 @@ def test_many_samples_that_share_their_prefixes_have_the_distribution(space):
 def test_every_execution_of_two_samples_gives_the_product():
     model = BigramToy(words(1, 3))
     one = distribution_by_forward(model)
-    outcomes = enumerate_executions(lambda draw: tuple(map(tuple, sample(model, 2, draw=draw).tolist())))
+    outcomes = enumerate_executions(
+        lambda draw: tuple(map(tuple, sample(model, 2, draw=draw).tolist()))
+    )
     expected = {(a, b): one[a] + one[b] for a, b in itertools.product(one, one)}
     assert dict(outcomes) == pytest.approx(expected, rel=1e-12)
 
@@ -232,7 +292,9 @@ def test_every_execution_with_prompts_gives_each_prompts_distribution_grouped_by
     model = build(words(1, 2))
     prompts = torch.tensor([[-1, 0], [0, 1]])
     per_prompt = [distribution_by_forward(model, prompt) for prompt in prompts]
-    outcomes = enumerate_executions(lambda draw: tuple(map(tuple, sample(model, 2, draw=draw, prompts=prompts).tolist())))
+    outcomes = enumerate_executions(
+        lambda draw: tuple(map(tuple, sample(model, 2, draw=draw, prompts=prompts).tolist()))
+    )
     expected = {
         (a, b, c, d): per_prompt[0][a] + per_prompt[0][b] + per_prompt[1][c] + per_prompt[1][d]
         for a, b, c, d in itertools.product(*per_prompt[:1] * 2, *per_prompt[1:] * 2)
@@ -248,7 +310,9 @@ def test_sample_stops_once_all_have_ended_and_fills_up_with_eos():
             steps.append(1)
             return super().step(state, token)
 
-    tokens = sample(Counting(words(2, 50)), 3, draw=lambda log_probs, rows: torch.full((len(rows),), 2))
+    tokens = sample(
+        Counting(words(2, 50)), 3, draw=lambda log_probs, rows: torch.full((len(rows),), 2)
+    )
     assert torch.equal(tokens, torch.full((3, 50), 2))
     assert not steps
 
@@ -258,7 +322,9 @@ def test_the_method_sample_takes_one_prompt():
     prompt = torch.tensor([1, 0])
     expected = sample(model, 4, draw=seeded_draw(0), prompts=prompt[None])
     assert torch.equal(model.sample(4, draw=seeded_draw(0), prompt=prompt), expected)
-    assert torch.equal(model.log_prob(expected, prompt), sequence_log_probs(model, expected, prompt))
+    assert torch.equal(
+        model.log_prob(expected, prompt), sequence_log_probs(model, expected, prompt)
+    )
 
 
 # enumeration
@@ -271,8 +337,12 @@ def test_enumerate_support_lists_what_has_mass_in_lexicographic_order(name, spac
     support = enumerate_support(model)
     assert support.exact
     assert support.tokens.tolist() == sorted(support.tokens.tolist())
-    assert as_dict(support.tokens, support.log_weights) == pytest.approx(distribution_by_forward(model), rel=1e-12, abs=1e-12)
-    assert torch.allclose(support.log_weights, sequence_log_probs(model, support.tokens), rtol=1e-12, atol=1e-12)
+    assert as_dict(support.tokens, support.log_weights) == pytest.approx(
+        distribution_by_forward(model), rel=1e-12, abs=1e-12
+    )
+    assert torch.allclose(
+        support.log_weights, sequence_log_probs(model, support.tokens), rtol=1e-12, atol=1e-12
+    )
 
 
 @given(space=spaces(max_length=4), data=st.data())
@@ -286,7 +356,9 @@ def test_enumerate_support_reads_the_prompt():
     model = PromptedToy(SPACES["eos"])
     prompt = torch.tensor([1, 1])
     support = enumerate_support(model, prompt=prompt)
-    assert as_dict(support.tokens, support.log_weights) == pytest.approx(distribution_by_forward(model, prompt), rel=1e-12)
+    assert as_dict(support.tokens, support.log_weights) == pytest.approx(
+        distribution_by_forward(model, prompt), rel=1e-12
+    )
 
 
 def test_blocks_of_one_prefix_give_the_same_support(monkeypatch):
@@ -294,7 +366,9 @@ def test_blocks_of_one_prefix_give_the_same_support(monkeypatch):
     whole = enumerate_support(model)
     monkeypatch.setattr("klrl_edu.models.contract._BLOCK_ENTRIES", 1)
     assert torch.equal(enumerate_support(model).tokens, whole.tokens)
-    assert torch.allclose(enumerate_support(model).log_weights, whole.log_weights, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        enumerate_support(model).log_weights, whole.log_weights, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_twenty_sentences_over_thirty_words_cost_twenty_sequences(monkeypatch):
@@ -302,7 +376,11 @@ def test_twenty_sentences_over_thirty_words_cost_twenty_sequences(monkeypatch):
     tokens = torch.randint(30, (20, 9), generator=torch.Generator().manual_seed(0))
     table, rows = SequenceTable(space, tokens, torch.zeros(20)), []
     inner = SequenceTable.step
-    monkeypatch.setattr(SequenceTable, "step", lambda self, state, token: rows.append(len(token)) or inner(self, state, token))
+    monkeypatch.setattr(
+        SequenceTable,
+        "step",
+        lambda self, state, token: rows.append(len(token)) or inner(self, state, token),
+    )
     support = enumerate_support(table, max_sequences=20)
     assert support.tokens.tolist() == sorted(tokens.tolist())
     assert support.log_weights.tolist() == pytest.approx([-math.log(20)] * 20, rel=1e-14)
@@ -313,7 +391,10 @@ def test_twenty_sentences_over_thirty_words_cost_twenty_sequences(monkeypatch):
 def test_a_support_one_larger_than_allowed_is_refused_and_its_size_is_not(eos):
     model = UniformToy(words(3, 3, eos))
     assert len(enumerate_support(model, max_sequences=model.space.size)) == model.space.size
-    with pytest.raises(TooLargeError, match=f"max_sequences = {model.space.size - 1} .*the whole space: {model.space.size}"):
+    with pytest.raises(
+        TooLargeError,
+        match=f"max_sequences = {model.space.size - 1} .*the whole space: {model.space.size}",
+    ):
         enumerate_support(model, max_sequences=model.space.size - 1)
 
 
@@ -326,12 +407,24 @@ def test_a_vocabulary_of_50257_is_refused_with_its_count_before_many_logits_are_
             return super().step(state, token)
 
     space = SequenceSpace(tuple(map(str, range(50257))), 20)
-    with pytest.raises(TooLargeError, match=r"more than max_sequences = 1,000,000 .*the whole space: about 10\^89"):
+    with pytest.raises(
+        TooLargeError, match=r"more than max_sequences = 1,000,000 .*the whole space: about 10\^89"
+    ):
         enumerate_support(Watched(space))
-    assert sum(read) * space.vocab_size < 3_000_000  # logits, where reading all first words at once would make 2.5 billion
+    assert (
+        sum(read) * space.vocab_size < 3_000_000
+    )  # logits, where reading all first words at once would make 2.5 billion
 
 
-@pytest.mark.parametrize(("count", "text"), [(7, "7"), (10**15 - 1, "999,999,999,999,999"), (10**15, "about 10^15"), (50257**20, "about 10^94")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (7, "7"),
+        (10**15 - 1, "999,999,999,999,999"),
+        (10**15, "about 10^15"),
+        (50257**20, "about 10^94"),
+    ],
+)
 def test_counts_are_exact_up_to_fifteen_digits(count, text):
     assert readable_count(count) == text
 
@@ -358,7 +451,9 @@ def test_a_restricted_policy_is_its_token_wise_renormalisation_with_mass_exactly
         for t in range(space.max_length):
             logits = policy.weight[row[t - 1] if t else space.vocab_size].detach()
             options = {other[t] for other in allowed if other[:t] == row[:t]}
-            total += float(logits[row[t]]) - math.log(sum(math.exp(float(logits[v])) for v in options))
+            total += float(logits[row[t]]) - math.log(
+                sum(math.exp(float(logits[v])) for v in options)
+            )
         expected[row] = total
     assert restricted == pytest.approx(expected, rel=1e-12)
     log_probs = sequence_log_probs(restrict_to_support(policy, reference), space.all_tokens())
@@ -372,7 +467,9 @@ def test_prefixes_out_of_reach_are_uniform_and_gradients_stay_finite():
     restricted = restrict_to_support(policy, reference)
     tokens = space.all_tokens()
     log_probs = conditional_log_probs(restricted, tokens)
-    assert log_probs[2:, 1].exp().flatten().tolist() == pytest.approx([0.5] * 4, rel=1e-14)  # after "b"
+    assert log_probs[2:, 1].exp().flatten().tolist() == pytest.approx(
+        [0.5] * 4, rel=1e-14
+    )  # after "b"
     assert sequence_log_probs(restricted, tokens).tolist() == [0.0, -INF, -INF, -INF]
     sequence_log_probs(restricted, tokens[:1]).sum().backward()
     assert policy.logits.grad is not None
@@ -394,7 +491,9 @@ def test_a_policy_and_a_reference_of_different_spaces_are_refused():
 
 @pytest.mark.parametrize("n", [2, 3, 7, 300])
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
-@pytest.mark.parametrize("space", [words(3, 5), SequenceSpace(("a", "b", "c"), 5, eos=False)], ids=["eos", "no eos"])
+@pytest.mark.parametrize(
+    "space", [words(3, 5), SequenceSpace(("a", "b", "c"), 5, eos=False)], ids=["eos", "no eos"]
+)
 def test_sharing_prefixes_changes_no_token(space, name, n):
     build = {"lstm": RecurrentModel, "transformer": TransformerModel}[name]
     model = build(space, seed=1)

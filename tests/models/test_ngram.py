@@ -27,7 +27,9 @@ def random_ngram(space: SequenceSpace, order: int, seed: int = 0) -> NGramModel:
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("space", [SPACE, FIXED], ids=["eos", "fixed"])
 def test_dense_and_fitted_models_keep_every_law(space, order):
-    testing.check_language_model(random_ngram(space, order), fresh=lambda: random_ngram(space, order, 1))
+    testing.check_language_model(
+        random_ngram(space, order), fresh=lambda: random_ngram(space, order, 1)
+    )
     fitted = NGramModel.fit(space, TEXTS if space.eos else ["a b a", "b b a", "a a a"], order)
     testing.check_language_model(fitted)
     assert float(enumerate_support(fitted).log_weights.logsumexp(0)) == pytest.approx(0, abs=1e-13)
@@ -50,12 +52,24 @@ def test_a_row_depends_on_the_last_words_and_on_nothing_before(order):
 
 def test_the_courses_dirichlet_predictive():
     space = SequenceSpace(("the cat", "the dog", "a cat", "a dog"), 1, eos=False, separator="|")
-    model = NGramModel.fit(space, list(space.vocabulary), 1, weights=[4, 3, 2, 1], smoothing="dirichlet")
-    assert model.emission_log_probs().exp()[0].tolist() == pytest.approx([5 / 14, 4 / 14, 3 / 14, 2 / 14], abs=1e-15)
+    model = NGramModel.fit(
+        space, list(space.vocabulary), 1, weights=[4, 3, 2, 1], smoothing="dirichlet"
+    )
+    assert model.emission_log_probs().exp()[0].tolist() == pytest.approx(
+        [5 / 14, 4 / 14, 3 / 14, 2 / 14], abs=1e-15
+    )
 
 
-def slow_witten_bell(history: tuple[str, ...], token: str, texts: list[str], weights: list[float], space: SequenceSpace) -> float:
-    """(1) straight from the texts, for the longest history of which any ending is looked up by scanning."""
+def slow_witten_bell(
+    history: tuple[str, ...],
+    token: str,
+    texts: list[str],
+    weights: list[float],
+    space: SequenceSpace,
+) -> float:
+    """(1) straight from the texts, for the longest history of which any ending is looked up by
+    scanning.
+    """
     longest, columns = space.max_length - 1, space.vocab_size
     follow: Counter[str] = Counter()
     for text, weight in zip(texts, weights, strict=True):
@@ -78,14 +92,20 @@ def test_witten_bell_is_its_formula(order):
         tokens = SPACE.encode([" ".join(words)])
         rows = conditional_log_probs(model, tokens)[0].exp()
         for t in range(3):
-            history = tuple(["<"] * 5 + list(words[:t]))[len(words[:t]) + 5 - (order - 1) :] if order > 1 else ()
+            history = (
+                tuple(["<"] * 5 + list(words[:t]))[len(words[:t]) + 5 - (order - 1) :]
+                if order > 1
+                else ()
+            )
             expected = [slow_witten_bell(history, name, TEXTS, weights, SPACE) for name in names]
             assert rows[t].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_forced_eos_is_no_evidence():
     short = SequenceSpace(("a",), 3)
-    model = NGramModel.fit(short, ["a a"], 1)  # both words were chosen, the EOS after them was not: n(a) = 2, t = 1
+    model = NGramModel.fit(
+        short, ["a a"], 1
+    )  # both words were chosen, the EOS after them was not: n(a) = 2, t = 1
     assert model.emission_log_probs().exp()[0].tolist() == pytest.approx([(2 + 0.5) / 3, 0.5 / 3])
 
 
@@ -99,9 +119,14 @@ def test_after_an_unknown_context_dirichlet_is_uniform_and_recovers():
 def test_surnames_fit_at_order_six_and_higher_orders_fit_them_better():
     table = surname_frequencies(300)
     space = SequenceSpace.from_texts(list(table), separator="")
-    fits = [NGramModel.fit(space, list(table), order, weights=list(table.values())) for order in (1, 2, 4, 6)]
+    fits = [
+        NGramModel.fit(space, list(table), order, weights=list(table.values()))
+        for order in (1, 2, 4, 6)
+    ]
     weights = torch.tensor(list(table.values()), dtype=torch.float64)
-    likelihoods = [float(weights @ model.log_prob(space.encode(list(table))).detach()) for model in fits]
+    likelihoods = [
+        float(weights @ model.log_prob(space.encode(list(table))).detach()) for model in fits
+    ]
     assert likelihoods == sorted(likelihoods)
 
 
@@ -116,7 +141,10 @@ def test_surnames_fit_at_order_six_and_higher_orders_fit_them_better():
         ({"weights": [1, 1, 1, -1, 1, 1]}, r"weights\[3\] = -1.0"),
         ({"weights": [math.nan] * 6}, r"weights\[0\] = nan"),
         ({"weights": [0] * 6}, "all zero"),
-        ({"smoothing": "kneser-ney"}, "'kneser-ney' is not known; choose 'witten-bell' or 'dirichlet'"),
+        (
+            {"smoothing": "kneser-ney"},
+            "'kneser-ney' is not known; choose 'witten-bell' or 'dirichlet'",
+        ),
         ({"smoothing": "dirichlet", "concentration": 0.0}, "concentration = 0.0"),
     ],
 )
@@ -128,7 +156,9 @@ def test_bad_input_is_named(options, message):
 def test_bad_logits_are_named():
     with pytest.raises(InputError, match=r"expected \[C, V\] = \[4, 4\]"):
         NGramModel(SPACE, 2, torch.zeros(3, 4))
-    with pytest.raises(InputError, match=r"logits\[1, 0\] = -inf: NaN, \+inf, or a row without mass"):
+    with pytest.raises(
+        InputError, match=r"logits\[1, 0\] = -inf: NaN, \+inf, or a row without mass"
+    ):
         NGramModel(SPACE, 2, torch.zeros(4, 4).index_fill(0, torch.tensor([1]), -math.inf))
     with pytest.raises(TooLargeError, match=r"order 6 over 27 words has 14,900,788 contexts"):
         NGramModel(SequenceSpace(tuple("abcdefghijklmnopqrstuvwxyz-"), 8), 6)

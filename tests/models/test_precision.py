@@ -1,4 +1,6 @@
-"""Half precision is asked for by name, shares the weights, and changes the distribution by no more than its rounding."""
+"""Half precision is asked for by name, shares the weights, and changes the distribution by no more
+than its rounding.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,9 @@ def test_the_divergence_is_of_the_order_of_the_rounding_squared(dtype):
 def test_the_laws_that_do_not_compare_two_routes_hold(make, dtype):
     model = autocast(make(), dtype)
     log_probs = conditional_log_probs(model, SPACE.all_tokens())
-    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones_like(log_probs[..., 0]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        log_probs.exp().sum(-1), torch.ones_like(log_probs[..., 0]), rtol=0, atol=1e-12
+    )
     check_eos_absorbs(model)
     check_samples_belong(model)
     assert torch.equal(sample(model, 5, draw=seeded_draw(0)), sample(model, 5, draw=seeded_draw(0)))
@@ -51,7 +55,10 @@ def test_the_laws_that_do_not_compare_two_routes_hold(make, dtype):
 def test_the_weights_are_shared_and_get_float32_gradients():
     model = network()
     autocast(model, torch.bfloat16).log_prob(SPACE.all_tokens()).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32
+        for parameter in model.parameters()
+    )
 
 
 def test_a_dtype_that_is_no_half_precision_is_refused():

@@ -11,11 +11,16 @@ SPACE = words(3, 4)
 
 
 def by_hand(model: RecurrentModel, ids: list[int]) -> torch.Tensor:
-    """Logits after ids by the equations of Hochreiter & Schmidhuber (1997) and Cho et al. (2014), one layer at a time."""
+    """Logits after ids by the equations of Hochreiter & Schmidhuber (1997) and Cho et al. (2014),
+    one layer at a time.
+    """
     weights, size = model.recurrent, model.recurrent.hidden_size
     inputs = [model.embedding.weight[i] for i in ids]
     for layer in range(weights.num_layers):
-        w, u, b, c = (getattr(weights, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        w, u, b, c = (
+            getattr(weights, f"{name}_l{layer}")
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
         hidden = cell = torch.zeros(size, dtype=w.dtype)
         outputs = []
         for x in inputs:
@@ -41,13 +46,21 @@ def test_logits_follow_the_equations_with_a_prompt_before_bos(cell, layers):
     for given, before in ((None, []), (prompt, [1, 2])):
         logits = model(tokens, given)[0]
         for t in range(4):
-            assert torch.allclose(logits[t], by_hand(model, [*before, bos, *tokens[0, :t].tolist()]), rtol=0, atol=1e-14)
+            assert torch.allclose(
+                logits[t],
+                by_hand(model, [*before, bos, *tokens[0, :t].tolist()]),
+                rtol=0,
+                atol=1e-14,
+            )
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_equal_seeds_give_equal_weights_and_the_global_generator_stays(cell):
     before = torch.get_rng_state()
-    one, same, other = (RecurrentModel(SPACE, cell=cell, hidden_size=5, layers=2, seed=seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (
+        RecurrentModel(SPACE, cell=cell, hidden_size=5, layers=2, seed=seed).state_dict()
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
@@ -63,11 +76,18 @@ def test_every_weight_is_initialised_to_a_finite_number_and_reached_by_the_gradi
         assert (parameter.grad != 0).any()
 
 
-@pytest.mark.parametrize("kwargs", [{"cell": "rnn"}, {"hidden_size": 0}, {"layers": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "kwargs", [{"cell": "rnn"}, {"hidden_size": 0}, {"layers": 0}, {"seed": -1}]
+)
 def test_wrong_options_are_refused_by_name(kwargs):
     with pytest.raises(InputError, match=next(iter(kwargs))):
         RecurrentModel(SPACE, **kwargs)
 
 
 def test_float32_is_kept():
-    assert RecurrentModel(SPACE, hidden_size=4, dtype=torch.float32)(torch.tensor([[0, 1, 2, 3]])).dtype == torch.float32
+    assert (
+        RecurrentModel(SPACE, hidden_size=4, dtype=torch.float32)(
+            torch.tensor([[0, 1, 2, 3]])
+        ).dtype
+        == torch.float32
+    )

@@ -7,7 +7,12 @@ import torch
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.models.contract import LanguageModel, conditional_log_probs, enumerate_support, sequence_log_probs
+from klrl_edu.models.contract import (
+    LanguageModel,
+    conditional_log_probs,
+    enumerate_support,
+    sequence_log_probs,
+)
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import SequenceTable

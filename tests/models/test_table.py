@@ -25,9 +25,13 @@ FOUR = {"the cat": 0.4, "the dog": 0.3, "a cat": 0.2, "a dog": 0.1}
 def test_a_sequence_table_gives_each_row_its_probability_and_everything_else_zero(space, data):
     table = data.draw(sequence_tables(space))
     tokens = space.all_tokens()
-    rows = dict(zip(map(tuple, table.tokens.tolist()), table.logits.softmax(0).tolist(), strict=True))
+    rows = dict(
+        zip(map(tuple, table.tokens.tolist()), table.logits.softmax(0).tolist(), strict=True)
+    )
     expected = [rows.get(tuple(row), 0.0) for row in tokens.tolist()]
-    assert sequence_log_probs(table, tokens).exp().tolist() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert sequence_log_probs(table, tokens).exp().tolist() == pytest.approx(
+        expected, rel=1e-12, abs=0
+    )
     assert table.log_probs.exp().tolist() == pytest.approx(list(rows.values()), rel=1e-13, abs=0)
 
 
@@ -45,15 +49,21 @@ def test_conditionals_of_the_four_sentences_are_ratios_of_masses():
     table = SequenceTable.from_texts(FOUR)
     the, a, cat = (table.space.word_ids[word] for word in ("the", "a", "cat"))
     log_probs = conditional_log_probs(table, table.space.encode(["the cat", "a cat"]))
-    assert log_probs[0, 0, [the, a, cat]].exp().tolist() == pytest.approx([0.7, 0.3, 0.0], rel=1e-14)
+    assert log_probs[0, 0, [the, a, cat]].exp().tolist() == pytest.approx(
+        [0.7, 0.3, 0.0], rel=1e-14
+    )
     assert log_probs[:, 1, cat].exp().tolist() == pytest.approx([4 / 7, 2 / 3], rel=1e-14)
 
 
 def test_the_gradient_of_a_sequence_log_prob_in_sequence_logits_is_one_hot_minus_probabilities():
     table = SequenceTable.from_texts(FOUR)
     for row in range(4):
-        (gradient,) = torch.autograd.grad(sequence_log_probs(table, table.tokens[row : row + 1]).sum(), table.logits)
-        expected = torch.eye(4, dtype=torch.float64)[row] - torch.tensor(list(FOUR.values()), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(
+            sequence_log_probs(table, table.tokens[row : row + 1]).sum(), table.logits
+        )
+        expected = torch.eye(4, dtype=torch.float64)[row] - torch.tensor(
+            list(FOUR.values()), dtype=torch.float64
+        )
         assert torch.allclose(gradient, expected, rtol=0, atol=1e-14)
 
 
@@ -62,8 +72,14 @@ def test_gradients_of_both_routes_agree_and_stay_finite_where_mass_is_zero(space
     table = data.draw(sequence_tables(space))
     tokens = table.tokens[table.log_probs > -INF]
     weight = torch.linspace(-1, 2, len(tokens), dtype=torch.float64)
-    direct, conditional = token_log_probs(table, tokens).sum(-1), conditional_log_probs(table, tokens).gather(-1, tokens[..., None]).sum((1, 2))
-    one, two = (torch.autograd.grad((weight * route).sum(), table.logits)[0] for route in (direct, conditional))
+    direct, conditional = (
+        token_log_probs(table, tokens).sum(-1),
+        conditional_log_probs(table, tokens).gather(-1, tokens[..., None]).sum((1, 2)),
+    )
+    one, two = (
+        torch.autograd.grad((weight * route).sum(), table.logits)[0]
+        for route in (direct, conditional)
+    )
     p = table.log_probs.detach().exp()
     expected = torch.zeros_like(p).index_put((p > 0,), weight) - p * weight.sum()
     for gradient in (one, two):
@@ -73,14 +89,23 @@ def test_gradients_of_both_routes_agree_and_stay_finite_where_mass_is_zero(space
 def test_a_dead_prefix_has_uniform_logits_and_mass_exactly_zero():
     table = SequenceTable.from_texts({"a a": 1.0, "b a": 0.0, "b b": 0.0})
     tokens = table.space.encode(["b a", "b b"])
-    assert conditional_log_probs(table, tokens)[:, 1].exp().flatten().tolist() == pytest.approx([0.5] * 4, rel=1e-15)
+    assert conditional_log_probs(table, tokens)[:, 1].exp().flatten().tolist() == pytest.approx(
+        [0.5] * 4, rel=1e-15
+    )
     assert sequence_log_probs(table, tokens).exp().tolist() == [0.0, 0.0]
-    (gradient,) = torch.autograd.grad(conditional_log_probs(table, tokens)[:, 1].sum(), table.logits)
+    (gradient,) = torch.autograd.grad(
+        conditional_log_probs(table, tokens)[:, 1].sum(), table.logits
+    )
     assert torch.isfinite(gradient).all()
 
 
 def test_a_zero_probability_is_minus_inf_where_torch_says_minus_sixteen():
-    assert torch.distributions.Categorical(probs=torch.tensor([0.0, 1.0])).log_prob(torch.tensor(0)).item() > -17
+    assert (
+        torch.distributions.Categorical(probs=torch.tensor([0.0, 1.0]))
+        .log_prob(torch.tensor(0))
+        .item()
+        > -17
+    )
     table = SequenceTable.from_texts({"a": 0.0, "b": 1.0})
     assert sequence_log_probs(table, table.tokens).tolist() == [-INF, 0.0]
 
@@ -89,14 +114,21 @@ def test_a_zero_probability_is_minus_inf_where_torch_says_minus_sixteen():
 def test_tables_of_many_nodes_read_narrow_integers(dtype):
     space = words(16, 3, eos=False)
     tokens = space.all_tokens()
-    for table in (SequenceTable(space, tokens, torch.linspace(0, 9, len(tokens))), PrefixTable.from_model(BigramToy(space))):
-        assert torch.equal(sequence_log_probs(table, tokens.to(dtype)), sequence_log_probs(table, tokens))
+    for table in (
+        SequenceTable(space, tokens, torch.linspace(0, 9, len(tokens))),
+        PrefixTable.from_model(BigramToy(space)),
+    ):
+        assert torch.equal(
+            sequence_log_probs(table, tokens.to(dtype)), sequence_log_probs(table, tokens)
+        )
 
 
 def test_logits_of_e_to_the_800_keep_their_ratios():
     space = words(2, 2, eos=False)
     table = SequenceTable(space, space.all_tokens(), torch.tensor([800.0, 800.0, -800.0, -INF]))
-    assert sequence_log_probs(table, space.all_tokens()).tolist() == pytest.approx([-math.log(2)] * 2 + [-1600 - math.log(2), -INF], rel=1e-12)
+    assert sequence_log_probs(table, space.all_tokens()).tolist() == pytest.approx(
+        [-math.log(2)] * 2 + [-1600 - math.log(2), -INF], rel=1e-12
+    )
 
 
 def test_a_text_that_stands_twice_is_refused_or_summed():
@@ -136,7 +168,11 @@ def test_a_table_without_sequences_or_without_mass_is_refused():
 
 @pytest.mark.parametrize(
     ("probs", "message"),
-    [([0.5], "give one probability a text"), ([0.6, 0.6], "sum to 1.2"), ([1.1, -0.1], r"probs\[1\] = -0.1 is negative")],
+    [
+        ([0.5], "give one probability a text"),
+        ([0.6, 0.6], "sum to 1.2"),
+        ([1.1, -0.1], r"probs\[1\] = -0.1 is negative"),
+    ],
 )
 def test_bad_probabilities_of_texts_are_refused(probs, message):
     with pytest.raises(InputError, match=message):
@@ -144,7 +180,10 @@ def test_bad_probabilities_of_texts_are_refused(probs, message):
 
 
 def test_state_of_other_sequences_is_refused():
-    one, two = SequenceTable.from_texts({"a b": 0.5, "b a": 0.5}), SequenceTable.from_texts({"a b": 0.5, "b b": 0.5})
+    one, two = (
+        SequenceTable.from_texts({"a b": 0.5, "b a": 0.5}),
+        SequenceTable.from_texts({"a b": 0.5, "b b": 0.5}),
+    )
     with pytest.raises((InputError, RuntimeError), match="other sequences"):
         two.load_state_dict(one.state_dict())
 
@@ -153,7 +192,9 @@ def test_a_table_of_depth_5000_needs_no_recursion():
     space = SequenceSpace(("a", "b"), 5000, eos=False)
     tokens = torch.randint(2, (2, 5000), generator=torch.Generator().manual_seed(0))
     table = SequenceTable(space, tokens, torch.log(torch.tensor([0.25, 0.75], dtype=torch.float64)))
-    assert sequence_log_probs(table, tokens).exp().tolist() == pytest.approx([0.25, 0.75], rel=1e-11)
+    assert sequence_log_probs(table, tokens).exp().tolist() == pytest.approx(
+        [0.25, 0.75], rel=1e-11
+    )
 
 
 # PrefixTable
@@ -164,7 +205,12 @@ def test_a_prefix_table_of_a_model_is_that_model(eos):
     model = BigramToy(words(3, 3, eos))
     table = PrefixTable.from_model(model)
     tokens = model.space.all_tokens()
-    assert torch.allclose(conditional_log_probs(table, tokens), conditional_log_probs(model, tokens), rtol=0, atol=1e-14)
+    assert torch.allclose(
+        conditional_log_probs(table, tokens),
+        conditional_log_probs(model, tokens),
+        rtol=0,
+        atol=1e-14,
+    )
 
 
 @given(space=spaces(max_length=4), data=st.data())
@@ -172,15 +218,23 @@ def test_a_prefix_table_of_a_table_with_zeros_is_that_table(space, data):
     table = data.draw(sequence_tables(space, extremes=True))
     tokens = space.all_tokens()
     copy = PrefixTable.from_model(table)
-    assert torch.allclose(sequence_log_probs(copy, tokens), sequence_log_probs(table, tokens), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        sequence_log_probs(copy, tokens), sequence_log_probs(table, tokens), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_prefix_table_has_a_row_of_logits_a_live_prefix_and_the_rest_is_uniform():
     space = words(2, 3)
     assert PrefixTable(space).logits.shape == (1 + 2 + 4, 3)
-    table = PrefixTable(space, space.encode(["a a"]), torch.tensor([[0.0, -INF, -INF], [-INF, -INF, 0.0], [0.0, 0.0, 0.0]]))
+    table = PrefixTable(
+        space,
+        space.encode(["a a"]),
+        torch.tensor([[0.0, -INF, -INF], [-INF, -INF, 0.0], [0.0, 0.0, 0.0]]),
+    )
     assert sequence_log_probs(table, space.encode(["a", "a a", "b"])).tolist() == [0.0, -INF, -INF]
-    assert conditional_log_probs(table, space.encode(["b b"]))[0, 1].exp().tolist() == pytest.approx([1 / 3] * 3, rel=1e-15)
+    assert conditional_log_probs(table, space.encode(["b b"]))[
+        0, 1
+    ].exp().tolist() == pytest.approx([1 / 3] * 3, rel=1e-15)
 
 
 def test_a_row_of_minus_inf_is_uniform_where_nothing_reaches_it_and_refused_where_something_does():
@@ -212,7 +266,9 @@ def test_logits_of_a_wrong_shape_are_refused():
 
 def test_the_gradient_in_prefix_logits_is_one_hot_minus_conditionals_at_each_prefix():
     model = PrefixTable.from_model(BigramToy(words(2, 2, eos=False)))
-    (gradient,) = torch.autograd.grad(sequence_log_probs(model, torch.tensor([[1, 0]])).sum(), model.logits)
+    (gradient,) = torch.autograd.grad(
+        sequence_log_probs(model, torch.tensor([[1, 0]])).sum(), model.logits
+    )
     conditional = model.logits.detach().softmax(-1)
     expected = torch.zeros(3, 2, dtype=torch.float64)
     expected[0] = torch.tensor([0.0, 1.0], dtype=torch.float64) - conditional[0]

@@ -19,7 +19,11 @@ class BigramToy(LanguageModel):
         super().__init__()
         self.space = space
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(space.vocab_size + 1, space.vocab_size, generator=generator, dtype=torch.float64))
+        self.weight = nn.Parameter(
+            torch.randn(
+                space.vocab_size + 1, space.vocab_size, generator=generator, dtype=torch.float64
+            )
+        )
 
     def previous(self, tokens: Tensor) -> Tensor:
         """y_{t−1} [N,T], the start's id V at t = 0."""
@@ -30,7 +34,9 @@ class BigramToy(LanguageModel):
 
 
 class PromptedToy(BigramToy):
-    """A bigram whose logits move with the words of its prompt (padding −1 left out), by how often each occurs."""
+    """A bigram whose logits move with the words of its prompt (padding −1 left out), by how often
+    each occurs.
+    """
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         logits = super().forward(tokens)

@@ -1,4 +1,6 @@
-"""Automata accept what plain Python accepts, combine as sets do, and pay what the rewards they stand for pay."""
+"""Automata accept what plain Python accepts, combine as sets do, and pay what the rewards they
+stand for pay.
+"""
 
 import itertools
 import math
@@ -26,7 +28,15 @@ from klrl_edu.problems.automata import (
     parity,
     word_list,
 )
-from klrl_edu.problems.rewards import add, count_reward, length_reward, repeat_reward, scale, text_reward, token_reward
+from klrl_edu.problems.rewards import (
+    add,
+    count_reward,
+    length_reward,
+    repeat_reward,
+    scale,
+    text_reward,
+    token_reward,
+)
 
 INF = math.inf
 FREE, FIXED = SequenceSpace(("a", "b", "c"), 5), SequenceSpace(("a", "b", "c"), 4, eos=False)
@@ -43,8 +53,14 @@ def has_run(words: list[str], run: list[str]) -> bool:
 
 PLAIN = {
     "contains a b": (lambda s: contains(["a", "b"], s), lambda w: has_run(w, ["a", "b"])),
-    "contains a a b": (lambda s: contains(["a", "a", "b"], s), lambda w: has_run(w, ["a", "a", "b"])),
-    "contains a b a": (lambda s: contains(["a", "b", "a"], s), lambda w: has_run(w, ["a", "b", "a"])),
+    "contains a a b": (
+        lambda s: contains(["a", "a", "b"], s),
+        lambda w: has_run(w, ["a", "a", "b"]),
+    ),
+    "contains a b a": (
+        lambda s: contains(["a", "b", "a"], s),
+        lambda w: has_run(w, ["a", "b", "a"]),
+    ),
     "never b b": (lambda s: never(["b", "b"], s), lambda w: not has_run(w, ["b", "b"])),
     "exactly 2 a": (lambda s: exactly("a", 2, s), lambda w: w.count("a") == 2),
     "exactly 0 a": (lambda s: exactly("a", 0, s), lambda w: w.count("a") == 0),
@@ -60,7 +76,9 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_an_automaton_accepts_what_plain_python_accepts(name, space):
     build, plain = PLAIN[name]
-    assert build(space).accepts(space.all_tokens()).tolist() == [plain(words) for words in words_of(space)]
+    assert build(space).accepts(space.all_tokens()).tolist() == [
+        plain(words) for words in words_of(space)
+    ]
 
 
 @SPACES
@@ -72,24 +90,38 @@ def test_products_and_complements_are_those_of_sets(one, other, space):
     assert torch.equal((a & b).accepts(tokens), in_a & in_b)
     assert torch.equal((a | b).accepts(tokens), in_a | in_b)
     assert torch.equal((~a).accepts(tokens), ~in_a)
-    assert len(~(~a & ~b)) == len(a | b)  # de Morgan, and the smallest automaton of a language is one
+    assert len(~(~a & ~b)) == len(
+        a | b
+    )  # de Morgan, and the smallest automaton of a language is one
 
 
 def test_a_word_list_accepts_exactly_its_texts():
     texts = ["a b", "a", "c b a", ""]
-    assert word_list(texts, FREE).accepts(FREE.all_tokens()).tolist() == [" ".join(words) in texts for words in words_of(FREE)]
+    assert word_list(texts, FREE).accepts(FREE.all_tokens()).tolist() == [
+        " ".join(words) in texts for words in words_of(FREE)
+    ]
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000))
 def test_the_smallest_automaton_accepts_the_same_and_tells_its_states_apart(states, seed):
     generator = torch.Generator().manual_seed(seed)
     table = torch.randint(states, (states, 2), generator=generator)
-    machine = Automaton(SequenceSpace(("a", "b"), 7), table, torch.rand(states, generator=generator) < 0.5, states - 1, "random")
+    machine = Automaton(
+        SequenceSpace(("a", "b"), 7),
+        table,
+        torch.rand(states, generator=generator) < 0.5,
+        states - 1,
+        "random",
+    )
     small, tokens = machine.minimal(), machine.space.all_tokens()
     assert torch.equal(small.accepts(tokens), machine.accepts(tokens))
     assert len(small) <= len(machine)
-    # from every two states some text of at most S words is accepted from one alone (Moore's bound), and every state is reached
-    endings = [Automaton(machine.space, small.transitions, small.accepting, start, "").accepts(tokens) for start in range(len(small))]
+    # from every two states some text of at most S words is accepted from one alone (Moore's bound),
+    # and every state is reached
+    endings = [
+        Automaton(machine.space, small.transitions, small.accepting, start, "").accepts(tokens)
+        for start in range(len(small))
+    ]
     assert len({tuple(ending.tolist()) for ending in endings}) == len(small)
     assert set(small.read(tokens).unique().tolist()) == set(range(len(small)))
 
@@ -109,7 +141,9 @@ REWARDS = {
     "length": lambda s: length_reward(s, -0.5),
     "repeats": lambda s: repeat_reward(s, -0.5),
     "forbidding": lambda s: token_reward({"a": -INF}, s),
-    "sum": lambda s: add(count_reward("a", s), repeat_reward(s, -0.5), accept_reward(exactly("b", 1, s), 2.0)),
+    "sum": lambda s: add(
+        count_reward("a", s), repeat_reward(s, -0.5), accept_reward(exactly("b", 1, s), 2.0)
+    ),
     "scaled": lambda s: scale(add(count_reward("a", s, 3.0), repeat_reward(s)), -2.0),
     "scaled by nothing": lambda s: scale(token_reward({"a": -INF}, s), 0.0),
     "constraint": lambda s: constraint(parity("a", "odd", s)),
@@ -129,7 +163,10 @@ def test_the_automaton_of_a_reward_pays_the_same(name, space):
 
 @SPACES
 def test_a_sum_of_automaton_rewards_pays_both(space):
-    one, other = accept_reward(exactly("a", 1, space), 2.0, -1.0), as_automaton_reward(repeat_reward(space), space)
+    one, other = (
+        accept_reward(exactly("a", 1, space), 2.0, -1.0),
+        as_automaton_reward(repeat_reward(space), space),
+    )
     tokens = space.all_tokens()
     assert torch.equal((one + other)(tokens), one(tokens) + other(tokens))
 
@@ -163,9 +200,22 @@ def test_other_words_are_named():
         (lambda: parity("a", "prime", FREE), "'even' or 'odd'"),
         (lambda: word_list([], FREE), "texts is empty"),
         (lambda: word_list(["a z"], FREE), "z"),
-        (lambda: Automaton(FREE, torch.zeros(2, 2, dtype=torch.long), torch.ones(2).bool(), 0, ""), r"expected \[S, K\] = \[2, 3\]"),
-        (lambda: Automaton(FREE, torch.full((2, 3), 2), torch.ones(2).bool(), 0, ""), "is no state; there are 2"),
-        (lambda: Automaton(FREE, torch.zeros(2, 3, dtype=torch.long), torch.ones(2).bool(), 2, ""), "start = 2"),
+        (
+            lambda: Automaton(
+                FREE, torch.zeros(2, 2, dtype=torch.long), torch.ones(2).bool(), 0, ""
+            ),
+            r"expected \[S, K\] = \[2, 3\]",
+        ),
+        (
+            lambda: Automaton(FREE, torch.full((2, 3), 2), torch.ones(2).bool(), 0, ""),
+            "is no state; there are 2",
+        ),
+        (
+            lambda: Automaton(
+                FREE, torch.zeros(2, 3, dtype=torch.long), torch.ones(2).bool(), 2, ""
+            ),
+            "start = 2",
+        ),
         (lambda: accept_reward(exactly("a", 1, FREE), INF), r"NaN or \+inf"),
     ],
 )
@@ -180,5 +230,12 @@ def test_too_many_states_are_refused_with_their_number():
 
 
 def test_eos_ends_the_text_and_nothing_is_paid_after_it():
-    reward = AutomatonReward(FREE, torch.zeros(1, 3, dtype=torch.long), 0, torch.ones(1, 3, dtype=torch.float64), torch.tensor([5.0]).double(), "")
+    reward = AutomatonReward(
+        FREE,
+        torch.zeros(1, 3, dtype=torch.long),
+        0,
+        torch.ones(1, 3, dtype=torch.float64),
+        torch.tensor([5.0]).double(),
+        "",
+    )
     assert reward(FREE.encode(["a b", ""])).tolist() == [[1, 1, 5, 0, 0], [5, 0, 0, 0, 0]]

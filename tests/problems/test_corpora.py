@@ -16,7 +16,9 @@ def test_five_thousand_surnames_ship_with_their_licence():
     shares = list(frequencies.values())
     assert shares == sorted(shares, reverse=True)
     assert all(name.isascii() and name.isalpha() and name.islower() for name in frequencies)
-    licence = (resources.files("klrl_edu.problems") / "data" / "surnames.LICENSE").read_text(encoding="utf-8")
+    licence = (resources.files("klrl_edu.problems") / "data" / "surnames.LICENSE").read_text(
+        encoding="utf-8"
+    )
     assert "public domain" in licence
 
 
@@ -25,7 +27,9 @@ def test_the_prior_spells_each_name_with_its_share():
     frequencies = surname_frequencies(300)
     assert prior.space.decode(prior.tokens) == list(frequencies)
     total = sum(frequencies.values())
-    assert prior.log_probs.exp().tolist() == pytest.approx([share / total for share in frequencies.values()], rel=1e-12)
+    assert prior.log_probs.exp().tolist() == pytest.approx(
+        [share / total for share in frequencies.values()], rel=1e-12
+    )
     assert set(prior.space.vocabulary) <= set("abcdefghijklmnopqrstuvwxyz")
     assert prior.space.max_length == max(map(len, frequencies)) + 1
 

@@ -30,11 +30,20 @@ def test_the_four_sentences_are_the_courses():
     assert (problem.space.size, problem.space.eos) == (16, False)
     support = posterior(problem).enumerated()
     texts = problem.space.decode(support.tokens)
-    assert dict(zip(texts, support.rewards.tolist(), strict=True)) == {"the cat": 1, "the dog": 0, "a cat": 0, "a dog": 2}
+    assert dict(zip(texts, support.rewards.tolist(), strict=True)) == {
+        "the cat": 1,
+        "the dog": 0,
+        "a cat": 0,
+        "a dog": 2,
+    }
     prior = dict(zip(texts, support.log_prior.exp().tolist(), strict=True))
-    assert prior == pytest.approx({"the cat": 0.4, "the dog": 0.3, "a cat": 0.2, "a dog": 0.1}, abs=1e-15)
+    assert prior == pytest.approx(
+        {"the cat": 0.4, "the dog": 0.3, "a cat": 0.2, "a dog": 0.1}, abs=1e-15
+    )
     assert float(logspace.entropy(support.log_prior)) == pytest.approx(1.279854225834, abs=5.1e-13)
-    assert four_sentences_policy().log_probs.exp().tolist() == pytest.approx([0.5, 0.2, 0.1, 0.2], abs=1e-15)
+    assert four_sentences_policy().log_probs.exp().tolist() == pytest.approx(
+        [0.5, 0.2, 0.1, 0.2], abs=1e-15
+    )
 
 
 def test_the_twelve_other_word_pairs_have_no_mass():
@@ -67,7 +76,10 @@ def test_every_example_has_a_posterior(name):
 
 
 def test_an_unknown_example_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"'five-sentences' is not known; choose from four-sentences, surnames.*CSV or JSON"):
+    with pytest.raises(
+        InputError,
+        match=r"'five-sentences' is not known; choose from four-sentences, surnames.*CSV or JSON",
+    ):
         example("five-sentences", 1.0)
 
 
@@ -82,13 +94,17 @@ def test_count_threes_is_the_problem_that_its_numbers_were_quoted_for():
     support = target.enumerated()
     assert len(support.tokens) == 262_144
     assert float(logspace.entropy(support.log_prior)) == pytest.approx(9.6827, abs=1e-4)
-    assert float(logspace.kl_divergence(support.log_prior, target.log_probs)) == pytest.approx(1.11531, abs=1e-5)
+    assert float(logspace.kl_divergence(support.log_prior, target.log_probs)) == pytest.approx(
+        1.11531, abs=1e-5
+    )
 
 
 def test_the_prior_of_count_threes_has_the_pinned_log_probabilities():
     prior = count_threes_prior(torch.float64)
     log_probs = sequence_log_probs(prior, prior.space.all_tokens()[:1000])
-    digest = hashlib.sha256("\n".join(f"{value:.6f}" for value in log_probs.tolist()).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\n".join(f"{value:.6f}" for value in log_probs.tolist()).encode()
+    ).hexdigest()
     assert digest[:16] == "e0e53e7b65ab98ac"
 
 

@@ -15,13 +15,17 @@ CHARACTERS = SequenceSpace(("a", "b", "1"), 5, separator="")
 WORDS = SequenceSpace(("ab", "a", "b1"), 4)
 FIXED = SequenceSpace(("a", "b"), 3, eos=False, separator="")
 
-atoms = st.sampled_from(["a", "b", "1", ".", "[ab]", "[^a]", r"\d", r"\w", r"\s", r"\D", " ", "[a-b1]"])
+atoms = st.sampled_from(
+    ["a", "b", "1", ".", "[ab]", "[^a]", r"\d", r"\w", r"\s", r"\D", " ", "[a-b1]"]
+)
 patterns = st.recursive(
     atoms,
     lambda inner: st.one_of(
         st.tuples(inner, inner).map("".join),
         st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{0,1}", "{1,}", "*?"])).map(lambda pair: f"({pair[0]}){pair[1]}"),
+        st.tuples(
+            inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{0,1}", "{1,}", "*?"])
+        ).map(lambda pair: f"({pair[0]}){pair[1]}"),
     ),
     max_leaves=5,
 )
@@ -46,20 +50,42 @@ def test_it_accepts_what_search_finds_in_words_with_spaces_between(pattern):
 
 @pytest.mark.parametrize("space", [CHARACTERS, WORDS, FIXED], ids=["characters", "words", "fixed"])
 @pytest.mark.parametrize(
-    "pattern", ["", "^$", "^", "$", "^a|b$", "a|", "(^a|b)*1", "a$|^b", "()", "[^b]$", r"\Aa", r"a\Z", "^(ab )*a$", "a{3}", "(a|b){2,3}$"]
+    "pattern",
+    [
+        "",
+        "^$",
+        "^",
+        "$",
+        "^a|b$",
+        "a|",
+        "(^a|b)*1",
+        "a$|^b",
+        "()",
+        "[^b]$",
+        r"\Aa",
+        r"a\Z",
+        "^(ab )*a$",
+        "a{3}",
+        "(a|b){2,3}$",
+    ],
 )
 def test_anchors_and_empty_parts_hold_as_in_python(pattern, space):
     agrees(pattern, space)
 
 
 def test_a_letter_that_can_be_spelled_two_ways_is_one():
-    space = SequenceSpace(("e\u0301", "a"), 3, separator="")  # e and a combining accent: the vocabulary holds its composed form
+    space = SequenceSpace(
+        ("e\u0301", "a"), 3, separator=""
+    )  # e and a combining accent: the vocabulary holds its composed form
     agrees("\u00e9a", space)
 
 
 def test_it_agrees_with_the_reward_of_the_same_pattern():
     tokens = CHARACTERS.all_tokens()
-    assert regular_expression("a1|b$", CHARACTERS).accepts(tokens).double().tolist() == regex_reward("a1|b$", CHARACTERS)(tokens).tolist()
+    assert (
+        regular_expression("a1|b$", CHARACTERS).accepts(tokens).double().tolist()
+        == regex_reward("a1|b$", CHARACTERS)(tokens).tolist()
+    )
 
 
 @pytest.mark.parametrize(

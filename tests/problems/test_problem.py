@@ -30,7 +30,10 @@ def test_a_whole_sequence_reward_stands_on_the_last_live_token():
 
 def test_without_an_end_it_stands_on_the_last_token():
     course = four_sentences()
-    assert course.token_rewards(course.space.encode(["the cat", "a dog"])).tolist() == [[0, 1], [0, 2]]
+    assert course.token_rewards(course.space.encode(["the cat", "a dog"])).tolist() == [
+        [0, 1],
+        [0, 2],
+    ]
 
 
 def test_a_reward_a_token_stays_where_it_is():
@@ -39,7 +42,9 @@ def test_a_reward_a_token_stays_where_it_is():
 
 
 def test_forbidding_is_allowed_and_rewards_become_float64():
-    seen = problem(lambda tokens, prompt: torch.tensor([-math.inf, 1, 2], dtype=torch.float32)).rewards(TOKENS)
+    seen = problem(
+        lambda tokens, prompt: torch.tensor([-math.inf, 1, 2], dtype=torch.float32)
+    ).rewards(TOKENS)
     assert seen.tolist() == [-math.inf, 1, 2]
     assert seen.dtype == torch.float64
 
@@ -51,10 +56,18 @@ def test_a_reward_with_a_gradient_is_detached():
 
 @pytest.mark.parametrize(
     ("values", "given"),
-    [([1.0, 2.0], r"\[2\]"), ([[1.0, 2.0]] * 3, r"\[3, 2\]"), (1.0, r"\[\]"), ([[[1.0]]] * 3, r"\[3, 1, 1\]")],
+    [
+        ([1.0, 2.0], r"\[2\]"),
+        ([[1.0, 2.0]] * 3, r"\[3, 2\]"),
+        (1.0, r"\[\]"),
+        ([[[1.0]]] * 3, r"\[3, 1, 1\]"),
+    ],
 )
 def test_a_wrong_shape_says_what_was_given_and_expected(values, given):
-    with pytest.raises(InputError, match=rf"returned {given}; expected a tensor \[N\] or \[N, T\], \[N, T\] = \[3, 3\]"):
+    with pytest.raises(
+        InputError,
+        match=rf"returned {given}; expected a tensor \[N\] or \[N, T\], \[N, T\] = \[3, 3\]",
+    ):
         problem(constant(values)).token_rewards(TOKENS)
 
 
@@ -67,7 +80,10 @@ def test_a_reward_that_is_no_tensor_is_refused_by_its_name():
 
 
 def test_a_value_after_the_end_is_refused_with_its_place():
-    with pytest.raises(InputError, match=r"gives 5.0 at \[1, 2\], after the first EOS; multiply by space.live\(tokens\)"):
+    with pytest.raises(
+        InputError,
+        match=r"gives 5.0 at \[1, 2\], after the first EOS; multiply by space.live\(tokens\)",
+    ):
         problem(constant([[0.0, 0.0, 0.0], [1.0, 0.0, 5.0], [0.0, 0.0, 0.0]])).token_rewards(TOKENS)
 
 
@@ -75,7 +91,9 @@ def test_a_value_after_the_end_is_refused_with_its_place():
 @pytest.mark.parametrize("shape", ["sequence", "token"])
 def test_nan_and_plus_infinity_are_refused_with_the_text(bad, shape):
     values = [0.0, 0.0, bad] if shape == "sequence" else [[0.0] * 3, [0.0] * 3, [0.0, bad, 0.0]]
-    with pytest.raises(InputError, match=rf"of sequence 2, 'a b', is {bad}; give a number, or -inf to forbid it"):
+    with pytest.raises(
+        InputError, match=rf"of sequence 2, 'a b', is {bad}; give a number, or -inf to forbid it"
+    ):
         problem(constant(values)).token_rewards(TOKENS)
 
 

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.problems.rewards import add, count_reward, describe, length_reward, regex_reward, scale, table_reward, text_reward, token_reward
+from klrl_edu.problems.rewards import (
+    add,
+    count_reward,
+    describe,
+    length_reward,
+    regex_reward,
+    scale,
+    table_reward,
+    text_reward,
+    token_reward,
+)
 from klrl_edu.testing import check_causal_reward, spaces
 
 SPACE = SequenceSpace(("a", "b", "c"), 4)
@@ -22,7 +32,7 @@ def values(reward):
     return reward(TOKENS, None).tolist()
 
 
-# --- rewards of a text -----------------------------------------------------------------------------------------------
+# --- rewards of a text ----------------------------------------------------------------------------
 
 
 def test_a_function_of_the_text_is_called_once_a_distinct_text():
@@ -42,7 +52,10 @@ def test_a_function_of_the_text_is_called_once_a_distinct_text():
 
 @pytest.mark.parametrize("bad", [None, "high", [1.0], object()])
 def test_a_text_reward_that_is_no_number_names_text_and_value(bad):
-    with pytest.raises(InputError, match=r"judge of 'b a' = .* is not a number; the function must return one float a text"):
+    with pytest.raises(
+        InputError,
+        match=r"judge of 'b a' = .* is not a number; the function must return one float a text",
+    ):
         text_reward(lambda text: bad if text == "b a" else 0.0, SPACE, "judge")(TOKENS, None)
 
 
@@ -70,21 +83,41 @@ def test_a_regular_expression_is_searched_anywhere():
 
 @pytest.mark.parametrize(("pattern", "position"), [("(a", 0), ("a**", 2), ("[z-a]", 1)])
 def test_a_broken_regular_expression_shows_where(pattern, position):
-    with pytest.raises(InputError, match=rf"is not a regular expression: .* at position {position}\."):
+    with pytest.raises(
+        InputError, match=rf"is not a regular expression: .* at position {position}\."
+    ):
         regex_reward(pattern, SPACE)
 
 
-# --- rewards a token -------------------------------------------------------------------------------------------------
+# --- rewards a token ------------------------------------------------------------------------------
 
 
 def test_each_live_token_earns_its_own_value():
-    assert values(token_reward({"a": 1.0, "c": -0.5}, SPACE)) == [[0] * 4, [1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [-0.5, -0.5, -0.5, 0]]
+    assert values(token_reward({"a": 1.0, "c": -0.5}, SPACE)) == [
+        [0] * 4,
+        [1, 0, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 1, 0],
+        [-0.5, -0.5, -0.5, 0],
+    ]
     with_end = token_reward([0.0, 0.0, 0.0, 7.0], SPACE)
-    assert values(with_end) == [[7, 0, 0, 0], [0, 7, 0, 0], [0, 0, 7, 0], [0, 0, 0, 7], [0, 0, 0, 7]]
+    assert values(with_end) == [
+        [7, 0, 0, 0],
+        [0, 7, 0, 0],
+        [0, 0, 7, 0],
+        [0, 0, 0, 7],
+        [0, 0, 0, 7],
+    ]
 
 
 def test_counts_and_lengths():
-    assert torch.tensor(values(count_reward("a", SPACE, 0.5))).sum(-1).tolist() == [0, 0.5, 0.5, 1, 0]
+    assert torch.tensor(values(count_reward("a", SPACE, 0.5))).sum(-1).tolist() == [
+        0,
+        0.5,
+        0.5,
+        1,
+        0,
+    ]
     assert torch.tensor(values(length_reward(SPACE, -2.0))).sum(-1).tolist() == [0, -2, -4, -6, -6]
     fixed = SequenceSpace(("a", "b"), 2, eos=False)
     assert length_reward(fixed)(fixed.encode(["a b"]), None).tolist() == [[1, 1]]
@@ -93,7 +126,13 @@ def test_counts_and_lengths():
 @given(data=st.data())
 def test_token_rewards_are_causal(data):
     space = data.draw(spaces())
-    numbers = data.draw(st.lists(st.sampled_from((0.0, 1.0, -2.5, -INF)), min_size=space.vocab_size, max_size=space.vocab_size))
+    numbers = data.draw(
+        st.lists(
+            st.sampled_from((0.0, 1.0, -2.5, -INF)),
+            min_size=space.vocab_size,
+            max_size=space.vocab_size,
+        )
+    )
     check_causal_reward(token_reward(numbers, space), space)
     check_causal_reward(add(count_reward("a", space), length_reward(space, 0.5)), space)
     check_causal_reward(scale(length_reward(space), -3.0), space)
@@ -106,7 +145,7 @@ def test_unknown_words_and_a_wrong_number_of_values_are_refused():
         token_reward([1.0, 2.0, 3.0], SPACE)
 
 
-# --- sums ------------------------------------------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------------------
 
 
 def test_causal_rewards_add_to_a_causal_one_and_others_to_whole_sequences():

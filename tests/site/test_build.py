@@ -1,4 +1,6 @@
-"""The built site: every page ran, nothing is loaded from elsewhere, every page fits a narrow screen."""
+"""The built site: every page ran, nothing is loaded from elsewhere, every page fits a narrow
+screen.
+"""
 
 import os
 import re
@@ -19,9 +21,27 @@ def sphinx(out, *options):
     pytest.importorskip("myst_nb")
     pytest.importorskip("furo")
     pytest.importorskip("bokeh")
-    words = ["-b", "html", "-W", "--keep-going", "-q", "-j", "auto", *options, str(TUTORIALS), str(out)]
+    words = [
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-j",
+        "auto",
+        *options,
+        str(TUTORIALS),
+        str(out),
+    ]
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    return subprocess.run([sys.executable, "-m", "sphinx", *words], capture_output=True, text=True, env=environment, encoding="utf-8", check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "sphinx", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        encoding="utf-8",
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +57,12 @@ def site(tmp_path_factory):
 def test_every_tutorial_ran(site):
     _, said, seconds = site
     ran = dict(re.findall(r"(\w+) ([\d.]+) s", said.partition("executed:")[2]))
-    assert set(ran) == {"add_your_own", "theory", "verify", *(path.stem for path in TUTORIALS.glob("t[0-9][0-9]_*.py"))}
+    assert set(ran) == {
+        "add_your_own",
+        "theory",
+        "verify",
+        *(path.stem for path in TUTORIALS.glob("t[0-9][0-9]_*.py")),
+    }
     assert min(map(float, ran.values())) > 0
     print(f"built in {seconds:.0f} s")
 
@@ -52,15 +77,27 @@ def test_solutions_are_folded_and_named(site):
     out, *_ = site
     for path in TUTORIALS.glob("t[0-9][0-9]_*.py"):
         solutions = path.read_text(encoding="utf-8").count('"solution"')
-        assert (out / f"{path.stem}.html").read_text(encoding="utf-8").count("Show the solution") == solutions > 0
+        assert (
+            (out / f"{path.stem}.html").read_text(encoding="utf-8").count("Show the solution")
+            == solutions
+            > 0
+        )
 
 
 def test_no_page_names_a_foreign_script_style_or_picture(site):
     out, *_ = site
-    loads = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//|<link(?![^>]+rel="canonical")[^>]+href=["'](?:https?:)?//""")
-    assert [path.name for path in out.rglob("*.html") if path.name != "lambda.html" and loads.search(path.read_text(encoding="utf-8"))] == []
+    loads = re.compile(
+        r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//|<link(?![^>]+rel="canonical")[^>]+href=["'](?:https?:)?//"""
+    )
+    assert [
+        path.name
+        for path in out.rglob("*.html")
+        if path.name != "lambda.html" and loads.search(path.read_text(encoding="utf-8"))
+    ] == []
     for style in out.rglob("*.css"):
-        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style.name
+        assert not re.search(
+            r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
+        ), style.name
 
 
 def test_every_page_opens_without_a_request_to_elsewhere_and_fits_a_narrow_screen(site, page):
@@ -73,7 +110,9 @@ def test_every_page_opens_without_a_request_to_elsewhere_and_fits_a_narrow_scree
         if page.locator(".math").count():
             page.wait_for_selector("mjx-container svg", state="attached")
         assert page.asked
-        assert [url for url in page.asked if not url.startswith(("file://", "data:", "blob:"))] == [], path.name
+        assert [
+            url for url in page.asked if not url.startswith(("file://", "data:", "blob:"))
+        ] == [], path.name
         assert page.wrong == [], path.name
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, path.name
 

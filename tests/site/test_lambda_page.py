@@ -25,7 +25,9 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def opened(page, path):
-    """The page, loaded and computed; it asked for nothing but itself, and no script failed, also after what a test does."""
+    """The page, loaded and computed; it asked for nothing but itself, and no script failed, also
+    after what a test does.
+    """
     page.goto(path.as_uri())
     page.wait_for_function("document.body.dataset.klrl")
     yield page
@@ -41,11 +43,20 @@ def numbers(page):
 def expected(rows, kl_coef):
     """log Z, λ log Z, E[r], KL(π*‖q) and π* of rows (sentence, prob, reward), by the package."""
     prior = klrl.SequenceTable.from_texts({text: prob for text, prob, _ in rows}, normalize=True)
-    reward = klrl.table_reward({text: reward for text, prob, reward in rows if prob > 0}, prior.space)
+    reward = klrl.table_reward(
+        {text: reward for text, prob, reward in rows if prob > 0}, prior.space
+    )
     target = klrl.posterior(klrl.Problem(prior, reward, kl_coef))
     side = klrl.compare(target.model, target)
-    mass = dict.fromkeys((text for text, *_ in rows), 0.0) | {text: p for text, _, _, p in target.rows()}
-    found = {"logEvidence": float(target.log_evidence), "value": float(target.value), "expectedReward": side.expected_reward, "kl": side.kl_to_prior}
+    mass = dict.fromkeys((text for text, *_ in rows), 0.0) | {
+        text: p for text, _, _, p in target.rows()
+    }
+    found = {
+        "logEvidence": float(target.log_evidence),
+        "value": float(target.value),
+        "expectedReward": side.expected_reward,
+        "kl": side.kl_to_prior,
+    }
     return found, [mass[text] for text, *_ in rows]
 
 
@@ -113,13 +124,24 @@ def test_the_page_shows_the_numbers_of_the_course(opened):
 def test_a_typed_table_holds_pythons_numbers(opened):
     generator = random.Random(0)
     for words in (1, 2, 7, 40):
-        rows = [(f"Satz{k} 猫, ja" if k % 3 else f"w{k}", generator.random() ** 3, generator.gauss(0, 3)) for k in range(words)]
+        rows = [
+            (
+                f"Satz{k} 猫, ja" if k % 3 else f"w{k}",
+                generator.random() ** 3,
+                generator.gauss(0, 3),
+            )
+            for k in range(words)
+        ]
         rows += [("forbidden", 0.2, -math.inf), ("no mass", 0.0, 99.0)]
-        opened.locator("textarea").fill("\n".join(f"{text}, {prob!r}, {reward!r}" for text, prob, reward in rows))
+        opened.locator("textarea").fill(
+            "\n".join(f"{text}, {prob!r}, {reward!r}" for text, prob, reward in rows)
+        )
         opened.evaluate(f"{MODEL}('normalise').active = [0]")
         for stop in (-1, 0, 0.5, 1):
             opened.evaluate(f"{MODEL}('slider').value = {stop}")
-            opened.wait_for_function(f"JSON.parse(document.body.dataset.klrl).sentences?.length === {len(rows)}")
+            opened.wait_for_function(
+                f"JSON.parse(document.body.dataset.klrl).sentences?.length === {len(rows)}"
+            )
             assert_equal(opened, rows, 20**stop)
 
 
@@ -135,8 +157,13 @@ def test_a_typed_table_holds_pythons_numbers(opened):
     ids=["huge", "tiny mass", "tiny reward", "far apart", "one"],
 )
 def test_hard_tables_hold_pythons_numbers(opened, rows):
-    opened.locator("textarea").fill("\n".join(f"{text}, {prob!r}, {reward!r}" for text, prob, reward in rows))
-    opened.wait_for_function(f"JSON.parse(document.body.dataset.klrl).sentences?.join() === '{','.join(text for text, *_ in rows)}'")
+    opened.locator("textarea").fill(
+        "\n".join(f"{text}, {prob!r}, {reward!r}" for text, prob, reward in rows)
+    )
+    opened.wait_for_function(
+        "JSON.parse(document.body.dataset.klrl).sentences?.join() ==="
+        f" '{','.join(text for text, *_ in rows)}'"
+    )
     found = numbers(opened)
     want, mass = expected(rows, 1.0)
     for name, value in want.items():
@@ -147,7 +174,9 @@ def test_hard_tables_hold_pythons_numbers(opened, rows):
 def test_a_kl_near_zero_keeps_its_digits(opened):
     opened.locator("textarea").fill("a, 0.5, 1e-9\nb, 0.5, 0")
     opened.wait_for_function("JSON.parse(document.body.dataset.klrl).sentences.length === 2")
-    assert numbers(opened)["kl"] == pytest.approx(1.25e-19, rel=TOLERANCE, abs=0)  # (r/λ)²/8 to second order
+    assert numbers(opened)["kl"] == pytest.approx(
+        1.25e-19, rel=TOLERANCE, abs=0
+    )  # (r/λ)²/8 to second order
 
 
 @pytest.mark.parametrize(

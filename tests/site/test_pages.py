@@ -10,7 +10,9 @@ import klrl_edu
 
 TUTORIALS = Path(klrl_edu.__file__).parents[1] / "tutorials"
 STUB = (Path(klrl_edu.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
-PAGES = sorted(path.relative_to(TUTORIALS).with_suffix("").as_posix() for path in TUTORIALS.rglob("*.md"))
+PAGES = sorted(
+    path.relative_to(TUTORIALS).with_suffix("").as_posix() for path in TUTORIALS.rglob("*.md")
+)
 CELLS = re.compile(r"^```\{code-cell\} python\n(.*?)^```$", re.M | re.S)
 
 
@@ -28,35 +30,64 @@ def conf():
 def listed(markdown: str) -> set[str]:
     """What the toctrees of a page list."""
     blocks = re.findall(r"```\{toctree\}\n(.*?)```", markdown, re.S)
-    return {line for block in blocks for line in block.splitlines() if line and not line.startswith(":")}
+    return {
+        line for block in blocks for line in block.splitlines() if line and not line.startswith(":")
+    }
 
 
 def test_every_page_is_in_the_table_of_contents():
-    found = listed((TUTORIALS / "index.md").read_text(encoding="utf-8")) | listed((TUTORIALS / "api.md").read_text(encoding="utf-8"))
+    found = listed((TUTORIALS / "index.md").read_text(encoding="utf-8")) | listed(
+        (TUTORIALS / "api.md").read_text(encoding="utf-8")
+    )
     assert found == {*PAGES, "t[0-9][0-9]_*"} - {"index"}
 
 
 def test_every_folder_with_a_public_name_has_a_reference_page():
-    rooms = {(module or name).partition(".")[0] for module, name in re.findall(r"^from klrl_edu\.?([\w.]*) import (\w+)", STUB, re.M)}
-    marks = {page: re.findall(r"<!-- fill: api (\w+) -->", (TUTORIALS / f"{page}.md").read_text(encoding="utf-8")) for page in PAGES}
-    assert marks == {page: [page.removeprefix("api/")] if page.startswith("api/") else [] for page in PAGES}
+    rooms = {
+        (module or name).partition(".")[0]
+        for module, name in re.findall(r"^from klrl_edu\.?([\w.]*) import (\w+)", STUB, re.M)
+    }
+    marks = {
+        page: re.findall(
+            r"<!-- fill: api (\w+) -->", (TUTORIALS / f"{page}.md").read_text(encoding="utf-8")
+        )
+        for page in PAGES
+    }
+    assert marks == {
+        page: [page.removeprefix("api/")] if page.startswith("api/") else [] for page in PAGES
+    }
     assert {page.removeprefix("api/") for page in PAGES if page.startswith("api/")} == rooms
 
 
 def test_every_public_name_is_on_its_reference_page_once(conf):
     pages = [page.removeprefix("api/") for page in PAGES if page.startswith("api/")]
     text = "\n".join(conf.api(page) for page in pages)
-    documented = re.findall(r"^\.\. (?:autoclass|autofunction|py:data):: klrl_edu\.(\w+)$|^\.\. automodule:: klrl_edu\.(?:\w+\.)*(\w+)$", text, re.M)
+    documented = re.findall(
+        r"^\.\. (?:autoclass|autofunction|py:data):: klrl_edu\.(\w+)$|^\.\. automodule::"
+        r" klrl_edu\.(?:\w+\.)*(\w+)$",
+        text,
+        re.M,
+    )
     assert sorted(a or b for a, b in documented) == klrl_edu.__all__
 
 
 def test_an_alias_brings_the_text_below_it(conf):
-    assert "one contract for training and for the audit" in conf.alias_docstring("klrl_edu.learning.batches", "Loss")
+    assert "one contract for training and for the audit" in conf.alias_docstring(
+        "klrl_edu.learning.batches", "Loss"
+    )
 
 
 def test_a_plain_docstring_becomes_what_it_says(conf):
     lines = ["π* of |y|, E_π[r], π_ and `x*`.", "", "    π* = q/Z", "", "Then text*."]
-    assert conf.plain_to_rst(lines) == [r"π\* of \|y\|, E_π[r], π\_ and `x*`.", "", "::", "", "    π* = q/Z", "", r"Then text\*."]
+    assert conf.plain_to_rst(lines) == [
+        r"π\* of \|y\|, E_π[r], π\_ and `x*`.",
+        "",
+        "::",
+        "",
+        "    π* = q/Z",
+        "",
+        r"Then text\*.",
+    ]
 
 
 def test_a_page_that_did_not_run_is_noticed(conf, tmp_path):
@@ -78,7 +109,9 @@ def test_nothing_is_excluded_from_execution(conf):
     assert not hasattr(conf, "nb_execution_excludepatterns")
     assert not hasattr(conf, "exclude_patterns")
     for path in TUTORIALS.glob("t[0-9][0-9]_*.py"):
-        assert not re.search(r"skip-execution|raises-exception", path.read_text(encoding="utf-8")), path.name
+        assert not re.search(
+            r"skip-execution|raises-exception", path.read_text(encoding="utf-8")
+        ), path.name
 
 
 def test_a_missing_benchmark_says_how_to_make_it(conf, tmp_path, monkeypatch):
@@ -97,7 +130,9 @@ def test_mathjax_is_ours_with_its_licence(conf):
     script = TUTORIALS / "_static" / conf.mathjax_path
     assert script.stat().st_size > 1_000_000
     assert "Apache License" in (script.parent / "LICENSE").read_text(encoding="utf-8")
-    assert conf.mathjax3_config["options"]["enableMenu"] is False  # the menu can load a speech engine from a CDN
+    assert (
+        conf.mathjax3_config["options"]["enableMenu"] is False
+    )  # the menu can load a speech engine from a CDN
     assert conf.nb_ipywidgets_js == {}
 
 
@@ -111,7 +146,9 @@ def test_the_code_of_add_your_own_runs_and_says_what_the_page_says(tmp_path, mon
         exec(cell, scope)
     assert "log_variance follows objective, scaled by 0.5" in capsys.readouterr().out
     assert scope["comparison"].reverse_kl < 1e-6
-    assert scope["data"]["expected_reward"] == sorted(scope["data"]["expected_reward"], reverse=True)
+    assert scope["data"]["expected_reward"] == sorted(
+        scope["data"]["expected_reward"], reverse=True
+    )
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
@@ -120,7 +157,10 @@ def test_the_code_of_the_theory_page_runs_and_its_bound_holds(capsys):
     (cell,) = CELLS.findall(page)
     scope: dict = {}
     exec(cell, scope)
-    assert scope["try_statement"](scope["mean_reward_bound"], scope["random_cases"](1, 20)).error < 1e-12
+    assert (
+        scope["try_statement"](scope["mean_reward_bound"], scope["random_cases"](1, 20)).error
+        < 1e-12
+    )
     assert "Trial(examples=100, error=" in capsys.readouterr().out
 
 
@@ -131,7 +171,9 @@ def test_the_code_of_the_verify_page_says_what_the_page_says(conf, capsys):
         exec(cell, scope)
     said = capsys.readouterr().out
     assert "centred follows objective, scaled by 0.666667" in said
-    assert "kl_penalty is unbiased for forward_kl and forward_kl_per_token" in said  # on two words whose first has the prior's law they are one
+    assert (
+        "kl_penalty is unbiased for forward_kl and forward_kl_per_token" in said
+    )  # on two words whose first has the prior's law they are one
     assert "kl_value is unbiased for reverse_kl and reverse_kl_per_token" in said
     source = [page]
     conf.fill(None, "verify", source)
@@ -141,7 +183,10 @@ def test_the_code_of_the_verify_page_says_what_the_page_says(conf, capsys):
 def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
     source = ["<!-- fill: identities -->\n\n<!-- fill: claims -->"]
     conf.fill(None, "theory", source)
-    assert all(f"`{name}`" in source[0] for name in [*klrl_edu.identities.IDENTITIES, *klrl_edu.claims.CLAIMS])
+    assert all(
+        f"`{name}`" in source[0]
+        for name in [*klrl_edu.identities.IDENTITIES, *klrl_edu.claims.CLAIMS]
+    )
     assert "FAILS" not in source[0]
 
 

@@ -1,9 +1,11 @@
-"""Estimators with one well-known fault each, the mean that the fault makes, and the twin without it; and samplers likewise.
+"""Estimators with one well-known fault each, the mean that the fault makes, and the twin without
+it; and samplers likewise.
 
-    u = log π/q,   R = r − λu,   s = ∇log π,   objective = ∇(−J) = −E[R s],   reverse_kl = E[u s]                     (1)
+    u = log π/q,   R = r − λu,   s = ∇log π,   objective = ∇(−J) = −E[R s],
+    reverse_kl = E[u s]                                                                          (1)
 
-Expectations are over π; the mean is of the gradient of a loss on batches of B, or of a value. The means are computed here from (1) by sums over the
-support, without the audit.
+Expectations are over π; the mean is of the gradient of a loss on batches of B, or of a value. The
+means are computed here from (1) by sums over the support, without the audit.
 """
 
 import math
@@ -18,7 +20,7 @@ from klrl_edu.learning import losses
 from klrl_edu.models.contract import enumerate_support, token_log_probs
 from klrl_edu.testing.assertions import Case
 
-# --- losses ---------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def log_ratio(batch):
@@ -31,7 +33,9 @@ def reinforce_reverse_kl(batch):
 
 
 def self_including_mean(batch):
-    """The baseline is the mean over the batch, the sequence itself included: mean (B − 1)/B · objective."""
+    """The baseline is the mean over the batch, the sequence itself included: mean (B − 1)/B ·
+    objective.
+    """
     reward = losses.penalised_reward(batch)
     return -((reward - reward.mean()) * batch.log_probs.sum(-1)).mean()
 
@@ -42,8 +46,12 @@ def k1_as_a_loss(batch):
 
 
 def dropped_eos(batch):
-    """The log-probability of the last live token, EOS, is masked out: mean −E[R Σ_{t<|y|} s_t], so that stopping is never learnt."""
-    return -(losses.penalised_reward(batch) * (batch.log_probs * before_last(batch.live)).sum(-1)).mean()
+    """The log-probability of the last live token, EOS, is masked out: mean −E[R Σ_{t<|y|} s_t], so
+    that stopping is never learnt.
+    """
+    return -(
+        losses.penalised_reward(batch) * (batch.log_probs * before_last(batch.live)).sum(-1)
+    ).mean()
 
 
 def before_last(live):
@@ -53,7 +61,9 @@ def before_last(live):
 
 def missing_detach(batch):
     """R keeps its gradient: mean objective + λ E[log π s]."""
-    return -((batch.rewards.sum(-1) - batch.kl_coef * log_ratio(batch)) * batch.log_probs.sum(-1)).mean()
+    return -(
+        (batch.rewards.sum(-1) - batch.kl_coef * log_ratio(batch)) * batch.log_probs.sum(-1)
+    ).mean()
 
 
 def swapped_ratio(batch):
@@ -79,7 +89,11 @@ def log_variance(batch):
 
 def n_for_n_minus_one(batch):
     """VarGrad with a variance over B: mean (B − 1)/B · objective."""
-    return batch.kl_coef[0] / 2 * (log_ratio(batch) - batch.rewards.sum(-1) / batch.kl_coef).var(correction=0)
+    return (
+        batch.kl_coef[0]
+        / 2
+        * (log_ratio(batch) - batch.rewards.sum(-1) / batch.kl_coef).var(correction=0)
+    )
 
 
 def reversed_kl(batch):
@@ -105,7 +119,10 @@ def kl_left_out(batch):
 
 def detached_score(batch):
     """R is differentiated and log π detached: mean λ E[log π s], which knows no reward."""
-    return -((batch.rewards.sum(-1) - batch.kl_coef * log_ratio(batch)) * batch.log_probs.sum(-1).detach()).mean()
+    return -(
+        (batch.rewards.sum(-1) - batch.kl_coef * log_ratio(batch))
+        * batch.log_probs.sum(-1).detach()
+    ).mean()
 
 
 def wrong_sign(batch):
@@ -121,7 +138,8 @@ class Faulty:
         loss: what is wrong.
         target: what it was meant to follow.
         twin: the same without the fault.
-        weight: (log π, log q, r, λ, |y|, B) -> w such that the mean is E[w s]; None where it is written out below.
+        weight: (log π, log q, r, λ, |y|, B) -> w such that the mean is E[w s]; None where it is
+            written out below.
     """
 
     loss: Callable
@@ -136,15 +154,41 @@ def paid(p, q, r, kl):
 
 
 FAULTS = [
-    Faulty(self_including_mean, "objective", losses.rloo, lambda p, q, r, kl, n, b: (b - 1) / b * paid(p, q, r, kl)),
+    Faulty(
+        self_including_mean,
+        "objective",
+        losses.rloo,
+        lambda p, q, r, kl, n, b: (b - 1) / b * paid(p, q, r, kl),
+    ),
     Faulty(k1_as_a_loss, "reverse_kl", reinforce_reverse_kl, lambda p, q, r, kl, n, b: 0 * p),
     Faulty(dropped_eos, "objective", losses.reinforce, None),
-    Faulty(missing_detach, "objective", losses.reinforce, lambda p, q, r, kl, n, b: paid(p, q, r, kl) + kl * p),
-    Faulty(swapped_ratio, "objective", losses.reinforce, lambda p, q, r, kl, n, b: -paid(p, q, r, kl)),
-    Faulty(mean_over_tokens, "objective", losses.reinforce, lambda p, q, r, kl, n, b: paid(p, q, r, kl) / n),
-    Faulty(dropped_kl_coef, "objective", losses.reinforce, lambda p, q, r, kl, n, b: paid(p, q, r, 1.0)),
-    Faulty(n_for_n_minus_one, "objective", log_variance, lambda p, q, r, kl, n, b: (b - 1) / b * paid(p, q, r, kl)),
-    Faulty(reversed_kl, "reverse_kl", reinforce_reverse_kl, lambda p, q, r, kl, n, b: -torch.exp(q - p)),
+    Faulty(
+        missing_detach,
+        "objective",
+        losses.reinforce,
+        lambda p, q, r, kl, n, b: paid(p, q, r, kl) + kl * p,
+    ),
+    Faulty(
+        swapped_ratio, "objective", losses.reinforce, lambda p, q, r, kl, n, b: -paid(p, q, r, kl)
+    ),
+    Faulty(
+        mean_over_tokens,
+        "objective",
+        losses.reinforce,
+        lambda p, q, r, kl, n, b: paid(p, q, r, kl) / n,
+    ),
+    Faulty(
+        dropped_kl_coef, "objective", losses.reinforce, lambda p, q, r, kl, n, b: paid(p, q, r, 1.0)
+    ),
+    Faulty(
+        n_for_n_minus_one,
+        "objective",
+        log_variance,
+        lambda p, q, r, kl, n, b: (b - 1) / b * paid(p, q, r, kl),
+    ),
+    Faulty(
+        reversed_kl, "reverse_kl", reinforce_reverse_kl, lambda p, q, r, kl, n, b: -torch.exp(q - p)
+    ),
     Faulty(prior_omitted, "objective", losses.reinforce, lambda p, q, r, kl, n, b: kl * p - r),
     Faulty(summed_batch, "objective", losses.rloo, lambda p, q, r, kl, n, b: b * paid(p, q, r, kl)),
     Faulty(kl_left_out, "objective", losses.reinforce, lambda p, q, r, kl, n, b: -r),
@@ -158,10 +202,18 @@ def known_mean(fault: Faulty, case: Case, batch_size: int) -> Tensor:
     policy, problem = case.policy, case.problem
     tokens = enumerate_support(policy).tokens
     log_pi = token_log_probs(policy, tokens)
-    p, q, r = log_pi.sum(-1).detach(), problem.prior.log_prob(tokens).detach(), problem.rewards(tokens)
+    p, q, r = (
+        log_pi.sum(-1).detach(),
+        problem.prior.log_prob(tokens).detach(),
+        problem.rewards(tokens),
+    )
     live = problem.space.live(tokens)
     if fault.weight is not None:
-        terms = p.exp() * fault.weight(p, q, r, problem.kl_coef, live.sum(-1), batch_size) * log_pi.sum(-1)
+        terms = (
+            p.exp()
+            * fault.weight(p, q, r, problem.kl_coef, live.sum(-1), batch_size)
+            * log_pi.sum(-1)
+        )
     else:  # dropped_eos
         terms = p.exp() * paid(p, q, r, problem.kl_coef) * (log_pi * before_last(live)).sum(-1)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -169,7 +221,7 @@ def known_mean(fault: Faulty, case: Case, batch_size: int) -> Tensor:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def opposite_k3(u):
@@ -218,7 +270,9 @@ def wrong_sign_value(u):
 
 
 def normalised(u):
-    """Divided by the number of samples instead of averaged later: mean KL(π‖q)/N, here N = the support's size."""
+    """Divided by the number of samples instead of averaged later: mean KL(π‖q)/N, here N = the
+    support's size.
+    """
     return u / len(u)
 
 

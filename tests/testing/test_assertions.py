@@ -1,4 +1,6 @@
-"""The exact assertions' arguments, messages and corners; test_meta.py holds them against known faults."""
+"""The exact assertions' arguments, messages and corners; test_meta.py holds them against known
+faults.
+"""
 
 import math
 
@@ -30,11 +32,13 @@ def importance_weighted(batch):
     return -(losses.penalised_reward(batch) * ratio).mean()
 
 
-# --- what is refused before anything is compared -----------------------------------------------------------------------
+# --- what is refused before anything is compared --------------------------------------------------
 
 
 def test_an_unknown_target_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="target 'objektive' is unknown or infinite here; choose from objective, "):
+    with pytest.raises(
+        InputError, match="target 'objektive' is unknown or infinite here; choose from objective, "
+    ):
         assert_unbiased(losses.rloo, "objektive")
 
 
@@ -52,16 +56,22 @@ def test_a_target_of_another_size_is_refused():
         assert_unbiased(losses.rloo, torch.zeros(3), four_sentences_policy(), four_sentences())
 
 
-@pytest.mark.parametrize("given", [{"policy": four_sentences_policy()}, {"problem": four_sentences()}])
 @pytest.mark.parametrize(
-    "check", [lambda **k: assert_unbiased(losses.rloo, "objective", **k), lambda **k: assert_same_gradient(*[losses.rloo] * 2, **k)]
+    "given", [{"policy": four_sentences_policy()}, {"problem": four_sentences()}]
+)
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda **k: assert_unbiased(losses.rloo, "objective", **k),
+        lambda **k: assert_same_gradient(*[losses.rloo] * 2, **k),
+    ],
 )
 def test_a_policy_needs_its_problem(check, given):
     with pytest.raises(InputError, match="give both policy and problem, or neither"):
         check(**given)
 
 
-# --- assert_unbiased ---------------------------------------------------------------------------------------------------
+# --- assert_unbiased ------------------------------------------------------------------------------
 
 
 def test_the_gradient_itself_may_be_the_target():
@@ -107,7 +117,12 @@ def test_the_tolerance_is_relative_to_target_or_noise():
 def test_at_the_posterior_where_target_and_noise_vanish_rounding_is_no_bias():
     problem = four_sentences(0.7)
     logits = problem.prior.log_probs.detach() + problem.rewards(problem.prior.tokens) / 0.7
-    assert_unbiased(losses.rloo, "objective", SequenceTable(problem.space, problem.prior.tokens, logits), problem)
+    assert_unbiased(
+        losses.rloo,
+        "objective",
+        SequenceTable(problem.space, problem.prior.tokens, logits),
+        problem,
+    )
 
 
 def test_a_nan_is_never_unbiased():
@@ -133,19 +148,27 @@ def test_the_message_has_a_remedy_for_the_usual_faults(loss, remedy):
 
 def test_a_loss_off_policy_needs_its_ratio():
     policy, problem = four_sentences_policy(), four_sentences(0.5)
-    behaviour = SequenceTable(problem.space, problem.prior.tokens, torch.tensor([0.0, 0.5, 1.0, -0.5]))
+    behaviour = SequenceTable(
+        problem.space, problem.prior.tokens, torch.tensor([0.0, 0.5, 1.0, -0.5])
+    )
     assert_unbiased(importance_weighted, "objective", policy, problem, behaviour=behaviour)
     with pytest.raises(AssertionError, match="reinforce is biased for objective"):
         assert_unbiased(losses.reinforce, "objective", policy, problem, behaviour=behaviour)
     with pytest.raises(AssertionError, match="differ on"):
-        assert_same_gradient(importance_weighted, losses.reinforce, policy, problem, behaviour=behaviour)
-    assert_same_gradient(importance_weighted, losses.reinforce, policy, problem)  # on-policy they are one
+        assert_same_gradient(
+            importance_weighted, losses.reinforce, policy, problem, behaviour=behaviour
+        )
+    assert_same_gradient(
+        importance_weighted, losses.reinforce, policy, problem
+    )  # on-policy they are one
     assert_variance_at_most(losses.reinforce, importance_weighted, policy, problem)
     with pytest.raises(AssertionError, match="has variance"):
-        assert_variance_at_most(importance_weighted, losses.reinforce, policy, problem, behaviour=behaviour)
+        assert_variance_at_most(
+            importance_weighted, losses.reinforce, policy, problem, behaviour=behaviour
+        )
 
 
-# --- assert_same_gradient ----------------------------------------------------------------------------------------------
+# --- assert_same_gradient -------------------------------------------------------------------------
 
 
 def test_a_loss_on_the_whole_support_has_the_mean_of_one_on_samples():
@@ -166,7 +189,8 @@ def test_losses_on_full_distributions_are_compared_too():
 
 def test_the_message_names_batch_and_both_gradients():
     pattern = (
-        r"loss and rloo differ on 12 of 16 batches \(four sentences at λ = 0\.5\); on \['the cat', 'the dog'\] the gradients are \(.*\) and \(.*\)"
+        r"loss and rloo differ on 12 of 16 batches \(four sentences at λ = 0\.5\); on \['the cat',"
+        r" 'the dog'\] the gradients are \(.*\) and \(.*\)"
     )
     with pytest.raises(AssertionError, match=pattern):
         assert_same_gradient(scaled(2), losses.rloo)
@@ -178,18 +202,26 @@ def test_losses_of_named_tensors_are_understood_and_random_ones_have_only_a_mean
         return -(reward * log_probs.sum(-1)).mean()
 
     def random(batch, draw):
-        keep = draw(torch.zeros(1, 2, dtype=torch.float64))[0]  # a fair coin: none of the gradient, or twice
+        keep = draw(torch.zeros(1, 2, dtype=torch.float64))[
+            0
+        ]  # a fair coin: none of the gradient, or twice
         return 2 * keep * losses.reinforce(batch)
 
     assert_unbiased(named, "objective")
     assert_same_gradient(named, losses.reinforce)
     assert_unbiased(random, "objective")
     assert_same_gradient(random, named, in_expectation=True)
-    with pytest.raises(InputError, match="random draws random numbers, so a batch has no one gradient; compare with in_expectation=True"):
+    with pytest.raises(
+        InputError,
+        match=(
+            "random draws random numbers, so a batch has no one gradient; compare with"
+            " in_expectation=True"
+        ),
+    ):
         assert_same_gradient(random, named)
 
 
-# --- assert_variance_at_most -------------------------------------------------------------------------------------------
+# --- assert_variance_at_most ----------------------------------------------------------------------
 
 
 def test_k3_varies_less_than_k1_where_policy_and_prior_are_close():

@@ -1,9 +1,10 @@
-"""How often each statistical assertion is wrong when everything is right, and when a bias of the stated size is there: 200,000 repetitions each.
+"""How often each statistical assertion is wrong when everything is right, and when a bias of the
+stated size is there: 200,000 repetitions each.
 
     python dev.py test -m calibration
 
-Levels are large enough to be seen (δ = 0.05, δ = 0.01); the observed rate may exceed δ only by what the binomial allows with probability 1e-9.
-Repetitions are drawn as counts, all at once.
+Levels are large enough to be seen (δ = 0.05, δ = 0.01); the observed rate may exceed δ only by what
+the binomial allows with probability 1e-9. Repetitions are drawn as counts, all at once.
 """
 
 import math
@@ -12,12 +13,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from klrl_edu.testing.statistical import MISS, count_limits, detectable_mass, detectable_shift, mean_limits
+from klrl_edu.testing.statistical import (
+    MISS,
+    count_limits,
+    detectable_mass,
+    detectable_shift,
+    mean_limits,
+)
 
 REPETITIONS = 200_000
 N = 1000  # samples a repetition
 RARE = np.array([1 / N, *[(1 - 1 / N) / 2] * 2])
-HEAVY = np.array([N / 2, 0.4, 0.6])  # importance weights π*/q: E_q[w] is close to 1, and half of it comes once in N samples
+HEAVY = np.array(
+    [N / 2, 0.4, 0.6]
+)  # importance weights π*/q: E_q[w] is close to 1, and half of it comes once in N samples
 HEAVY = HEAVY / float(RARE @ HEAVY)  # now it is 1
 COUNTED = {
     "two even bins": [0.5, 0.5],
@@ -29,7 +38,10 @@ COUNTED = {
 AVERAGED = {
     "a fair coin": ([0.5, 0.5], [0.0, 1.0]),
     "a rare coin": ([0.01, 0.99], [1.0, 0.0]),
-    "k1 on four sentences": ([0.5, 0.2, 0.1, 0.2], [math.log(5 / 4), math.log(2 / 3), math.log(1 / 2), math.log(2)]),
+    "k1 on four sentences": (
+        [0.5, 0.2, 0.1, 0.2],
+        [math.log(5 / 4), math.log(2 / 3), math.log(1 / 2), math.log(2)],
+    ),
     "heavy-tailed importance weights": (RARE, HEAVY),
 }
 calibration = pytest.mark.calibration
@@ -41,7 +53,9 @@ def repeated(probs):
 
 
 def check_rate(failures, false_alarm):
-    """At most what Binomial(repetitions, δ) exceeds with probability 1e-9; prints the rate (`-s` shows it)."""
+    """At most what Binomial(repetitions, δ) exceeds with probability 1e-9; prints the rate (`-s`
+    shows it).
+    """
     print(f"observed {failures.mean():.3g}, stated {false_alarm:.3g}")
     assert failures.sum() <= stats.binom.isf(1e-9, len(failures), false_alarm)
 
@@ -92,7 +106,8 @@ def test_means_off_by_the_stated_shift_pass_less_than_once_in_a_million():
 
 @calibration
 def test_a_t_test_at_a_billionth_is_wrong_once_in_e_times_on_importance_weights():
-    """Where the rare sequence did not come, (1 − 1/n)^n = 0.368 of the time, the sample has almost no variance and mean 1/2: t is huge.
+    """Where the rare sequence did not come, (1 − 1/n)^n = 0.368 of the time, the sample has almost
+    no variance and mean 1/2: t is huge.
 
     Bernstein's inequality with the enumerated σ, on the very same samples, is never wrong.
     """
@@ -102,7 +117,10 @@ def test_a_t_test_at_a_billionth_is_wrong_once_in_e_times_on_importance_weights(
     p_values = 2 * stats.t.sf(np.abs(means - 1) / (deviations / math.sqrt(N)), N - 1)
     rate = float((p_values < 1e-9).mean())
     missed = (1 - 1 / N) ** N
-    print(f"t-test at 1e-9: {rate:.4f} of the runs refused; the rare sequence is missed in {missed:.4f}")
+    print(
+        f"t-test at 1e-9: {rate:.4f} of the runs refused; the rare sequence is missed in"
+        f" {missed:.4f}"
+    )
     assert abs(rate - missed) < 6 * math.sqrt(missed * (1 - missed) / REPETITIONS)
     sigma = math.sqrt(RARE @ (HEAVY - 1) ** 2)
     low, high = mean_limits(N, 1.0, sigma, (HEAVY.min(), HEAVY.max()), 1e-9)

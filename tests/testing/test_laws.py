@@ -183,19 +183,29 @@ BROKEN = [
     (ForgetfulStep, testing.check_decoding, "step ≡ forward: position 2"),
     (ShuffledBranch, testing.check_decoding, "branch ≡ forward"),
     (ChildlessBranch, testing.check_decoding, "branch ≡ forward"),
-    (BatchNormalised, testing.check_rows_independent, r"rows independent of the batch: row \d alone"),
+    (
+        BatchNormalised,
+        testing.check_rows_independent,
+        r"rows independent of the batch: row \d alone",
+    ),
     (FirstRowsOnly, testing.check_rows_independent, "rows reordered by select"),
     (StepsInPlace, testing.check_decoding, "step ≡ forward: position 2"),
     (PaysAfterEos, testing.check_eos_absorbs, "EOS forced and absorbing: token_log_prob"),
     (SamplesOn, testing.check_samples_belong, "EOS forced and absorbing: sample"),
     (SavesHalf, testing.check_state_dict, "state_dict round trip"),
-    (DetachedStep, testing.check_decoding_gradient, "gradient of step ≡ forward: entry|gradient of step ≡ forward'"),
+    (
+        DetachedStep,
+        testing.check_decoding_gradient,
+        "gradient of step ≡ forward: entry|gradient of step ≡ forward'",
+    ),
     (DetachedDecoding, testing.check_decoding_gradient, "carry no gradient"),
     (StepsOn, testing.check_refuses_past_end, "stepping past T = 4 must raise InputError"),
 ]
 
 
-@pytest.mark.parametrize(("broken", "law", "message"), BROKEN, ids=[broken.__name__ for broken, _, _ in BROKEN])
+@pytest.mark.parametrize(
+    ("broken", "law", "message"), BROKEN, ids=[broken.__name__ for broken, _, _ in BROKEN]
+)
 def test_a_law_fails_on_its_broken_model_and_says_so(broken, law, message):
     law(BigramToy(SPACE))
     law(Remembering(SPACE))
@@ -221,7 +231,10 @@ def test_a_restriction_that_decoding_forgets_is_found():
 def test_a_model_that_samples_zero_mass_is_found():
     table = SequenceTable.from_texts({"a": 1.0, "b": 0.0}, space=SPACE)
     with pytest.raises(AssertionError, match=r"zero mass: \['b'\]"):
-        testing.check_samples_belong(table, draw=lambda log_probs, rows: torch.full((len(rows),), 1 if log_probs[0, 0] == 0 else 3))
+        testing.check_samples_belong(
+            table,
+            draw=lambda log_probs, rows: torch.full((len(rows),), 1 if log_probs[0, 0] == 0 else 3),
+        )
 
 
 def test_float32_gets_its_own_tolerance_and_a_given_one_counts():
@@ -232,7 +245,10 @@ def test_float32_gets_its_own_tolerance_and_a_given_one_counts():
 
 
 def test_messages_name_model_law_entry_and_both_values():
-    pattern = r"Peeking breaks the law 'causal: row t = 0 .*': entry \[\d+, \d+\] is -?[\d.]+, expected -?[\d.]+; tolerance 1e-12"
+    pattern = (
+        r"Peeking breaks the law 'causal: row t = 0 .*': entry \[\d+, \d+\] is -?[\d.]+, expected"
+        r" -?[\d.]+; tolerance 1e-12"
+    )
     with pytest.raises(AssertionError, match=pattern):
         testing.check_causal(Peeking(SPACE))
 
@@ -269,7 +285,12 @@ def test_causal_rewards_pass_and_may_forbid():
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"), [(LooksAhead(), "column 0 moved"), (KnowsTheLength(), "column 0 moved"), (PaysTheDead(), "after the first EOS")]
+    ("reward", "message"),
+    [
+        (LooksAhead(), "column 0 moved"),
+        (KnowsTheLength(), "column 0 moved"),
+        (PaysTheDead(), "after the first EOS"),
+    ],
 )
 def test_rewards_that_are_not_causal_are_found(reward, message):
     with pytest.raises(AssertionError, match=message):
@@ -284,7 +305,15 @@ def test_a_whole_sequence_reward_is_not_a_causal_one():
 # example tokens
 
 
-@pytest.mark.parametrize("space", [words(2, 3), words(9, 6), words(9, 6, eos=False), SequenceSpace(tuple(map(str, range(50257))), 20)])
+@pytest.mark.parametrize(
+    "space",
+    [
+        words(2, 3),
+        words(9, 6),
+        words(9, 6, eos=False),
+        SequenceSpace(tuple(map(str, range(50257))), 20),
+    ],
+)
 def test_example_tokens_are_sequences_of_the_space_from_empty_to_full(space):
     tokens = space.check_tokens(testing.example_tokens(space))
     assert torch.equal(tokens, testing.example_tokens(space))

@@ -29,7 +29,11 @@ def test_outside_pytest_an_entry_has_no_test(monkeypatch):
 
 def test_the_largest_are_listed_and_the_rest_summed():
     lines = ledger(1e-9, 4e-7, 2e-9, 3e-9).summary(most=2)
-    assert lines[0] == "4 in all; a correct library fails one of them with probability at most 4.06e-07 (union bound)"
+    assert (
+        lines[0]
+        == "4 in all; a correct library fails one of them with probability at most 4.06e-07 (union"
+        " bound)"
+    )
     assert [line.split()[0] for line in lines[1:]] == ["4.00e-07", "3.00e-09", "3.00e-09"]
     assert lines[-1].endswith("in 2 more")
     assert len(ledger(1e-9, 2e-9).summary(most=2)) == 3

@@ -1,12 +1,18 @@
-"""Every assertion against estimators that are known to be wrong, and against their twins that are right.
+"""Every assertion against estimators that are known to be wrong, and against their twins that are
+right.
 
 assertion                  refuses                                                       accepts
 assert_unbiased            every fault, gradient and value, by its known mean            every twin
-assert_same_gradient       every fault beside its twin, batch by batch and in the mean   a twin beside itself; equal means where they are equal
-assert_variance_at_most    any bound below the variance of a loop over batches           that variance itself
-assert_mean_is             every fault, from samples                                     every twin, from samples
-assert_samples_from        every wrong sampler                                           the model's own samples
-assert_is_language_model   every broken model of test_laws.py                            its sound twins
+assert_same_gradient       every fault beside its twin, batch by batch and in the mean   a twin
+beside itself; equal means where they are equal
+assert_variance_at_most    any bound below the variance of a loop over batches           that
+variance itself
+assert_mean_is             every fault, from samples                                     every twin,
+from samples
+assert_samples_from        every wrong sampler                                           the model's
+own samples
+assert_is_language_model   every broken model of test_laws.py                            its sound
+twins
 """
 
 import dataclasses
@@ -38,7 +44,9 @@ def a_ledger_of_its_own(monkeypatch):
 
 
 def each_fault(function):
-    return pytest.mark.parametrize("fault", FAULTS, ids=[fault.loss.__name__ for fault in FAULTS])(function)
+    return pytest.mark.parametrize("fault", FAULTS, ids=[fault.loss.__name__ for fault in FAULTS])(
+        function
+    )
 
 
 @functools.cache
@@ -49,7 +57,14 @@ def brute_force(loss, case):
     probability, gradients = [], []
     for rows in itertools.product(range(len(support)), repeat=B):
         value = loss(score_batch(case.policy, [case.problem], [support.tokens[list(rows)]]))
-        gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, materialize_grads=True)]))
+        gradients.append(
+            torch.cat(
+                [
+                    g.reshape(-1)
+                    for g in torch.autograd.grad(value, parameters, materialize_grads=True)
+                ]
+            )
+        )
         probability.append(support.log_weights[list(rows)].sum().exp())
     return torch.stack(probability), torch.stack(gradients)
 
@@ -60,24 +75,41 @@ def biased_case(fault):
     for case in CASES:
         probability, gradients = brute_force(fault.loss, case)
         sound, twins = brute_force(fault.twin, case)
-        found.append((float((probability @ gradients - sound @ twins).norm()), case, probability, gradients, sound @ twins, twins))
+        found.append(
+            (
+                float((probability @ gradients - sound @ twins).norm()),
+                case,
+                probability,
+                gradients,
+                sound @ twins,
+                twins,
+            )
+        )
     return max(found, key=lambda row: row[0])[1:]
 
 
-# --- exact assertions ------------------------------------------------------------------------------------------------
+# --- exact assertions -----------------------------------------------------------------------------
 
 
 @each_fault
 def test_a_fault_has_exactly_the_mean_that_its_docstring_gives(fault):
     for case in CASES:
         probability, gradients = brute_force(fault.loss, case)
-        assert torch.allclose(probability @ gradients, known_mean(fault, case, B), rtol=0, atol=1e-13), case.name
+        assert torch.allclose(
+            probability @ gradients, known_mean(fault, case, B), rtol=0, atol=1e-13
+        ), case.name
 
 
 @each_fault
 def test_assert_unbiased_refuses_a_faulty_loss_and_accepts_its_twin(fault):
     testing.assert_unbiased(fault.twin, fault.target, batch_size=B)
-    with pytest.raises(AssertionError, match=f"(?s){fault.loss.__name__} is biased for {fault.target}.*Remedy: .*false-alarm probability 0"):
+    with pytest.raises(
+        AssertionError,
+        match=(
+            f"(?s){fault.loss.__name__} is biased for {fault.target}.*Remedy: .*false-alarm"
+            " probability 0"
+        ),
+    ):
         testing.assert_unbiased(fault.loss, fault.target, batch_size=B)
 
 
@@ -95,25 +127,36 @@ def test_assert_unbiased_accepts_a_sound_value(estimator):
     exact = float(log_pi.exp() @ (log_pi - log_q))
     testing.assert_unbiased(estimator, exact, case.policy, case.problem)
     with pytest.raises(AssertionError):
-        testing.assert_unbiased(estimator, exact * (1 + 1e-9), case.policy, case.problem, tolerance=1e-10)
+        testing.assert_unbiased(
+            estimator, exact * (1 + 1e-9), case.policy, case.problem, tolerance=1e-10
+        )
 
 
 @each_fault
 @pytest.mark.parametrize("in_expectation", [False, True])
 def test_assert_same_gradient_tells_a_fault_from_its_twin(fault, in_expectation):
-    testing.assert_same_gradient(fault.twin, fault.twin, batch_size=B, in_expectation=in_expectation)
+    testing.assert_same_gradient(
+        fault.twin, fault.twin, batch_size=B, in_expectation=in_expectation
+    )
     with pytest.raises(AssertionError, match=f"{fault.loss.__name__}.*{fault.twin.__name__}"):
-        testing.assert_same_gradient(fault.loss, fault.twin, batch_size=B, in_expectation=in_expectation)
+        testing.assert_same_gradient(
+            fault.loss, fault.twin, batch_size=B, in_expectation=in_expectation
+        )
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(TWINS, 2)), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("one", "other"), list(itertools.combinations(TWINS, 2)), ids=lambda f: f.__name__
+)
 def test_equal_means_are_accepted_where_single_batches_differ(one, other):
     if TWINS[one] != TWINS[other]:
         with pytest.raises(AssertionError):
             testing.assert_same_gradient(one, other, in_expectation=True)
         return
     testing.assert_same_gradient(one, other, in_expectation=True)
-    batch_by_batch = {one.__name__, other.__name__} == {"rloo", "log_variance"}  # RLOO is VarGrad, batch by batch
+    batch_by_batch = {one.__name__, other.__name__} == {
+        "rloo",
+        "log_variance",
+    }  # RLOO is VarGrad, batch by batch
     if batch_by_batch:
         testing.assert_same_gradient(one, other)
     else:
@@ -127,12 +170,16 @@ def test_assert_variance_at_most_takes_the_variance_and_nothing_below(fault):
         for loss in (fault.loss, fault.twin):
             probability, gradients = brute_force(loss, case)
             variance = float(probability @ (gradients - probability @ gradients).square().sum(-1))
-            testing.assert_variance_at_most(loss, variance, case.policy, case.problem, batch_size=B, tolerance=1e-10)
+            testing.assert_variance_at_most(
+                loss, variance, case.policy, case.problem, batch_size=B, tolerance=1e-10
+            )
             with pytest.raises(AssertionError, match=r"has variance .* expected at most"):
-                testing.assert_variance_at_most(loss, variance * (1 - 1e-6) - 1e-15, case.policy, case.problem, batch_size=B)
+                testing.assert_variance_at_most(
+                    loss, variance * (1 - 1e-6) - 1e-15, case.policy, case.problem, batch_size=B
+                )
 
 
-# --- statistical assertions ------------------------------------------------------------------------------------------
+# --- statistical assertions -----------------------------------------------------------------------
 
 
 @each_fault
@@ -148,7 +195,10 @@ def test_assert_mean_is_finds_a_fault_in_samples_and_passes_its_twin(fault):
         if sound:
             testing.assert_mean_is(values[index], mean, sigma=sigma, value_range=value_range)
         else:
-            with pytest.raises(AssertionError, match=r"the mean of 100,000 samples .*\n.*False-alarm probability 1e-09"):
+            with pytest.raises(
+                AssertionError,
+                match=r"the mean of 100,000 samples .*\n.*False-alarm probability 1e-09",
+            ):
                 testing.assert_mean_is(values[index], mean, sigma=sigma, value_range=value_range)
     assert {entry.assertion for entry in ledger.run.entries} == {"assert_mean_is"}
     assert case in CASES
@@ -159,7 +209,9 @@ SPACE = MODEL.space
 
 
 def changed_logits(change):
-    """A sampler whose conditionals are changed: change(log_probs [n,V], t) -> logits [n,V]; EOS at T as ever."""
+    """A sampler whose conditionals are changed: change(log_probs [n,V], t) -> logits [n,V]; EOS at
+    T as ever.
+    """
 
     def sampler(n, *, draw):
         logits, state = MODEL.start(n)
@@ -193,7 +245,9 @@ def repeated(n, *, draw):
 
 def best_of_two(n, *, draw):
     pairs = MODEL.sample(2 * n, draw=draw).reshape(n, 2, -1)
-    return torch.where(((pairs[:, 0] < 2).sum(-1) >= (pairs[:, 1] < 2).sum(-1))[:, None], pairs[:, 0], pairs[:, 1])
+    return torch.where(
+        ((pairs[:, 0] < 2).sum(-1) >= (pairs[:, 1] < 2).sum(-1))[:, None], pairs[:, 0], pairs[:, 1]
+    )
 
 
 def conditioned_on_ending(n, *, draw):
@@ -205,17 +259,27 @@ def conditioned_on_ending(n, *, draw):
 WRONG_SAMPLERS = {
     "temperature 0.7": changed_logits(lambda log_probs, t: log_probs / 0.7),
     "temperature 1.4": changed_logits(lambda log_probs, t: log_probs / 1.4),
-    "greedy at the second token": changed_logits(lambda log_probs, t: log_probs * (1 if t != 1 else 50)),
+    "greedy at the second token": changed_logits(
+        lambda log_probs, t: log_probs * (1 if t != 1 else 50)
+    ),
     "never empty": without(2, 0),
     "never one word": without(2, 1),
     "no second x": without(0, 1),
-    "a floor of 0.01 on probabilities": changed_logits(lambda log_probs, t: (log_probs.exp() + 0.01).log()),
+    "a floor of 0.01 on probabilities": changed_logits(
+        lambda log_probs, t: (log_probs.exp() + 0.01).log()
+    ),
     "the prior for the policy": CASES[2].problem.prior.sample,
-    "uniform over the support": lambda n, *, draw: enumerate_support(MODEL).tokens[draw(torch.zeros(1, 4), torch.zeros(n, dtype=torch.long))],
+    "uniform over the support": (
+        lambda n, *, draw: enumerate_support(MODEL).tokens[
+            draw(torch.zeros(1, 4), torch.zeros(n, dtype=torch.long))
+        ]
+    ),
     "each sample a thousand times": repeated,
     "the longer of two": best_of_two,
     "conditioned on an early end": conditioned_on_ending,
-    "one sequence of mass zero": lambda n, *, draw: torch.cat([MODEL.sample(n - 1, draw=draw), SPACE.encode(["y x"])]),
+    "one sequence of mass zero": lambda n, *, draw: torch.cat(
+        [MODEL.sample(n - 1, draw=draw), SPACE.encode(["y x"])]
+    ),
 }
 
 
@@ -227,16 +291,28 @@ def test_the_models_own_samples_are_accepted_by_any_decoder():
 
 @pytest.mark.parametrize("sampler", WRONG_SAMPLERS)
 def test_assert_samples_from_refuses(sampler):
-    with pytest.raises(AssertionError, match=r"False-alarm probability .*e-.*; finds a bin's mass off by more than"):
+    with pytest.raises(
+        AssertionError, match=r"False-alarm probability .*e-.*; finds a bin's mass off by more than"
+    ):
         testing.assert_samples_from(WRONG_SAMPLERS[sampler], MODEL)
 
 
-# --- the table is as long as it says -----------------------------------------------------------------------------------
+# --- the table is as long as it says --------------------------------------------------------------
 
 
 def test_every_assertion_meets_ten_faults_or_more():
-    assert min(len(FAULTS), len(VALUE_FAULTS), len(WRONG_SAMPLERS), len({broken for broken, _, _ in test_laws.BROKEN})) >= 10
-    assert testing.assert_is_language_model is testing.check_language_model  # which test_laws.py runs on each of them
+    assert (
+        min(
+            len(FAULTS),
+            len(VALUE_FAULTS),
+            len(WRONG_SAMPLERS),
+            len({broken for broken, _, _ in test_laws.BROKEN}),
+        )
+        >= 10
+    )
+    assert (
+        testing.assert_is_language_model is testing.check_language_model
+    )  # which test_laws.py runs on each of them
     assert all(fault.loss.__doc__ for fault in FAULTS)
 
 
@@ -245,5 +321,7 @@ def test_the_standard_cases_are_what_they_promise():
     assert {case.problem.space.eos for case in CASES} == {True, False}
     assert {type(case.policy).__name__ for case in CASES} == {"SequenceTable", "RestrictedModel"}
     for case in CASES:
-        assert len(enumerate_support(case.policy)) < case.problem.space.size  # some sequences have no mass
+        assert (
+            len(enumerate_support(case.policy)) < case.problem.space.size
+        )  # some sequences have no mass
     assert {dataclasses.astuple(case.problem)[3] for case in CASES} == {None}

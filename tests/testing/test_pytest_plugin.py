@@ -1,4 +1,6 @@
-"""The plugin from outside: each test runs pytest in a process of its own and reads what it prints."""
+"""The plugin from outside: each test runs pytest in a process of its own and reads what it
+prints.
+"""
 
 import argparse
 from pathlib import Path
@@ -24,7 +26,9 @@ TWO_TESTS = """
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """run(*options) -> the outcome of pytest on the files that a test has made; the plugin is loaded as a user without the entry point would."""
+    """run(*options) -> the outcome of pytest on the files that a test has made; the plugin is
+    loaded as a user without the entry point would.
+    """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return lambda *options: pytester.runpytest_subprocess("-p", "klrl_edu.pytest_plugin", *options)
 
@@ -36,7 +40,10 @@ def test_the_ledger_is_summed_and_printed_with_the_least_certain_first(pytester,
     result.stdout.fnmatch_lines(
         [
             "=* klrl_edu: statistical assertions =*",
-            "2 in all; a correct library fails one of them with probability at most 4e-07 (union bound)",
+            (
+                "2 in all; a correct library fails one of them with probability at most 4e-07"
+                " (union bound)"
+            ),
             " 3.00e-07  finds 1.25e-01 of a mean  assert_mine  test_it.py::test_two",
             " 1.00e-07  finds 2.50e-01 of a mean  assert_mine  test_it.py::test_one",
             "they draw from --klrl-seed=0",
@@ -51,14 +58,19 @@ def test_a_run_without_statistical_assertions_prints_nothing(pytester, run):
 
 
 @pytest.mark.parametrize(
-    ("workers", "bar", "code"), [([], "3.9e-7", 1), (["-n", "2"], "3.9e-7", 1), (["-n", "2"], "4.1e-7", 0)], ids=["alone", "xdist", "below"]
+    ("workers", "bar", "code"),
+    [([], "3.9e-7", 1), (["-n", "2"], "3.9e-7", 1), (["-n", "2"], "4.1e-7", 0)],
+    ids=["alone", "xdist", "below"],
 )
 def test_a_sum_above_the_bar_fails_the_run_and_workers_add_up(pytester, run, workers, bar, code):
     pytester.makepyfile(test_it=TWO_TESTS)
     result = run("--klrl-false-alarm", bar, *workers)
     assert result.ret == code
     result.stdout.fnmatch_lines(["2 in all; * at most 4e-07 (union bound)", "*2 passed*"])
-    failed = "FAILED: the run may raise a false alarm with probability 4e-07, which is 1e-08 above --klrl-false-alarm 3.9e-07*"
+    failed = (
+        "FAILED: the run may raise a false alarm with probability 4e-07, which is 1e-08 above"
+        " --klrl-false-alarm 3.9e-07*"
+    )
     (result.stdout.fnmatch_lines if code else result.stdout.no_fnmatch_line)(failed)
 
 
@@ -91,29 +103,46 @@ def test_workers_draw_from_the_seed_that_the_controller_prints(pytester, run):
 def printed_seed(result):
     """The seed that the test saw, which must be the one in the header and in the summary."""
     seed = result.stdout.str().split("seen ")[1].split()[0]
-    result.stdout.fnmatch_lines([f"klrl_edu: statistical assertions draw from --klrl-seed={seed}", f"they draw from --klrl-seed={seed}"])
+    result.stdout.fnmatch_lines(
+        [
+            f"klrl_edu: statistical assertions draw from --klrl-seed={seed}",
+            f"they draw from --klrl-seed={seed}",
+        ]
+    )
     assert result.ret == 0
     return seed
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "9223372036854775808", "", "Random"])
 def test_what_is_no_seed_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=r"is not a seed; give a whole number from 0 to 2\^63 - 1, or random"):
+    with pytest.raises(
+        argparse.ArgumentTypeError,
+        match=r"is not a seed; give a whole number from 0 to 2\^63 - 1, or random",
+    ):
         pytest_plugin._seed(text)
 
 
 def test_what_is_no_probability_is_refused_on_the_command_line(run):
     result = run("--klrl-false-alarm=2")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*argument --klrl-false-alarm: 2 is not a probability; give a number from 0 to 1*"])
+    result.stderr.fnmatch_lines(
+        ["*argument --klrl-false-alarm: 2 is not a probability; give a number from 0 to 1*"]
+    )
 
 
 def test_an_installed_entry_point_a_conftest_and_p_load_it_once(pytester, run, monkeypatch):
-    """The entry point is found as that of an installed package is: a .dist-info directory on the path."""
+    """The entry point is found as that of an installed package is: a .dist-info directory on the
+    path.
+    """
     info = pytester.mkdir("klrl_twin-0.1.0.dist-info")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: klrl_twin\nVersion: 0.1.0\n")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    line = project.split("[project.entry-points.pytest11]\n")[1].splitlines()[0].partition("  #")[0].replace('"', "")
+    line = (
+        project.split("[project.entry-points.pytest11]\n")[1]
+        .splitlines()[0]
+        .partition("  #")[0]
+        .replace('"', "")
+    )
     (info / "entry_points.txt").write_text(f"[pytest11]\n{line}\n")
     pytester.makepyfile(test_it=TWO_TESTS)
     for result in (run(), pytester.runpytest_subprocess()):
@@ -142,8 +171,14 @@ def test_a_failing_assertion_says_what_it_saw_its_error_probabilities_and_a_reme
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*10,000 samples are not from SequenceTable: 'head' came 6,* times, a share of 0.6*; expected 0.5, between 4,* and 5,* times*",
-            "*False-alarm probability *e-10; finds a bin's mass off by more than 0.0* with probability 1 ? 1e-06*",
+            (
+                "*10,000 samples are not from SequenceTable: 'head' came 6,* times, a share of"
+                " 0.6*; expected 0.5, between 4,* and 5,* times*"
+            ),
+            (
+                "*False-alarm probability *e-10; finds a bin's mass off by more than 0.0* with"
+                " probability 1 ? 1e-06*"
+            ),
             "1 in all; *",
         ]
     )

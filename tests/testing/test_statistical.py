@@ -1,4 +1,6 @@
-"""Limits, error probabilities and refusals of the statistical assertions, against exact binomial tails."""
+"""Limits, error probabilities and refusals of the statistical assertions, against exact binomial
+tails.
+"""
 
 import math
 
@@ -13,7 +15,15 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.testing import assert_mean_is, assert_samples_from, ledger
-from klrl_edu.testing.statistical import MISS, _bins, bernstein_deviation, count_limits, detectable_mass, detectable_shift, mean_limits
+from klrl_edu.testing.statistical import (
+    MISS,
+    _bins,
+    bernstein_deviation,
+    count_limits,
+    detectable_mass,
+    detectable_shift,
+    mean_limits,
+)
 
 MASSES = [[1.0], [0.5, 0.5], [0.2, 0.3, 0.5], [1e-9, 1 - 1e-9], [1e-3, 0.0, 0.999], [1 / 40] * 40]
 COIN = SequenceTable.from_texts({"head": 0.3, "tail": 0.7})
@@ -30,14 +40,16 @@ def tosses(heads, n):
     return COIN.space.encode(["head"] * heads + ["tail"] * (n - heads))
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("n", [1, 20, 1000, 20_000])
 @pytest.mark.parametrize("false_alarm", [1e-9, 0.05, 0.9])
 def test_the_limits_are_the_tightest_whose_tails_stay_below_their_share(mass, n, false_alarm):
-    """P(C < low) and P(C > high) are at most δ/2K by the binomial's own tails, and one count tighter would not be."""
+    """P(C < low) and P(C > high) are at most δ/2K by the binomial's own tails, and one count
+    tighter would not be.
+    """
     mass = np.array(mass)
     low, high, attained = count_limits(n, mass, false_alarm)
     share = false_alarm / (2 * len(mass))
@@ -63,7 +75,9 @@ def test_a_mass_off_by_more_than_the_stated_bias_passes_less_than_once_in_a_mill
         passes = stats.binom.cdf(limits.high, n, p) - stats.binom.cdf(limits.low - 1, n, p)
         assert (passes[possible] <= MISS).all()
         tightest = max(tightest, float(passes[possible].max(initial=0.0)))
-    assert tightest == 0.0 or tightest == pytest.approx(MISS, rel=2e-3)  # no smaller bias could be stated
+    assert tightest == 0.0 or tightest == pytest.approx(
+        MISS, rel=2e-3
+    )  # no smaller bias could be stated
 
 
 def test_the_assertion_refuses_exactly_the_counts_outside_the_limits():
@@ -72,7 +86,13 @@ def test_the_assertion_refuses_exactly_the_counts_outside_the_limits():
         if fine:
             assert_samples_from(tosses(int(heads), 500), COIN, false_alarm=1e-3)
         else:
-            with pytest.raises(AssertionError, match=rf"500 samples are not from SequenceTable: 'head' came {heads:.0f} times.*expected 0\.3"):
+            with pytest.raises(
+                AssertionError,
+                match=(
+                    rf"500 samples are not from SequenceTable: 'head' came {heads:.0f}"
+                    r" times.*expected 0\.3"
+                ),
+            ):
                 assert_samples_from(tosses(int(heads), 500), COIN, false_alarm=1e-3)
 
 
@@ -96,7 +116,10 @@ def test_a_few_rare_sequences_make_one_bin():
 def test_a_sample_without_mass_is_refused_by_name():
     table = SequenceTable.from_texts({"head": 0.5, "tail": 0.5, "edge": 0.0})
     tokens = torch.cat([table.sample(50, draw=seeded_draw(0)), table.space.encode(["edge"])])
-    with pytest.raises(AssertionError, match=r"sample 50 is 'edge', which has mass 0 under SequenceTable \(1 of 51 samples"):
+    with pytest.raises(
+        AssertionError,
+        match=r"sample 50 is 'edge', which has mass 0 under SequenceTable \(1 of 51 samples",
+    ):
         assert_samples_from(tokens, table)
     with pytest.raises(AssertionError, match="'edge', which has mass 0"):
         assert_samples_from(table.space.encode(["edge"]), table)
@@ -110,20 +133,27 @@ def test_tokens_outside_the_space_and_spaces_too_large_are_refused():
     with pytest.raises(InputError, match="false_alarm = 0"):
         assert_samples_from(COIN.sample, COIN, false_alarm=0)
     with pytest.raises(TooLargeError):
-        assert_samples_from(torch.zeros(5, 50, dtype=torch.long), NGramModel(SequenceSpace(tuple(map(str, range(1100))), 50, eos=False), 1))
+        assert_samples_from(
+            torch.zeros(5, 50, dtype=torch.long),
+            NGramModel(SequenceSpace(tuple(map(str, range(1100))), 50, eos=False), 1),
+        )
 
 
 def test_a_model_alone_is_held_against_its_own_distribution():
     class Bent(SequenceTable):
         def sample(self, n, *, draw, prompt=None):
-            return SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=self.space).sample(n, draw=draw)
+            return SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=self.space).sample(
+                n, draw=draw
+            )
 
     table = SequenceTable.from_texts({"head": 0.5, "tail": 0.5})
     assert_samples_from(table)
     bent = Bent(table.space, table.tokens, table.logits.detach())
     with pytest.raises(AssertionError, match="samples are not from Bent"):
         assert_samples_from(bent)
-    assert_samples_from(bent, SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=table.space))
+    assert_samples_from(
+        bent, SequenceTable.from_texts({"head": 0.6, "tail": 0.4}, space=table.space)
+    )
     with pytest.raises(InputError, match="model is missing"):
         assert_samples_from(table.sample)
 
@@ -144,18 +174,24 @@ def test_without_a_draw_samples_come_from_the_seed_of_the_run(monkeypatch):
     assert torch.equal(seen[1], seen[2])
 
 
-def test_each_assertion_is_written_down_with_its_error_probabilities_even_when_it_fails(entries, request):
+def test_each_assertion_is_written_down_with_its_error_probabilities_even_when_it_fails(
+    entries, request
+):
     assert_samples_from(tosses(300, 1000), COIN)
     with pytest.raises(AssertionError):
         assert_samples_from(tosses(900, 1000), COIN)
     assert_mean_is(torch.tensor([0.0, 1.0]), 0.5, sigma=0.5, value_range=(0, 1), false_alarm=1e-3)
-    assert [entry.assertion for entry in entries] == ["assert_samples_from", "assert_samples_from", "assert_mean_is"]
+    assert [entry.assertion for entry in entries] == [
+        "assert_samples_from",
+        "assert_samples_from",
+        "assert_mean_is",
+    ]
     assert 0 < entries[0].false_alarm <= 1e-9
     assert entries[2].false_alarm == 1e-3
     assert all(entry.detectable > 0 and entry.test == request.node.nodeid for entry in entries)
 
 
-# --- means ----------------------------------------------------------------------------------------------------------
+# --- means ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.97])
@@ -172,31 +208,47 @@ def test_bernsteins_limits_hold_for_coins_by_the_binomial_itself(p, n, false_ala
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5])
 @pytest.mark.parametrize("n", [1000, 100_000])
 def test_a_mean_off_by_the_stated_shift_passes_less_than_once_in_a_million(p, n):
-    """Coins again; a shifted coin has another σ, so σ is given as the larger of the two (σ ≤ ½ always serves)."""
+    """Coins again; a shifted coin has another σ, so σ is given as the larger of the two (σ ≤ ½
+    always serves).
+    """
     for direction in (1, -1):
         sigma = 0.5
         moved = p + direction * detectable_shift(n, p, sigma, (0.0, 1.0), 1e-9)
         if not 0 <= moved <= 1:
             continue
         low, high = mean_limits(n, p, sigma, (0.0, 1.0), 1e-9)
-        passes = stats.binom.cdf(math.floor(high * n), n, moved) - stats.binom.cdf(math.ceil(low * n) - 1, n, moved)
+        passes = stats.binom.cdf(math.floor(high * n), n, moved) - stats.binom.cdf(
+            math.ceil(low * n) - 1, n, moved
+        )
         assert passes <= MISS
 
 
 def test_the_deviation_is_theorem_2_10():
-    assert bernstein_deviation(50, 2.0, 3.0, math.exp(-4.0)) == pytest.approx(2 * math.sqrt(8 / 50) + 3 * 4 / 150, rel=1e-15)
+    assert bernstein_deviation(50, 2.0, 3.0, math.exp(-4.0)) == pytest.approx(
+        2 * math.sqrt(8 / 50) + 3 * 4 / 150, rel=1e-15
+    )
 
 
 def test_a_mean_outside_its_limits_is_refused_with_both_numbers():
-    with pytest.raises(AssertionError, match=r"the mean of 1,000 samples is 0\.9; expected 0\.5, between 0\.\d+ and 0\.\d+ \(σ = 0\.5\)") as caught:
-        assert_mean_is(torch.tensor([1.0] * 900 + [0.0] * 100), 0.5, sigma=0.5, value_range=(0.0, 1.0))
+    with pytest.raises(
+        AssertionError,
+        match=(
+            r"the mean of 1,000 samples is 0\.9; expected 0\.5, between 0\.\d+ and 0\.\d+ \(σ ="
+            r" 0\.5\)"
+        ),
+    ) as caught:
+        assert_mean_is(
+            torch.tensor([1.0] * 900 + [0.0] * 100), 0.5, sigma=0.5, value_range=(0.0, 1.0)
+        )
     assert "False-alarm probability 1e-09; finds a mean off by more than 0." in str(caught.value)
     assert "Remedy: " in str(caught.value)
 
 
 def test_a_value_outside_the_enumerated_range_and_a_nan_are_refused():
     for stray in (1.5, -0.5, math.nan):
-        with pytest.raises(AssertionError, match=r"samples\[1\] = .* is outside the enumerated range \[0, 1\]"):
+        with pytest.raises(
+            AssertionError, match=r"samples\[1\] = .* is outside the enumerated range \[0, 1\]"
+        ):
             assert_mean_is(torch.tensor([0.5, stray]), 0.5, sigma=0.5, value_range=(0, 1))
 
 
@@ -221,6 +273,12 @@ def test_a_constant_must_be_met_but_for_rounding():
     ],
 )
 def test_impossible_moments_are_refused(change, message):
-    given = {"samples": torch.zeros(3), "expected": 0.5, "sigma": 0.5, "value_range": (0.0, 1.0), **change}
+    given = {
+        "samples": torch.zeros(3),
+        "expected": 0.5,
+        "sigma": 0.5,
+        "value_range": (0.0, 1.0),
+        **change,
+    }
     with pytest.raises(InputError, match=message):
         assert_mean_is(given.pop("samples"), given.pop("expected"), **given)

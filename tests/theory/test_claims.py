@@ -1,4 +1,6 @@
-"""The articles' claims: each verdict is what the numbers say, each number is the course's, and each claim has a twin that the same check refuses."""
+"""The articles' claims: each verdict is what the numbers say, each number is the course's, and each
+claim has a twin that the same check refuses.
+"""
 
 import math
 import re
@@ -34,7 +36,15 @@ from klrl_edu.theory.articles.examples import (
     processes,
     sentences,
 )
-from klrl_edu.theory.claims import ARTICLES, CLAIMS, TABLE_HEADER, check_claims, claims_markdown, claims_table, claims_text
+from klrl_edu.theory.claims import (
+    ARTICLES,
+    CLAIMS,
+    TABLE_HEADER,
+    check_claims,
+    claims_markdown,
+    claims_table,
+    claims_text,
+)
 
 FOUR = four_sentences()
 CHECKS = {check.claim.name: check for check in check_claims()}
@@ -52,20 +62,35 @@ def vector(table: dict) -> Tensor:
 def test_every_declared_verdict_is_what_the_numbers_say(name):
     check = CHECKS[name]
     assert check.passed, check.refusal
-    assert (check.claim.verdict == "holds") == (check.finding.printed_error <= check.claim.tolerance)
+    assert (check.claim.verdict == "holds") == (
+        check.finding.printed_error <= check.claim.tolerance
+    )
     assert check.finding.corrected_error <= check.claim.tolerance
 
 
 def test_every_row_of_the_articles_is_there():
-    # 27 rows; one of B (positions, one-hot target) and one of C (auxiliary model, constant) make two claims each
-    assert Counter(claim.article for claim in CLAIMS.values()) == {"A": 6, "B": 6, "C": 9, "D": 5, "E": 3}
+    # 27 rows; one of B (positions, one-hot target) and one of C (auxiliary model, constant) make
+    # two claims each
+    assert Counter(claim.article for claim in CLAIMS.values()) == {
+        "A": 6,
+        "B": 6,
+        "C": 9,
+        "D": 5,
+        "E": 3,
+    }
     assert list(ARTICLES) == sorted({claim.article for claim in CLAIMS.values()})
     articles = [claim.article for claim in CLAIMS.values()]
     assert articles == sorted(articles)
 
 
 def test_names_are_unique_stable_and_carry_their_article():
-    listed = [*tabular.TABULAR, *transformers.TRANSFORMERS, *importance.IMPORTANCE, *control.CONTROL, *feedback.FEEDBACK]
+    listed = [
+        *tabular.TABULAR,
+        *transformers.TRANSFORMERS,
+        *importance.IMPORTANCE,
+        *control.CONTROL,
+        *feedback.FEEDBACK,
+    ]
     assert [claim.name for claim in listed] == list(CLAIMS)
     for name, claim in CLAIMS.items():
         assert re.fullmatch(r"[a-e](-[a-z]+)+", name)
@@ -83,7 +108,9 @@ def test_a_claim_that_holds_has_no_correction_and_any_other_has_one(name):
 def test_formulas_are_closed_mathematics_without_bars(name):
     for text in (CLAIMS[name].printed, CLAIMS[name].corrected):
         assert text.count("$") % 2 == 0
-        assert "|" not in text  # \mid and \Vert: a bar would end a cell of a table, and an escaped one is a double bar
+        assert (
+            "|" not in text
+        )  # \mid and \Vert: a bar would end a cell of a table, and an escaped one is a double bar
         assert text.count("{") == text.count("}")
 
 
@@ -97,7 +124,10 @@ def test_running_a_claim_again_says_the_same(name):
 
 def in_prior_order(example: Sentences) -> Tensor:
     """The chain rule with prefixes averaged under q."""
-    own, other = (conditional_log_probs(example.table(log_probs), example.tokens) for log_probs in (example.log_policy, example.log_prior))
+    own, other = (
+        conditional_log_probs(example.table(log_probs), example.tokens)
+        for log_probs in (example.log_policy, example.log_prior)
+    )
     return example.log_prior.exp() @ per_token_kl(own, other).sum(-1)
 
 
@@ -130,33 +160,49 @@ def batch_mean_reinforce(example: Sentences) -> Tensor:
         reward = batch.rewards.sum(-1)
         return -((reward - reward.mean()) * batch.log_probs.sum(-1)).mean()
 
-    return -audit_gradient(loss, example.table(example.log_policy).requires_grad_(), example.problem(0.0), batch_size=2).mean
+    return -audit_gradient(
+        loss, example.table(example.log_policy).requires_grad_(), example.problem(0.0), batch_size=2
+    ).mean
 
 
 def wrong_constant(example: Sentences) -> Tensor:
     means = [importance.auxiliary_gradient(example, constant) for constant in (0.0, 1.0, -2.0)]
-    return torch.cat([*means, importance.constant_variance(example, -importance.best_constant(example))[None]])
+    return torch.cat(
+        [*means, importance.constant_variance(example, -importance.best_constant(example))[None]]
+    )
 
 
 def self_normalised(case: importance.Weighting) -> Tensor:
-    return importance.weighted_mean(case) / importance.weighted_mean(case._replace(values=torch.ones_like(case.values)))
+    return importance.weighted_mean(case) / importance.weighted_mean(
+        case._replace(values=torch.ones_like(case.values))
+    )
 
 
 def stopped_early(example: Sentences) -> Tensor:
     found = control.three_families(example).clone()
-    found[1] = climb(example.log_prior, example.rewards, example.kl_coef, example.log_policy, steps=20).exp()
+    found[1] = climb(
+        example.log_prior, example.rewards, example.kl_coef, example.log_policy, steps=20
+    ).exp()
     return found
 
 
 def backup_of_the_mean(process: TwoSteps) -> Tensor:
     last = process.then_reward
-    return torch.cat([process.first_reward + process.discount * process.transition @ last.mean(-1), last.reshape(-1)])
+    return torch.cat(
+        [
+            process.first_reward + process.discount * process.transition @ last.mean(-1),
+            last.reshape(-1),
+        ]
+    )
 
 
 def states_alike(process: TwoSteps) -> Tensor:
     """The policy gradient with every state visited as often."""
     alike = torch.full_like(process.transition, 1 / process.transition.shape[1])
-    true, flat = control.gradient_over_actions(process), control.gradient_over_actions(process._replace(transition=alike))
+    true, flat = (
+        control.gradient_over_actions(process),
+        control.gradient_over_actions(process._replace(transition=alike)),
+    )
     actions = len(process.first_reward)
     return torch.cat([true[:actions], flat[actions:]])
 
@@ -176,7 +222,9 @@ def undiscounted(process: TwoSteps) -> TwoSteps:
 
 
 def twin(name: str, formula) -> Claim:
-    """The claim with another formula in the place of the one that is right: the corrected one, or the printed one where that holds."""
+    """The claim with another formula in the place of the one that is right: the corrected one, or
+    the printed one where that holds.
+    """
     claim = CLAIMS[name]
     return replace(claim, **{"asserted" if claim.repaired is None else "repaired": formula})
 
@@ -185,38 +233,80 @@ TWINS = {
     "a-policy": twin("a-policy", rows_without_state),
     "a-value": twin("a-value", lambda process: tabular.backed_up_value(undiscounted(process))),
     "a-kl-states": twin("a-kl-states", in_prior_order),
-    "a-objective": twin("a-objective", lambda example: tilt(example.log_prior, example.rewards, example.kl_coef).log_evidence),
+    "a-objective": twin(
+        "a-objective",
+        lambda example: tilt(example.log_prior, example.rewards, example.kl_coef).log_evidence,
+    ),
     "a-program": twin("a-program", clamped_sum),
     "a-parameters": twin("a-parameters", without_prior),
     "b-positions": twin("b-positions", in_prior_order),
     "b-one-hot": twin("b-one-hot", lambda example: example.log_policy),
     "b-masked": twin("b-masked", lambda example: transformers.loss_everywhere(example) / 2),
-    "b-autoregressive": twin("b-autoregressive", lambda example: -marginal_log_probs(example, example.log_policy).sum(-1)),
-    "b-compact": twin("b-compact", lambda example: 2 * logspace.entropy(example.log_policy) - transformers.target_entropy_and_information(example)),
+    "b-autoregressive": twin(
+        "b-autoregressive", lambda example: -marginal_log_probs(example, example.log_policy).sum(-1)
+    ),
+    "b-compact": twin(
+        "b-compact",
+        lambda example: (
+            2 * logspace.entropy(example.log_policy)
+            - transformers.target_entropy_and_information(example)
+        ),
+    ),
     "b-generation": twin(
-        "b-generation", lambda example: transformers.law_of_sampler(example._replace(log_policy=torch.log_softmax(2 * example.log_policy, 0)))
+        "b-generation",
+        lambda example: transformers.law_of_sampler(
+            example._replace(log_policy=torch.log_softmax(2 * example.log_policy, 0))
+        ),
     ),
     "c-objective": twin(
-        "c-objective", lambda example: importance.objective_of_policy(example) + 2 * example.kl_coef * kl(example.log_policy, example.log_prior)
+        "c-objective",
+        lambda example: (
+            importance.objective_of_policy(example)
+            + 2 * example.kl_coef * kl(example.log_policy, example.log_prior)
+        ),
     ),
     "c-reinforce": twin("c-reinforce", batch_mean_reinforce),
-    "c-kl-gradient": twin("c-kl-gradient", lambda example: gradient(lambda log_policy: kl(example.log_prior, log_policy), example.log_policy)),
-    "c-auxiliary": twin("c-auxiliary", lambda example: importance.auxiliary_gradient(example) + importance.auxiliary_bias(example)),
+    "c-kl-gradient": twin(
+        "c-kl-gradient",
+        lambda example: gradient(
+            lambda log_policy: kl(example.log_prior, log_policy), example.log_policy
+        ),
+    ),
+    "c-auxiliary": twin(
+        "c-auxiliary",
+        lambda example: importance.auxiliary_gradient(example) + importance.auxiliary_bias(example),
+    ),
     "c-constant": twin("c-constant", wrong_constant),
-    "c-kl-example": twin("c-kl-example", lambda example: torch.tensor([0.1017, 0.1467], dtype=torch.float64)),  # KL(q‖π)
+    "c-kl-example": twin(
+        "c-kl-example", lambda example: torch.tensor([0.1017, 0.1467], dtype=torch.float64)
+    ),  # KL(q‖π)
     "c-auxiliary-example": twin(
-        "c-auxiliary-example", lambda example: 2 * importance.auxiliary_kl(example) - importance.auxiliary_kl_corrected(example)
+        "c-auxiliary-example",
+        lambda example: (
+            2 * importance.auxiliary_kl(example) - importance.auxiliary_kl_corrected(example)
+        ),
     ),
     "c-importance": twin("c-importance", self_normalised),
-    "c-stays-close": twin("c-stays-close", lambda example: importance.variance_slopes(example) * torch.tensor([0.2, 0.5, 1.0, 3.0])),
+    "c-stays-close": twin(
+        "c-stays-close",
+        lambda example: importance.variance_slopes(example) * torch.tensor([0.2, 0.5, 1.0, 3.0]),
+    ),
     "d-step": twin(
-        "d-step", lambda example: mean_score(example.log_policy, example.rewards - (example.log_policy - example.log_prior) / example.kl_coef)
+        "d-step",
+        lambda example: mean_score(
+            example.log_policy,
+            example.rewards - (example.log_policy - example.log_prior) / example.kl_coef,
+        ),
     ),
     "d-backup": twin("d-backup", backup_of_the_mean),
     "d-actor": twin("d-actor", states_alike),
     "d-families": twin("d-families", stopped_early),
-    "d-search": twin("d-search", lambda example: torch.softmax(example.rewards / example.kl_coef, 0)),
-    "e-q-update": twin("e-q-update", lambda process: feedback.updated_values(undiscounted(process))),
+    "d-search": twin(
+        "d-search", lambda example: torch.softmax(example.rewards / example.kl_coef, 0)
+    ),
+    "e-q-update": twin(
+        "e-q-update", lambda process: feedback.updated_values(undiscounted(process))
+    ),
     "e-score": twin("e-score", reward_a_token),
     "e-feedback": twin("e-feedback", bias_added_again),
 }
@@ -234,7 +324,9 @@ def test_the_broken_twin_is_refused(name):
     assert check.finding.corrected_error > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, claim in CLAIMS.items() if claim.verdict != "holds"])
+@pytest.mark.parametrize(
+    "name", [name for name, claim in CLAIMS.items() if claim.verdict != "holds"]
+)
 def test_a_claim_that_would_hold_as_printed_may_not_be_declared_wrong(name):
     claim = CLAIMS[name]
     assert "it holds as printed" in replace(claim, asserted=claim.repaired).check().refusal
@@ -265,46 +357,79 @@ def test_a_number_that_is_missing_is_an_infinite_error_and_equal_infinities_are_
 def test_the_kl_of_the_example_is_not_022():
     nats = reference.kl(FOUR_POLICY, FOUR_SENTENCES)
     assert nats == pytest.approx(0.099793472091, abs=5e-13)
-    torch.testing.assert_close(importance.kl_in_nats_and_bits(FOUR).tolist(), [nats, nats / math.log(2)], rtol=1e-13, atol=0)
-    assert CHECKS["c-kl-example"].finding.says == "printed 0.22; KL(π‖q) = 0.0998 nats = 0.1440 bits"
+    torch.testing.assert_close(
+        importance.kl_in_nats_and_bits(FOUR).tolist(),
+        [nats, nats / math.log(2)],
+        rtol=1e-13,
+        atol=0,
+    )
+    assert (
+        CHECKS["c-kl-example"].finding.says == "printed 0.22; KL(π‖q) = 0.0998 nats = 0.1440 bits"
+    )
     assert CHECKS["c-kl-example"].finding.printed_error == pytest.approx(0.22 - nats, rel=1e-12)
 
 
 def test_the_auxiliary_model_is_off_by_the_courses_number():
     seen = reference.kl(FOUR_POLICY, FOUR_AUXILIARY)
     error = seen - reference.kl(FOUR_POLICY, FOUR_SENTENCES)
-    assert (seen, error) == (pytest.approx(0.1861, abs=5e-5), pytest.approx(0.086304621736, abs=5e-13))
-    assert float(importance.auxiliary_kl(FOUR) - tabular.sentence_kl(FOUR)) == pytest.approx(error, rel=1e-12)
+    assert (seen, error) == (
+        pytest.approx(0.1861, abs=5e-5),
+        pytest.approx(0.086304621736, abs=5e-13),
+    )
+    assert float(importance.auxiliary_kl(FOUR) - tabular.sentence_kl(FOUR)) == pytest.approx(
+        error, rel=1e-12
+    )
     assert "0.1861 nats" in CHECKS["c-auxiliary-example"].finding.says
     assert "+0.086304621736" in CHECKS["c-auxiliary-example"].finding.says
 
 
 def test_the_bias_of_the_auxiliary_gradient_by_the_reference():
     with_p, with_q = (
-        reference.gradient(FOUR_POLICY, lambda y, other=other: math.log(FOUR_POLICY[y] / other[y])) for other in (FOUR_AUXILIARY, FOUR_SENTENCES)
+        reference.gradient(FOUR_POLICY, lambda y, other=other: math.log(FOUR_POLICY[y] / other[y]))
+        for other in (FOUR_AUXILIARY, FOUR_SENTENCES)
     )
-    torch.testing.assert_close(importance.auxiliary_bias(FOUR), vector(with_p) - vector(with_q), rtol=0, atol=1e-15)
-    assert f"norm {math.dist(with_p.values(), with_q.values()):.6f}" in CHECKS["c-auxiliary"].finding.says
+    torch.testing.assert_close(
+        importance.auxiliary_bias(FOUR), vector(with_p) - vector(with_q), rtol=0, atol=1e-15
+    )
+    assert (
+        f"norm {math.dist(with_p.values(), with_q.values()):.6f}"
+        in CHECKS["c-auxiliary"].finding.says
+    )
 
 
 def test_without_an_auxiliary_model_there_is_no_bias():
     same = FOUR._replace(log_auxiliary=FOUR.log_prior)
-    torch.testing.assert_close(importance.auxiliary_gradient(same), importance.kl_gradient(same), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        importance.auxiliary_gradient(same), importance.kl_gradient(same), rtol=0, atol=1e-15
+    )
 
 
 def test_the_best_constant_is_where_the_variance_is_least():
     for example in sentences():
-        found = minimize(lambda c, example=example: float(importance.constant_variance(example, float(c[0]))), [0.0], tol=1e-12)
+        found = minimize(
+            lambda c, example=example: float(importance.constant_variance(example, float(c[0]))),
+            [0.0],
+            tol=1e-12,
+        )
         assert importance.best_constant(example) == pytest.approx(float(found.x[0]), abs=1e-5)
 
 
 def test_the_four_sentences_have_the_courses_gradients():
     reward = reference.gradient(FOUR_POLICY, lambda y: FOUR_REWARDS[y])
-    torch.testing.assert_close(vector(reward), torch.tensor([0.05, -0.18, -0.09, 0.22], dtype=torch.float64))
-    torch.testing.assert_close(importance.sampled_reward_gradient(FOUR), vector(reward), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        vector(reward), torch.tensor([0.05, -0.18, -0.09, 0.22], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        importance.sampled_reward_gradient(FOUR), vector(reward), rtol=0, atol=1e-15
+    )
     ascent = reference.objective_gradient(FOUR_POLICY, FOUR_SENTENCES, FOUR_REWARDS, 1.0)
     torch.testing.assert_close(control.ascent_direction(FOUR), vector(ascent), rtol=0, atol=1e-15)
-    assert [round(value, 12) for value in vector(ascent).tolist()] == [-0.011675039611, -0.078948283960, -0.010705934735, 0.101329258306]
+    assert [round(value, 12) for value in vector(ascent).tolist()] == [
+        -0.011675039611,
+        -0.078948283960,
+        -0.010705934735,
+        0.101329258306,
+    ]
 
 
 def test_the_posterior_and_the_gap_are_the_references():
@@ -324,33 +449,47 @@ def test_per_position_sums_miss_all_of_the_kl_of_the_four_sentences():
     apart = math.fsum(reference.kl(p, q) for p, q in zip(first, second, strict=True))
     assert abs(apart) < 1e-15
     assert float(transformers.positionwise_kl(FOUR)) == pytest.approx(apart, abs=1e-15)
-    assert math.fsum(reference.chain_rule(words(FOUR_POLICY), words(FOUR_SENTENCES), 2)) == pytest.approx(
-        float(tabular.chain_rule_kl(FOUR)), rel=1e-13
-    )
+    assert math.fsum(
+        reference.chain_rule(words(FOUR_POLICY), words(FOUR_SENTENCES), 2)
+    ) == pytest.approx(float(tabular.chain_rule_kl(FOUR)), rel=1e-13)
 
 
 def test_the_masked_loss_is_half_the_pseudo_log_likelihood():
     information = reference.kl(FOUR_SENTENCES, independent(FOUR_SENTENCES))
     pseudo = reference.entropy(FOUR_SENTENCES) - information
-    assert (information, pseudo) == (pytest.approx(0.004021743230, abs=5e-13), pytest.approx(1.275832482603, abs=5e-13))
+    assert (information, pseudo) == (
+        pytest.approx(0.004021743230, abs=5e-13),
+        pytest.approx(1.275832482603, abs=5e-13),
+    )
     assert float(transformers.masked_uncertainty(FOUR)) == pytest.approx(pseudo / 2, rel=1e-13)
     assert "1.275832482603" in CHECKS["b-masked"].finding.says
 
 
 def test_the_two_fits_of_independent_words_have_the_references_entropies():
     target = {"the cat": 0.5, "the dog": 0.02, "a cat": 0.02, "a dog": 0.46}
-    seeking, covering = reference.entropy(mean_field(target)), reference.entropy(independent(target))
+    seeking, covering = (
+        reference.entropy(mean_field(target)),
+        reference.entropy(independent(target)),
+    )
     assert seeking < reference.entropy(target) < covering
-    assert transformers.mode_seeking_entropy(vector(target).log()) == pytest.approx(seeking, rel=1e-9)
-    assert float(transformers.fit_entropy(FOUR._replace(log_policy=vector(target).log()))) == pytest.approx(covering, rel=1e-13)
+    assert transformers.mode_seeking_entropy(vector(target).log()) == pytest.approx(
+        seeking, rel=1e-9
+    )
+    assert float(
+        transformers.fit_entropy(FOUR._replace(log_policy=vector(target).log()))
+    ) == pytest.approx(covering, rel=1e-13)
 
 
 def test_a_tables_parameters_have_the_dirichlet_moments_of_scipy():
     law = dirichlet([5, 4, 3, 2])
     counts = torch.tensor([4, 3, 2, 1], dtype=torch.float64)
-    expected = torch.stack([torch.tensor([5, 4, 3, 2], dtype=torch.float64) / 14, torch.from_numpy(law.var())])
+    expected = torch.stack(
+        [torch.tensor([5, 4, 3, 2], dtype=torch.float64) / 14, torch.from_numpy(law.var())]
+    )
     torch.testing.assert_close(tabular.dirichlet_moments(counts), expected, rtol=1e-13, atol=0)
-    torch.testing.assert_close(tabular.dirichlet_moments(counts)[0], torch.from_numpy(law.mean()), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        tabular.dirichlet_moments(counts)[0], torch.from_numpy(law.mean()), rtol=1e-13, atol=0
+    )
     assert "(5, 4, 3, 2)/14" in CHECKS["a-parameters"].finding.says
 
 
@@ -359,9 +498,13 @@ def test_the_printed_program_raises_and_the_corrected_one_collapses_as_in_the_co
         tabular.printed_program(FOUR)
     policy = FOUR_SENTENCES
     for _ in range(200):
-        policy = reference.posterior(policy, FOUR_REWARDS, 10.0)[0]  # one multiplicative step: e^{0.1 r}
+        policy = reference.posterior(policy, FOUR_REWARDS, 10.0)[
+            0
+        ]  # one multiplicative step: e^{0.1 r}
     assert policy["a dog"] == pytest.approx(0.999999991755, abs=5e-13)
-    torch.testing.assert_close(tabular.mirror_descent(FOUR, 0.0, 200), vector(policy), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        tabular.mirror_descent(FOUR, 0.0, 200), vector(policy), rtol=0, atol=1e-13
+    )
     assert "raises TypeError" in CHECKS["a-program"].finding.says
     assert "0.999999991755" in CHECKS["a-program"].finding.says
 
@@ -378,9 +521,13 @@ def test_the_highest_objective_is_what_a_general_optimiser_finds():
     for example in sentences():
 
         def loss(logits, example=example):
-            return -float(tabular.objective(example, torch.log_softmax(torch.from_numpy(logits), 0)))
+            return -float(
+                tabular.objective(example, torch.log_softmax(torch.from_numpy(logits), 0))
+            )
 
-        found = minimize(loss, torch.zeros(len(example.tokens), dtype=torch.float64).numpy(), tol=1e-10)
+        found = minimize(
+            loss, torch.zeros(len(example.tokens), dtype=torch.float64).numpy(), tol=1e-10
+        )
         assert -found.fun == pytest.approx(float(CLAIMS["a-objective"].truth(example)), abs=1e-8)
 
 
@@ -391,19 +538,32 @@ def test_values_and_gradients_of_a_process_agree_with_plain_loops():
         for a, probability in enumerate(first):
             for s, reached in enumerate(process.transition[a].tolist()):
                 for b, chosen in enumerate(then[s]):
-                    total += probability * reached * chosen * float(process.first_reward[a] + 0.9 * process.then_reward[s, b])
+                    total += (
+                        probability
+                        * reached
+                        * chosen
+                        * float(process.first_reward[a] + 0.9 * process.then_reward[s, b])
+                    )
         assert float(process.expected_return()) == pytest.approx(total, rel=1e-13)
         step = 1e-5
         nudged = [
-            process._replace(first_logits=process.first_logits + sign * step * torch.eye(len(first), dtype=torch.float64)[0]) for sign in (1, -1)
+            process._replace(
+                first_logits=process.first_logits
+                + sign * step * torch.eye(len(first), dtype=torch.float64)[0]
+            )
+            for sign in (1, -1)
         ]
         slope = float(nudged[0].expected_return() - nudged[1].expected_return()) / (2 * step)
-        assert float(control.return_gradient(process)[0]) == pytest.approx(slope, abs=1e-9)  # central differences: error of order step²
+        assert float(control.return_gradient(process)[0]) == pytest.approx(
+            slope, abs=1e-9
+        )  # central differences: error of order step²
 
 
 def test_the_printed_backup_never_sees_the_reward():
     process = processes()[0]
-    other = process._replace(first_reward=process.first_reward + 5, then_reward=-process.then_reward)
+    other = process._replace(
+        first_reward=process.first_reward + 5, then_reward=-process.then_reward
+    )
     assert torch.equal(control.values_without_reward(process), control.values_without_reward(other))
 
 
@@ -418,23 +578,38 @@ def test_a_score_without_a_return_follows_one_over_the_length():
     ending, longer, fixed = feedback.texts()
     for case in (ending, longer):
         seen = feedback.mean_score_a_token(case)
-        torch.testing.assert_close(seen, feedback.gradient_of_mean(case, 1 / case.lengths), rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            seen, feedback.gradient_of_mean(case, 1 / case.lengths), rtol=0, atol=1e-15
+        )
         assert float(seen.norm()) > 0.01
-    torch.testing.assert_close(feedback.mean_score_a_token(fixed), torch.zeros_like(fixed.policy.logits).reshape(-1), rtol=0, atol=1e-15)
-    before, after = map(float, re.findall(r"length from ([\d.]+) to ([\d.]+)", CHECKS["e-score"].finding.says)[0])
+    torch.testing.assert_close(
+        feedback.mean_score_a_token(fixed),
+        torch.zeros_like(fixed.policy.logits).reshape(-1),
+        rtol=0,
+        atol=1e-15,
+    )
+    before, after = map(
+        float, re.findall(r"length from ([\d.]+) to ([\d.]+)", CHECKS["e-score"].finding.says)[0]
+    )
     assert after < before
 
 
 def test_a_biased_judge_costs_what_the_reference_says():
     judged = {text: reward + text.startswith("the") for text, reward in FOUR_REWARDS.items()}
-    regret = reference.kl(reference.posterior(FOUR_SENTENCES, judged, 1.0)[0], reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 1.0)[0])
+    regret = reference.kl(
+        reference.posterior(FOUR_SENTENCES, judged, 1.0)[0],
+        reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 1.0)[0],
+    )
     assert f"= {regret:.6f} reward units" in CHECKS["e-feedback"].finding.says
 
 
 def test_the_penalty_keeps_text_closer_the_larger_the_coefficient():
     for example in sentences():
         assert bool((importance.kl_slopes(example) < 0).all())
-    found = [reference.kl(reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, kl_coef)[0], FOUR_SENTENCES) for kl_coef in (0.2, 0.5, 1.0, 3.0)]
+    found = [
+        reference.kl(reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, kl_coef)[0], FOUR_SENTENCES)
+        for kl_coef in (0.2, 0.5, 1.0, 3.0)
+    ]
     assert ", ".join(f"{value:.4f}" for value in found) in CHECKS["c-stays-close"].finding.says
 
 
@@ -480,4 +655,6 @@ def test_the_page_has_a_row_a_claim_with_as_many_cells_each():
 
 
 def test_the_page_shows_a_refusal():
-    assert "**refused: the corrected formula is off by" in claims_markdown([TWINS["d-step"].check()])
+    assert "**refused: the corrected formula is off by" in claims_markdown(
+        [TWINS["d-step"].check()]
+    )

@@ -1,4 +1,6 @@
-"""The registry of identities: every statement holds, every broken twin is caught, and what the check itself does with NaN and misfits."""
+"""The registry of identities: every statement holds, every broken twin is caught, and what the
+check itself does with NaN and misfits.
+"""
 
 import math
 
@@ -9,14 +11,43 @@ from klrl_edu import reference
 from klrl_edu.core.errors import InputError
 from klrl_edu.theory import identities
 from klrl_edu.theory.cases import random_cases
-from klrl_edu.theory.identities import IDENTITIES, check_identities, find_identity, identities_markdown, table_math
+from klrl_edu.theory.identities import (
+    IDENTITIES,
+    check_identities,
+    find_identity,
+    identities_markdown,
+    table_math,
+)
 from klrl_edu.theory.statements import Statement, error, identity, try_statement, twin_is_caught
 
 CASES = list(random_cases(2, 25))
 ASKED_FOR = {
-    *("elbo", "chain_rule", "bellman_root", "bellman_policy", "sequential_bayes", "pythagoras", "three_points", "reward_fluctuation"),
-    *("score_has_mean_zero", "mirror_descent_path", "rloo_is_vargrad", "trajectory_balance", "path_consistency", "dpo_optimum"),
-    *("best_of_n_divergence", "pinsker", "data_processing", "potential_shaping", "pseudo_log_likelihood", "importance_sampling"),
+    *(
+        "elbo",
+        "chain_rule",
+        "bellman_root",
+        "bellman_policy",
+        "sequential_bayes",
+        "pythagoras",
+        "three_points",
+        "reward_fluctuation",
+    ),
+    *(
+        "score_has_mean_zero",
+        "mirror_descent_path",
+        "rloo_is_vargrad",
+        "trajectory_balance",
+        "path_consistency",
+        "dpo_optimum",
+    ),
+    *(
+        "best_of_n_divergence",
+        "pinsker",
+        "data_processing",
+        "potential_shaping",
+        "pseudo_log_likelihood",
+        "importance_sampling",
+    ),
     "sequential_monte_carlo",
 }
 
@@ -52,10 +83,13 @@ def test_a_twin_fails_by_more_than_rounding():
     """A twin that failed by a hair would show a tolerance, not a mistake."""
     for statement in IDENTITIES.values():
         sides = statement.twin.sides
-        assert max(error(statement.relation, *sides(case.reseed(statement.name))) for case in CASES) > 1e-4, statement.name
+        assert (
+            max(error(statement.relation, *sides(case.reseed(statement.name))) for case in CASES)
+            > 1e-4
+        ), statement.name
 
 
-# --- the cases ----------------------------------------------------------------------------------------------------------
+# --- the cases ------------------------------------------------------------------------------------
 
 
 def test_a_case_is_the_same_whatever_came_before_it():
@@ -72,7 +106,9 @@ def test_a_case_is_the_same_whatever_came_before_it():
 def test_cases_differ_in_what_matters():
     cases = list(random_cases(0, 200))
     assert {case.problem.space.eos for case in cases} == {True, False}
-    assert any(len(case.support.tokens) < len(case.problem.prior.tokens) for case in cases)  # sequences without mass
+    assert any(
+        len(case.support.tokens) < len(case.problem.prior.tokens) for case in cases
+    )  # sequences without mass
     assert any(len(set(case.rewards.tolist())) == 1 for case in cases)
     assert any(1 < len(set(case.rewards.tolist())) < len(case.rewards) for case in cases)
     assert any(float(case.rewards.abs().max()) > 20 for case in cases)
@@ -86,16 +122,21 @@ def test_a_cases_posterior_is_that_of_plain_dictionaries():
         star, log_z = reference.posterior(q, dict(enumerate(case.rewards.tolist())), case.kl_coef)
         assert case.log_star.exp().tolist() == pytest.approx(list(star.values()), abs=1e-13)
         assert float(case.tilted.log_evidence) == pytest.approx(log_z, rel=1e-13)
-        assert torch.allclose(case.policy.log_prob(case.support.tokens), case.log_policy, atol=1e-13, rtol=0)
+        assert torch.allclose(
+            case.policy.log_prob(case.support.tokens), case.log_policy, atol=1e-13, rtol=0
+        )
 
 
-@pytest.mark.parametrize(("seed", "count", "says"), [(-1, 3, "seed = -1"), (0, 0, "examples = 0"), (0.5, 3, "seed = 0.5")])
+@pytest.mark.parametrize(
+    ("seed", "count", "says"),
+    [(-1, 3, "seed = -1"), (0, 0, "examples = 0"), (0.5, 3, "seed = 0.5")],
+)
 def test_bad_seeds_and_counts_are_named(seed, count, says):
     with pytest.raises(InputError, match=says):
         list(random_cases(seed, count))
 
 
-# --- the check ----------------------------------------------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------------
 
 
 def test_errors_are_relative_to_the_right_side_where_that_is_large():

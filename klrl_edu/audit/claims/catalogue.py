@@ -1,9 +1,10 @@
 """Every estimator and loss of the package, checked against what it claims on two small worlds.
 
-    error = ‖E[g] − claim‖ / ‖claim‖ ≤ 1e-12                                                                             (1)
+    error = ‖E[g] − claim‖ / ‖claim‖ ≤ 1e-12                                                     (1)
 
-`klrl audit` without a target prints the check, and the README's table is made of it. A claim of 0 is measured beside √Var g. Advantages are
-checked inside the losses that use them. `evidence.reverse_importance_sampling` is not here: its samples have two laws, which no audit draws.
+`klrl audit` without a target prints the check, and the README's table is made of it. A claim of 0
+is measured beside √Var g. Advantages are checked inside the losses that use them.
+`evidence.reverse_importance_sampling` is not here: its samples have two laws, which no audit draws.
 """
 
 import math
@@ -43,7 +44,9 @@ CATALOGUE: tuple[Entry, ...] = tuple(entry for section in SECTIONS.values() for 
 
 
 class World(NamedTuple):
-    """Where the catalogue is checked: a problem, the policy, and the policy μ that draws the samples of what is off-policy."""
+    """Where the catalogue is checked: a problem, the policy, and the policy μ that draws the
+    samples of what is off-policy.
+    """
 
     name: str
     policy: LanguageModel
@@ -52,7 +55,9 @@ class World(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An entry in a world: relative error of its claim, exact total variance of one estimate, and seconds."""
+    """An entry in a world: relative error of its claim, exact total variance of one estimate, and
+    seconds.
+    """
 
     entry: Entry
     world: str
@@ -67,23 +72,49 @@ class Row(NamedTuple):
 
     def to_dict(self) -> dict[str, str | float | bool]:
         """Plain numbers and texts, for result.json."""
-        said = {"name": self.entry.name, "kind": self.entry.kind, "formula": self.entry.formula, "mean": _said(self.entry), "world": self.world}
-        return {**said, "error": self.error, "variance": self.variance, "holds": self.holds, "seconds": self.seconds}
+        said = {
+            "name": self.entry.name,
+            "kind": self.entry.kind,
+            "formula": self.entry.formula,
+            "mean": _said(self.entry),
+            "world": self.world,
+        }
+        return {
+            **said,
+            "error": self.error,
+            "variance": self.variance,
+            "holds": self.holds,
+            "seconds": self.seconds,
+        }
 
 
 def four_sentences_world() -> World:
-    """The four sentences: two tokens each; π and q agree on the first, so that forward KL per token and per sequence have one gradient."""
+    """The four sentences: two tokens each; π and q agree on the first, so that forward KL per token
+    and per sequence have one gradient.
+    """
     problem = four_sentences()
-    behaviour = SequenceTable.from_texts({"the cat": 0.25, "the dog": 0.3, "a cat": 0.35, "a dog": 0.1}, space=problem.space)
+    behaviour = SequenceTable.from_texts(
+        {"the cat": 0.25, "the dog": 0.3, "a cat": 0.35, "a dog": 0.1}, space=problem.space
+    )
     return World("four sentences", four_sentences_policy(), problem, behaviour)
 
 
 def answers_world() -> World:
-    """Texts of none to two words that end in EOS, so that lengths differ, with ties in the reward; no two targets agree."""
-    prior = SequenceTable.from_texts({"": 0.1, "a": 0.3, "b": 0.2, "a a": 0.15, "a b": 0.15, "b a": 0.1})
-    policy = SequenceTable.from_texts({"": 0.2, "a": 0.1, "b": 0.25, "a a": 0.25, "a b": 0.1, "b a": 0.1}, space=prior.space)
-    behaviour = SequenceTable.from_texts({"": 0.15, "a": 0.2, "b": 0.2, "a a": 0.1, "a b": 0.2, "b a": 0.15}, space=prior.space)
-    reward = table_reward({"": 0.0, "a": 1.0, "b": 0.0, "a a": 2.0, "a b": 0.5, "b a": 1.0}, prior.space)
+    """Texts of none to two words that end in EOS, so that lengths differ, with ties in the reward;
+    no two targets agree.
+    """
+    prior = SequenceTable.from_texts(
+        {"": 0.1, "a": 0.3, "b": 0.2, "a a": 0.15, "a b": 0.15, "b a": 0.1}
+    )
+    policy = SequenceTable.from_texts(
+        {"": 0.2, "a": 0.1, "b": 0.25, "a a": 0.25, "a b": 0.1, "b a": 0.1}, space=prior.space
+    )
+    behaviour = SequenceTable.from_texts(
+        {"": 0.15, "a": 0.2, "b": 0.2, "a a": 0.1, "a b": 0.2, "b a": 0.15}, space=prior.space
+    )
+    reward = table_reward(
+        {"": 0.0, "a": 1.0, "b": 0.0, "a a": 2.0, "a b": 0.5, "b a": 1.0}, prior.space
+    )
     return World("answers", policy, Problem(prior, reward, 0.7), behaviour)
 
 
@@ -93,14 +124,24 @@ def check_entry(entry: Entry, world: World) -> Row:
     constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
     function = partial(entry.audited or entry.function, **constants)
     audit = audit_value if entry.kind == "value" else audit_gradient
-    drawn_by = {"policy": None, "behaviour": world.behaviour, "posterior": posterior(world.problem).model}[entry.drawn_by]
-    report = audit(function, world.policy, world.problem, batch_size=entry.batch_size, behaviour=drawn_by)
+    drawn_by = {
+        "policy": None,
+        "behaviour": world.behaviour,
+        "posterior": posterior(world.problem).model,
+    }[entry.drawn_by]
+    report = audit(
+        function, world.policy, world.problem, batch_size=entry.batch_size, behaviour=drawn_by
+    )
     error = _error(report, _claimed(entry, report, world))
     return Row(entry, world.name, error, report.variance, time.perf_counter() - started)
 
 
-def check_catalogue(entries: Sequence[Entry] = CATALOGUE, worlds: Sequence[World] | None = None) -> list[Row]:
-    """Every entry in every world (by default the four sentences and the answers): a row each, in order."""
+def check_catalogue(
+    entries: Sequence[Entry] = CATALOGUE, worlds: Sequence[World] | None = None
+) -> list[Row]:
+    """Every entry in every world (by default the four sentences and the answers): a row each, in
+    order.
+    """
     places = (four_sentences_world(), answers_world()) if worlds is None else worlds
     return [check_entry(entry, world) for entry in entries for world in places]
 
@@ -115,23 +156,40 @@ def catalogue_text(rows: Sequence[Row]) -> str:
     for name, found in by_entry.items():
         entry = next(iter(found.values())).entry
         kept = "holds" if all(row.holds for row in found.values()) else "FAILS"
-        lines.append([name, _said(entry), *(f"{found[world].error:.1e}" if world in found else "–" for world in worlds), kept])
+        lines.append(
+            [
+                name,
+                _said(entry),
+                *(f"{found[world].error:.1e}" if world in found else "–" for world in worlds),
+                kept,
+            ]
+        )
     failures = sum(not row.holds for row in rows)
     verdict = (
-        f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(worlds)}." if not failures else f"{failures} of {len(rows)} checks fail."
+        f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(worlds)}."
+        if not failures
+        else f"{failures} of {len(rows)} checks fail."
     )
-    return f"{text_table(['estimator', 'its mean', *(f'error, {world}' for world in worlds), 'claim'], lines)}\n{verdict}"
+    header = ["estimator", "its mean", *(f"error, {world}" for world in worlds), "claim"]
+    return f"{text_table(header, lines)}\n{verdict}"
 
 
 def markdown_table() -> str:
-    """The README's tables of estimators, a section each: name, formula, what it is unbiased for or follows, exact variance on the four sentences."""
+    """The README's tables of estimators, a section each: name, formula, what it is unbiased for or
+    follows, exact variance on the four sentences.
+    """
     world = four_sentences_world()
     parts = []
     for title, entries in SECTIONS.items():
         lines = [f"| {title} | one estimate | its mean | variance |", "|---|---|---|---|"]
         for entry in entries:
             drawn = f" of {entry.batch_size}" if entry.batch_size > 1 else ""
-            cells = [f"`{entry.name}`", entry.formula, _said(entry), f"{check_entry(entry, world).variance:.6f}{drawn}"]
+            cells = [
+                f"`{entry.name}`",
+                entry.formula,
+                _said(entry),
+                f"{check_entry(entry, world).variance:.6f}{drawn}",
+            ]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -153,4 +211,6 @@ def _claimed(entry: Entry, report: AuditReport, world: World) -> Tensor:
 
 def _error(report: AuditReport, claimed: Tensor) -> float:
     """(1)."""
-    return float((report.mean - claimed).norm()) / (float(claimed.norm()) or math.sqrt(report.variance) or 1.0)
+    return float((report.mean - claimed).norm()) / (
+        float(claimed.norm()) or math.sqrt(report.variance) or 1.0
+    )

@@ -1,6 +1,7 @@
 """An estimator or loss with what it claims, as data.
 
-    E[g] = Σ_k c_k target_k    or    E[g] = a closed form of `predictions`;    unbiased: one target, c = 1, or the closed form of what is meant   (1)
+    E[g] = Σ_k c_k target_k    or    E[g] = a closed form of `predictions`;
+    unbiased: one target, c = 1, or the closed form of what is meant                             (1)
 
 Targets are those of `audit.targets`; gradients are to be minimised.
 """
@@ -27,14 +28,16 @@ class Entry:
 
     Attributes:
         name: module.function, and what distinguishes several entries of one function.
-        function: what the claim is about; its docstring says "unbiased" exactly where an entry of it does.
+        function: what the claim is about; its docstring says "unbiased" exactly where an entry of
+            it does.
         kind: "value" or "gradient".
         formula: of one estimate, in the symbols of its module.
         claim: its expectation.
         words: that expectation in words: what it is unbiased for, or what it follows instead.
         unbiased: whether it is what the estimator is for.
         batch_size: sequences an estimate.
-        drawn_by: the policy π itself, another policy μ ("behaviour"), or the exact π* ("posterior").
+        drawn_by: the policy π itself, another policy μ ("behaviour"), or the exact π*
+            ("posterior").
         audited: the function as the audit takes it, where it is not `function` itself.
         constants: keyword arguments that depend on the policy and the problem.
     """
@@ -52,14 +55,34 @@ class Entry:
     constants: Callable[[LanguageModel, Problem], dict[str, Any]] | None = None
 
 
-def value(function: Callable[..., Any], formula: str, claim: Claim, words: str, *, unbiased: bool = False, label: str = "", **more: Any) -> Entry:
+def value(
+    function: Callable[..., Any],
+    formula: str,
+    claim: Claim,
+    words: str,
+    *,
+    unbiased: bool = False,
+    label: str = "",
+    **more: Any,
+) -> Entry:
     """An entry of a value; `label` tells it from others of the same function."""
     return Entry(_name(function, label), function, "value", formula, claim, words, unbiased, **more)
 
 
-def gradient(function: Callable[..., Any], formula: str, claim: Claim, words: str, *, unbiased: bool = False, label: str = "", **more: Any) -> Entry:
+def gradient(
+    function: Callable[..., Any],
+    formula: str,
+    claim: Claim,
+    words: str,
+    *,
+    unbiased: bool = False,
+    label: str = "",
+    **more: Any,
+) -> Entry:
     """An entry of a surrogate or loss; `label` tells it from others of the same function."""
-    return Entry(_name(function, label), function, "gradient", formula, claim, words, unbiased, **more)
+    return Entry(
+        _name(function, label), function, "gradient", formula, claim, words, unbiased, **more
+    )
 
 
 def _name(function: Callable[..., Any], label: str) -> str:

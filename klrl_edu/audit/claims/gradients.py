@@ -1,8 +1,11 @@
-"""What every surrogate and loss claims to follow: KL in the reward, in the loss and in both; policy gradients; f-DPG.
+"""What every surrogate and loss claims to follow: KL in the reward, in the loss and in both; policy
+gradients; f-DPG.
 
-    u = log π/q,   w = q/π,   ρ = π/μ,   s = ∇log π,   ⟦x⟧ = x without gradient,   A an advantage,   L live tokens                    (1)
+    u = log π/q,   w = q/π,   ρ = π/μ,   s = ∇log π,   ⟦x⟧ = x without gradient,   A an advantage,
+    L live tokens                                                                                (1)
 
-Symbols as in the estimators' modules; a formula is averaged over the sequences of a batch, and its gradient is the estimate.
+Symbols as in the estimators' modules; a formula is averaged over the sequences of a batch, and its
+gradient is the estimate.
 """
 
 from functools import partial
@@ -12,7 +15,16 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.claims import predictions
-from klrl_edu.audit.claims.entries import FORWARD, FORWARD_PER_TOKEN, NOTHING, OBJECTIVE, REVERSE, REVERSE_PER_TOKEN, Entry, gradient
+from klrl_edu.audit.claims.entries import (
+    FORWARD,
+    FORWARD_PER_TOKEN,
+    NOTHING,
+    OBJECTIVE,
+    REVERSE,
+    REVERSE_PER_TOKEN,
+    Entry,
+    gradient,
+)
 from klrl_edu.audit.claims.predictions import of_divergence_to_posterior
 from klrl_edu.estimators import advantages
 from klrl_edu.estimators import kl_gradients as kl
@@ -34,17 +46,30 @@ def _clamp(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
 KL_GRADIENTS: tuple[Entry, ...] = (
     gradient(kl.reward_k1, "⟦u⟧ log π", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient(kl.reward_k1_to_go, "Σ_t ⟦Σ_{t'≥t} u⟧ log π_t", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.reward_rao_blackwell_to_go, "Σ_t ⟦u_t + Σ_{t'>t} KL_t'⟧ log π_t", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient(
+        kl.reward_rao_blackwell_to_go,
+        "Σ_t ⟦u_t + Σ_{t'>t} KL_t'⟧ log π_t",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+    ),
     gradient(kl.reward_full_kl, "⟦Σ_t KL_t⟧ log π", _LATER_ALONE, "∇KL(π‖q) − Σ_t ∇KL(π_t‖q_t)"),
     gradient(kl.reward_k3, "⟦k3(u)⟧ log π", _LESS_FORWARD, "∇KL(π‖q) − ∇KL(q‖π)"),
-    gradient(kl.reward_k3_token, "⟦Σ_t k3(u_t)⟧ log π", _LESS_FORWARD_PER_TOKEN, "∇KL(π‖q) − Σ_t ∇KL(q_t‖π_t)"),
+    gradient(
+        kl.reward_k3_token,
+        "⟦Σ_t k3(u_t)⟧ log π",
+        _LESS_FORWARD_PER_TOKEN,
+        "∇KL(π‖q) − Σ_t ∇KL(q_t‖π_t)",
+    ),
     gradient(kl.loss_k1, "u", NOTHING, "0"),
     gradient(kl.loss_k2, "u²/2", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient(kl.loss_k3, "k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
     gradient(kl.loss_absolute_k1, "|u|", predictions.of_variation, "2∇TV(π, q)"),
     gradient(kl.loss_k2_token, "Σ_t u_t²/2", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
     gradient(kl.loss_k3_token, "Σ_t k3(u_t)", FORWARD_PER_TOKEN, _PER_TOKEN_FORWARD, unbiased=True),
-    gradient(kl.loss_absolute_k1_token, "Σ_t |u_t|", predictions.of_token_variation, "2Σ_t ∇TV(π_t, q_t)"),
+    gradient(
+        kl.loss_absolute_k1_token, "Σ_t |u_t|", predictions.of_token_variation, "2Σ_t ∇TV(π_t, q_t)"
+    ),
     gradient(
         kl.loss_clamped_k3_token,
         "Σ_t min(k3(u_t), 0.05)",
@@ -53,17 +78,49 @@ KL_GRADIENTS: tuple[Entry, ...] = (
         constants=_clamp,
     ),
     gradient(kl.loss_full_kl, "Σ_t KL(π_t‖q_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
-    gradient(kl.loss_full_forward_kl, "Σ_t KL(q_t‖π_t)", FORWARD_PER_TOKEN, _PER_TOKEN_FORWARD, unbiased=True),
+    gradient(
+        kl.loss_full_forward_kl,
+        "Σ_t KL(q_t‖π_t)",
+        FORWARD_PER_TOKEN,
+        _PER_TOKEN_FORWARD,
+        unbiased=True,
+    ),
     gradient(kl.reward_and_loss_k1, "⟦u⟧ log π + u", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient(kl.reward_and_loss_k2, "⟦u²/2⟧ log π + u²/2", predictions.of_mean_k2, "∇E_π[u²/2]"),
     gradient(kl.reward_and_loss_k3, "⟦k3(u)⟧ log π + k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.reward_and_loss_k3_token, "Σ_t [⟦Σ_{t'≥t} k3(u_t')⟧ log π_t + k3(u_t)]", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.rao_blackwell_to_go, "Σ_t [KL_t + ⟦Σ_{t'>t} KL_t'⟧ log π_t]", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.straight_through_k2, "Σ_t [u_t²/2 + ⟦k3 − u_t²/2⟧]", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
-    gradient(kl.live_ratio_k3_token, "Σ_t ρ_t k3(u_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
+    gradient(
+        kl.reward_and_loss_k3_token,
+        "Σ_t [⟦Σ_{t'≥t} k3(u_t')⟧ log π_t + k3(u_t)]",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+    ),
+    gradient(
+        kl.rao_blackwell_to_go,
+        "Σ_t [KL_t + ⟦Σ_{t'>t} KL_t'⟧ log π_t]",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+    ),
+    gradient(
+        kl.straight_through_k2,
+        "Σ_t [u_t²/2 + ⟦k3 − u_t²/2⟧]",
+        REVERSE_PER_TOKEN,
+        _PER_TOKEN,
+        unbiased=True,
+    ),
+    gradient(
+        kl.live_ratio_k3_token, "Σ_t ρ_t k3(u_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True
+    ),
     gradient(kl.live_ratio_k3_prefix, "Σ_t ρ_≤t k3(u_t)", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient(kl.live_ratio_k3, "ρ k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.detached_ratio_k3_token, "Σ_t ⟦ρ_t⟧ k3(u_t)", FORWARD_PER_TOKEN, _PER_TOKEN_FORWARD, unbiased=True),
+    gradient(
+        kl.detached_ratio_k3_token,
+        "Σ_t ⟦ρ_t⟧ k3(u_t)",
+        FORWARD_PER_TOKEN,
+        _PER_TOKEN_FORWARD,
+        unbiased=True,
+    ),
     gradient(kl.detached_ratio_k3, "⟦ρ⟧ k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
 )
 
@@ -76,8 +133,24 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(kl.live_ratio_k3_prefix, "Σ_t ρ_≤t k3(u_t)", REVERSE, "∇KL(π‖q)", unbiased=True, drawn_by="behaviour", label="off-policy"),
-    gradient(kl.live_ratio_k3, "ρ k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True, drawn_by="behaviour", label="off-policy"),
+    gradient(
+        kl.live_ratio_k3_prefix,
+        "Σ_t ρ_≤t k3(u_t)",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+        drawn_by="behaviour",
+        label="off-policy",
+    ),
+    gradient(
+        kl.live_ratio_k3,
+        "ρ k3(u)",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+        drawn_by="behaviour",
+        label="off-policy",
+    ),
     gradient(
         kl.detached_ratio_k3_token,
         "Σ_t ⟦ρ_t⟧ k3(u_t)",
@@ -86,21 +159,58 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(kl.detached_ratio_k3, "⟦ρ⟧ k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True, drawn_by="behaviour", label="off-policy"),
-    gradient(kl.off_policy_unweighted, "⟦u⟧ log π", predictions.of_mean_k2_elsewhere, "∇½E_μ[u²]", drawn_by="behaviour"),
     gradient(
-        kl.off_policy_token, "Σ_t ⟦ρ_t u_t⟧ log π_t", predictions.of_reverse_kl_elsewhere, f"{_PER_TOKEN} over μ's prefixes", drawn_by="behaviour"
+        kl.detached_ratio_k3,
+        "⟦ρ⟧ k3(u)",
+        FORWARD,
+        "∇KL(q‖π)",
+        unbiased=True,
+        drawn_by="behaviour",
+        label="off-policy",
     ),
-    gradient(kl.off_policy_prefix, "Σ_t ⟦Σ_{t'≥t} ρ_≤t' u_t'⟧ log π_t", REVERSE, "∇KL(π‖q)", unbiased=True, drawn_by="behaviour"),
-    gradient(kl.off_policy_sequence, "⟦ρu⟧ log π", REVERSE, "∇KL(π‖q)", unbiased=True, drawn_by="behaviour"),
+    gradient(
+        kl.off_policy_unweighted,
+        "⟦u⟧ log π",
+        predictions.of_mean_k2_elsewhere,
+        "∇½E_μ[u²]",
+        drawn_by="behaviour",
+    ),
+    gradient(
+        kl.off_policy_token,
+        "Σ_t ⟦ρ_t u_t⟧ log π_t",
+        predictions.of_reverse_kl_elsewhere,
+        f"{_PER_TOKEN} over μ's prefixes",
+        drawn_by="behaviour",
+    ),
+    gradient(
+        kl.off_policy_prefix,
+        "Σ_t ⟦Σ_{t'≥t} ρ_≤t' u_t'⟧ log π_t",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+        drawn_by="behaviour",
+    ),
+    gradient(
+        kl.off_policy_sequence,
+        "⟦ρu⟧ log π",
+        REVERSE,
+        "∇KL(π‖q)",
+        unbiased=True,
+        drawn_by="behaviour",
+    ),
 )
 
 
 def _squared_score_norms(policy: LanguageModel, tokens: Tensor) -> Tensor:
     """‖∇log π(y)‖² [S]."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    rows = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in policy.log_prob(tokens)]
-    return torch.stack([torch.stack([gradient.double().square().sum() for gradient in row]).sum() for row in rows])
+    rows = [
+        torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True)
+        for one in policy.log_prob(tokens)
+    ]
+    return torch.stack(
+        [torch.stack([gradient.double().square().sum() for gradient in row]).sum() for row in rows]
+    )
 
 
 def _best_baseline(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
@@ -108,23 +218,73 @@ def _best_baseline(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
     support = posterior(problem).enumerated()
     log_pi = policy.log_prob(support.tokens).detach()
     penalised = support.rewards - problem.kl_coef * (log_pi - support.log_prior)
-    return {"baseline": float(advantages.best_scalar_baseline(penalised, _squared_score_norms(policy, support.tokens), log_pi))}
+    return {
+        "baseline": float(
+            advantages.best_scalar_baseline(
+                penalised, _squared_score_norms(policy, support.tokens), log_pi
+            )
+        )
+    }
 
 
 POLICY_GRADIENTS: tuple[Entry, ...] = (
     gradient(losses.exact, "−J", OBJECTIVE, "−∇J, without noise"),
     gradient(losses.reinforce, "−⟦r − λu⟧ log π", OBJECTIVE, "−∇J", unbiased=True),
-    gradient(losses.reinforce, "−⟦r − λu − b*⟧ log π", OBJECTIVE, "−∇J", unbiased=True, label="best constant", constants=_best_baseline),
-    gradient(losses.rloo, "−⟦R − mean of others⟧ log π", OBJECTIVE, "−∇J", unbiased=True, batch_size=2),
-    gradient(losses.group_mean, "−⟦R − mean⟧ log π", {"objective": 0.5}, "−(G − 1)/G ∇J", batch_size=2),
+    gradient(
+        losses.reinforce,
+        "−⟦r − λu − b*⟧ log π",
+        OBJECTIVE,
+        "−∇J",
+        unbiased=True,
+        label="best constant",
+        constants=_best_baseline,
+    ),
+    gradient(
+        losses.rloo, "−⟦R − mean of others⟧ log π", OBJECTIVE, "−∇J", unbiased=True, batch_size=2
+    ),
+    gradient(
+        losses.group_mean, "−⟦R − mean⟧ log π", {"objective": 0.5}, "−(G − 1)/G ∇J", batch_size=2
+    ),
     gradient(losses.ppo_clip, "−Σ_t min(ρ_t A_t, clip(ρ_t) A_t)", OBJECTIVE, "−∇J", unbiased=True),
-    gradient(losses.z_score, "−⟦(r − mean)/std⟧ log π", predictions.of_winning, "−∇ of winning against π held fixed (G = 2)", batch_size=2),
-    gradient(losses.grpo, "−(1/L) Σ_t [ρ_t A − λ k3(u_t)]", predictions.of_grpo, "−E[As/L] + λE[Σ_t (1 − w_t)s_t/L]", batch_size=2),
-    gradient(losses.grpo_without_kl, "−(1/L) Σ_t ρ_t A", predictions.of_grpo_without_kl, "−E[As/L]", batch_size=2),
-    gradient(losses.dr_grpo, "−(1/T) Σ_t ρ_t (r − mean)", predictions.of_dr_grpo, "−(G − 1)/(GT) ∇E[r]", batch_size=2),
-    gradient(losses.dapo, "−Σ_i Σ_t ρ_t A / Σ_i L", predictions.of_dapo, "−E[ΣAs/ΣL]", batch_size=2),
+    gradient(
+        losses.z_score,
+        "−⟦(r − mean)/std⟧ log π",
+        predictions.of_winning,
+        "−∇ of winning against π held fixed (G = 2)",
+        batch_size=2,
+    ),
+    gradient(
+        losses.grpo,
+        "−(1/L) Σ_t [ρ_t A − λ k3(u_t)]",
+        predictions.of_grpo,
+        "−E[As/L] + λE[Σ_t (1 − w_t)s_t/L]",
+        batch_size=2,
+    ),
+    gradient(
+        losses.grpo_without_kl,
+        "−(1/L) Σ_t ρ_t A",
+        predictions.of_grpo_without_kl,
+        "−E[As/L]",
+        batch_size=2,
+    ),
+    gradient(
+        losses.dr_grpo,
+        "−(1/T) Σ_t ρ_t (r − mean)",
+        predictions.of_dr_grpo,
+        "−(G − 1)/(GT) ∇E[r]",
+        batch_size=2,
+    ),
+    gradient(
+        losses.dapo, "−Σ_i Σ_t ρ_t A / Σ_i L", predictions.of_dapo, "−E[ΣAs/ΣL]", batch_size=2
+    ),
     gradient(losses.gspo, "−ρ^{1/L} A", predictions.of_grpo_without_kl, "−E[As/L]", batch_size=2),
-    gradient(losses.cispo, "−Σ_i Σ_t ⟦ρ_t⟧ A log π_t / Σ_i L", predictions.of_dapo, "−E[ΣAs/ΣL]", batch_size=2),
+    gradient(
+        losses.cispo,
+        "−Σ_i Σ_t ⟦ρ_t⟧ A log π_t / Σ_i L",
+        predictions.of_dapo,
+        "−E[ΣAs/ΣL]",
+        batch_size=2,
+    ),
 )
 
 
@@ -153,8 +313,15 @@ def _js(t: Tensor) -> Tensor:
 F_DPG: tuple[Entry, ...] = (
     _f_dpg(advantages.fdpg_reverse_kl, "−log t − 1", lambda t: t * torch.log(t), "∇KL(π‖π*)"),
     _f_dpg(advantages.fdpg_forward_kl, "1/t", lambda t: -torch.log(t), "∇KL(π*‖π)"),
-    _f_dpg(advantages.fdpg_total_variation, "−½ sign log t", lambda t: (t - 1).abs() / 2, "∇TV(π, π*)"),
+    _f_dpg(
+        advantages.fdpg_total_variation, "−½ sign log t", lambda t: (t - 1).abs() / 2, "∇TV(π, π*)"
+    ),
     _f_dpg(advantages.fdpg_jensen_shannon, "−½ log 2t/(1 + t)", _js, "∇JS(π, π*)"),
     _f_dpg(advantages.fdpg_chi_squared, "1 − t", lambda t: (t - 1) ** 2 / 2, "∇½χ²(π‖π*)"),
-    _f_dpg(advantages.fdpg_squared_hellinger, "½(1/√t − 1)", lambda t: (t.sqrt() - 1) ** 2 / 2, "∇½Σ(√π − √π*)²"),
+    _f_dpg(
+        advantages.fdpg_squared_hellinger,
+        "½(1/√t − 1)",
+        lambda t: (t.sqrt() - 1) ** 2 / 2,
+        "∇½Σ(√π − √π*)²",
+    ),
 )

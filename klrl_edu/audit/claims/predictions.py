@@ -1,10 +1,12 @@
 """What estimators that are not unbiased follow instead, in closed form, for the catalogue.
 
-    E_{y,y'}[A(r, r') c(L, L') ∇log π(y)],    E_π[Σ_t g(u_t) ∇log π_t],    ∇D_f(π‖π*),    E_π[g(u)]                (1)
+    E_{y,y'}[A(r, r') c(L, L') ∇log π(y)],    E_π[Σ_t g(u_t) ∇log π_t],    ∇D_f(π‖π*),
+    E_π[g(u)]                                                                                    (1)
 
-A prediction is a function of (policy, problem, behaviour) and gives [P] in the order of the policy's parameters, or [1] for a value. All are
-sums over the support, one sequence or one pair at a time; the audit enumerates batches. S sequences, T tokens, P parameters, u = log π/q,
-w = 1/t = q/π, L live tokens, μ the behaviour policy.
+A prediction is a function of (policy, problem, behaviour) and gives [P] in the order of the
+policy's parameters, or [1] for a value. All are sums over the support, one sequence or one pair at
+a time; the audit enumerates batches. S sequences, T tokens, P parameters, u = log π/q, w = 1/t =
+q/π, L live tokens, μ the behaviour policy.
 """
 
 import dataclasses
@@ -21,13 +23,15 @@ from klrl_edu.problems.problem import Problem
 
 Prediction = Callable[[LanguageModel, Problem, LanguageModel], Tensor]
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def of_dr_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """½ ∇(−E r)/T, of a group of two."""
     whole = _whole(policy, problem, behaviour)
-    return _slope(-(whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum(), policy) / (2 * problem.space.max_length)
+    return _slope(-(whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum(), policy) / (
+        2 * problem.space.max_length
+    )
 
 
 def of_winning(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -36,15 +40,21 @@ def of_winning(policy: LanguageModel, problem: Problem, behaviour: LanguageModel
 
 
 def of_grpo_without_kl(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
-    """−E[A s(y)/L], A = (r − r')/2/(|r − r'|/√2 + 1e-4): the z-score of a group of two by the sample std, and the token mean of each."""
+    """−E[A s(y)/L], A = (r − r')/2/(|r − r'|/√2 + 1e-4): the z-score of a group of two by the
+    sample std, and the token mean of each.
+    """
     return _of_pairs(policy, problem, behaviour, _sample_score, lambda a, b: 1 / a + 0 * b)
 
 
 def of_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """That of `of_grpo_without_kl`, plus λ E_π[(1/L) Σ_t (1 − w_t) s_t]."""
     whole = _whole(policy, problem, behaviour)
-    slopes = -torch.expm1(whole.prior_log_probs - whole.log_probs.detach()) / whole.live.sum(-1, keepdim=True)
-    return of_grpo_without_kl(policy, problem, behaviour) + problem.kl_coef * _of_tokens(whole, slopes, policy)
+    slopes = -torch.expm1(whole.prior_log_probs - whole.log_probs.detach()) / whole.live.sum(
+        -1, keepdim=True
+    )
+    return of_grpo_without_kl(policy, problem, behaviour) + problem.kl_coef * _of_tokens(
+        whole, slopes, policy
+    )
 
 
 def of_dapo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -55,7 +65,9 @@ def of_dapo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -
 def of_variation(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """∇Σ|π − q|, twice that of the total variation."""
     whole = _whole(policy, problem, behaviour)
-    return _slope((whole.log_probs.sum(-1).exp() - whole.prior_log_probs.sum(-1).exp()).abs().sum(), policy)
+    return _slope(
+        (whole.log_probs.sum(-1).exp() - whole.prior_log_probs.sum(-1).exp()).abs().sum(), policy
+    )
 
 
 def of_token_variation(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -68,23 +80,31 @@ def of_mean_k2(policy: LanguageModel, problem: Problem, behaviour: LanguageModel
     """∇E_π[u²/2]."""
     whole = _whole(policy, problem, behaviour)
     log_pi = whole.log_probs.sum(-1)
-    return _slope((log_pi.exp() * (log_pi - whole.prior_log_probs.sum(-1)).square() / 2).sum(), policy)
+    return _slope(
+        (log_pi.exp() * (log_pi - whole.prior_log_probs.sum(-1)).square() / 2).sum(), policy
+    )
 
 
-def of_mean_k2_elsewhere(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def of_mean_k2_elsewhere(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """∇E_μ[u²/2]."""
     whole = _whole(policy, problem, behaviour)
     log_ratio = whole.log_probs.sum(-1) - whole.prior_log_probs.sum(-1)
     return _slope((whole.behaviour_log_probs.sum(-1).exp() * log_ratio.square() / 2).sum(), policy)
 
 
-def of_reverse_kl_elsewhere(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def of_reverse_kl_elsewhere(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """E_{prefixes of μ} Σ_t ∇KL(π_t‖q_t)."""
     log_dists, prior, _, drawn = _conditionals(policy, problem, behaviour)
     return _slope((drawn * logspace.kl_divergence(log_dists, prior).sum(-1)).sum(), policy)
 
 
-def of_forward_kl_elsewhere(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def of_forward_kl_elsewhere(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """E_{prefixes of μ} Σ_t ∇KL(q_t‖π_t)."""
     log_dists, prior, _, drawn = _conditionals(policy, problem, behaviour)
     return _slope((drawn * logspace.kl_divergence(prior, log_dists).sum(-1)).sum(), policy)
@@ -96,7 +116,13 @@ def of_clamped_k3(bound: float) -> Prediction:
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
         log_weight = whole.prior_log_probs - whole.log_probs.detach()
-        return _of_tokens(whole, torch.where(torch.expm1(log_weight) - log_weight < bound, -torch.expm1(log_weight), 0.0), policy)
+        return _of_tokens(
+            whole,
+            torch.where(
+                torch.expm1(log_weight) - log_weight < bound, -torch.expm1(log_weight), 0.0
+            ),
+            policy,
+        )
 
     return predicted
 
@@ -106,13 +132,17 @@ def of_divergence_to_posterior(generator: Callable[[Tensor], Tensor]) -> Predict
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
-        target = logspace.log_normalize(whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / problem.kl_coef)
-        return _slope((target.exp() * generator(torch.exp(whole.log_probs.sum(-1) - target))).sum(), policy)
+        target = logspace.log_normalize(
+            whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / problem.kl_coef
+        )
+        return _slope(
+            (target.exp() * generator(torch.exp(whole.log_probs.sum(-1) - target))).sum(), policy
+        )
 
     return predicted
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def mean_of(function: Callable[[Tensor, Tensor], Tensor]) -> Prediction:
@@ -120,24 +150,34 @@ def mean_of(function: Callable[[Tensor, Tensor], Tensor]) -> Prediction:
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
-        return function(whole.log_probs.detach().sum(-1).exp(), whole.prior_log_probs.sum(-1).exp()).sum().reshape(1)
+        return (
+            function(whole.log_probs.detach().sum(-1).exp(), whole.prior_log_probs.sum(-1).exp())
+            .sum()
+            .reshape(1)
+        )
 
     return predicted
 
 
-def per_token_elsewhere(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def per_token_elsewhere(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """E_{prefixes of μ} Σ_t KL_t."""
     log_dists, prior, _, drawn = _conditionals(policy, problem, behaviour)
     return (drawn * logspace.kl_divergence(log_dists.detach(), prior).sum(-1)).sum().reshape(1)
 
 
 def of_kept_terms(k: int, *, bucket: bool) -> Prediction:
-    """E_π Σ_t of π log π/q over the k most probable tokens, with the others in one more term if `bucket`; a loop over positions."""
+    """E_π Σ_t of π log π/q over the k most probable tokens, with the others in one more term if
+    `bucket`; a loop over positions.
+    """
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         log_dists, prior, frozen, _ = _conditionals(policy, problem, behaviour)
         total = 0.0
-        for probability, rows, prior_rows in zip(frozen.tolist(), log_dists.exp().tolist(), prior.exp().tolist(), strict=True):
+        for probability, rows, prior_rows in zip(
+            frozen.tolist(), log_dists.exp().tolist(), prior.exp().tolist(), strict=True
+        ):
             for row, prior_row in zip(rows, prior_rows, strict=True):
                 pairs = sorted(zip(row, prior_row, strict=True), key=lambda pair: -pair[0])
                 kept, tail = pairs[:k], pairs[k:]
@@ -173,7 +213,9 @@ def of_evidence(policy: LanguageModel, problem: Problem, behaviour: LanguageMode
     return _posterior(policy, problem, behaviour)[1].exp().reshape(1)
 
 
-def of_log_importance_sampling(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def of_log_importance_sampling(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """E log ½(w + w') of two samples, w = q e^{r/λ}/π."""
     log_star, log_evidence, log_pi, _ = _posterior(policy, problem, behaviour)
     log_weight = log_star + log_evidence - log_pi
@@ -193,7 +235,9 @@ def of_upper_bound(policy: LanguageModel, problem: Problem, behaviour: LanguageM
     return (log_evidence + logspace.kl_divergence(log_star, log_pi)).reshape(1)
 
 
-def of_inverse_evidence(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+def of_inverse_evidence(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> Tensor:
     """1/Z."""
     return 1 / of_evidence(policy, problem, behaviour)
 
@@ -206,36 +250,62 @@ def of_self_normalised(policy: LanguageModel, problem: Problem, behaviour: Langu
     return (log_pi.exp()[:, None] * log_pi.exp() * pairs).sum().reshape(1)
 
 
-# --- the support ----------------------------------------------------------------------------------------------------------
+# --- the support ----------------------------------------------------------------------------------
 
 
-def _whole(policy: LanguageModel, problem: Problem, behaviour: LanguageModel, *, distributions: bool = False) -> Batch:
+def _whole(
+    policy: LanguageModel,
+    problem: Problem,
+    behaviour: LanguageModel,
+    *,
+    distributions: bool = False,
+) -> Batch:
     """Every sequence of the policy once; `log_probs` with gradient, `behaviour_log_probs` of μ."""
     tokens = enumerate_support(policy, prompt=problem.prompt).tokens
     batch = score_batch(policy, [problem], [tokens], distributions=distributions)
-    return dataclasses.replace(batch, behaviour_log_probs=token_log_probs(behaviour, tokens, problem.prompt).detach())
+    return dataclasses.replace(
+        batch, behaviour_log_probs=token_log_probs(behaviour, tokens, problem.prompt).detach()
+    )
 
 
-def _conditionals(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Distributions [S,T,V] of π (with gradient) and q, and the frozen probabilities [S] of the sequences under π and μ."""
+def _conditionals(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distributions [S,T,V] of π (with gradient) and q, and the frozen probabilities [S] of the
+    sequences under π and μ.
+    """
     whole = _whole(policy, problem, behaviour, distributions=True)
     assert whole.log_dists is not None
     assert whole.prior_log_dists is not None
-    return whole.log_dists, whole.prior_log_dists, whole.log_probs.detach().sum(-1).exp(), whole.behaviour_log_probs.sum(-1).exp()
+    return (
+        whole.log_dists,
+        whole.prior_log_dists,
+        whole.log_probs.detach().sum(-1).exp(),
+        whole.behaviour_log_probs.sum(-1).exp(),
+    )
 
 
-def _sampled(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
+def _sampled(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> tuple[Tensor, Tensor, Tensor]:
     """π, u and L of each sequence [S]."""
     whole = _whole(policy, problem, behaviour)
     log_pi = whole.log_probs.detach().sum(-1)
     return log_pi.exp(), log_pi - whole.prior_log_probs.sum(-1), whole.live.sum(-1).double()
 
 
-def _posterior(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _posterior(
+    policy: LanguageModel, problem: Problem, behaviour: LanguageModel
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log π* [S], log Z [], log π [S], r [S], where π has all of q's support."""
     whole = _whole(policy, problem, behaviour)
     tilted = whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / problem.kl_coef
-    return logspace.log_normalize(tilted), logspace.logsumexp(tilted), whole.log_probs.detach().sum(-1), whole.rewards.sum(-1)
+    return (
+        logspace.log_normalize(tilted),
+        logspace.logsumexp(tilted),
+        whole.log_probs.detach().sum(-1),
+        whole.rewards.sum(-1),
+    )
 
 
 def _of_pairs(
@@ -247,9 +317,18 @@ def _of_pairs(
 ) -> Tensor:
     """−E_{y,y'}[A(r − r') c(L, L') s(y)], for A odd and c of the two lengths."""
     whole = _whole(policy, problem, behaviour)
-    log_pi, rewards, length = whole.log_probs.sum(-1), whole.rewards.sum(-1), whole.live.sum(-1).double()
+    log_pi, rewards, length = (
+        whole.log_probs.sum(-1),
+        whole.rewards.sum(-1),
+        whole.live.sum(-1).double(),
+    )
     pi = log_pi.detach().exp()
-    weight = pi[:, None] * pi * advantage(rewards[:, None] - rewards) * share(length[:, None], length[None])
+    weight = (
+        pi[:, None]
+        * pi
+        * advantage(rewards[:, None] - rewards)
+        * share(length[:, None], length[None])
+    )
     return _slope(-(weight.sum(1) * log_pi).sum(), policy)
 
 
@@ -260,10 +339,17 @@ def _sample_score(difference: Tensor) -> Tensor:
 
 def _of_tokens(whole: Batch, slopes: Tensor, policy: LanguageModel) -> Tensor:
     """E_π[Σ_t g_t s_t] for g [S,T] without gradient."""
-    return _slope((whole.log_probs.detach().sum(-1).exp() * (slopes * whole.log_probs).sum(-1)).sum(), policy)
+    return _slope(
+        (whole.log_probs.detach().sum(-1).exp() * (slopes * whole.log_probs).sum(-1)).sum(), policy
+    )
 
 
 def _slope(value: Tensor, policy: LanguageModel) -> Tensor:
     """∇value [P]."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.cat([gradient.reshape(-1).double() for gradient in torch.autograd.grad(value, parameters, materialize_grads=True)])
+    return torch.cat(
+        [
+            gradient.reshape(-1).double()
+            for gradient in torch.autograd.grad(value, parameters, materialize_grads=True)
+        ]
+    )

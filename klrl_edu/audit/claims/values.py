@@ -1,8 +1,11 @@
-"""What every estimator of a number claims: divergences from samples of π or μ, means over tokens, the evidence.
+"""What every estimator of a number claims: divergences from samples of π or μ, means over tokens,
+the evidence.
 
-    u = log π/q,   w = q/π = e^{−u},   m a mixture of π and q,   ρ = π/μ,   L live tokens,   N sequences of a batch                    (1)
+    u = log π/q,   w = q/π = e^{−u},   m a mixture of π and q,   ρ = π/μ,   L live tokens,
+    N sequences of a batch                                                                       (1)
 
-Symbols as in the estimators' modules. Closed forms are sums over π and q [S], by definition and not by estimator.
+Symbols as in the estimators' modules. Closed forms are sums over π and q [S], by definition and not
+by estimator.
 """
 
 import math
@@ -15,7 +18,12 @@ from klrl_edu.audit.claims import predictions
 from klrl_edu.audit.claims.entries import FORWARD, REVERSE, Entry, value
 from klrl_edu.audit.claims.predictions import Prediction, mean_of
 from klrl_edu.estimators import divergences, evidence
-from klrl_edu.estimators.aggregation import fixed_length, seq_mean_token_mean, seq_mean_token_sum, token_mean
+from klrl_edu.estimators.aggregation import (
+    fixed_length,
+    seq_mean_token_mean,
+    seq_mean_token_sum,
+    token_mean,
+)
 from klrl_edu.estimators.kl_values import (
     absolute_k1,
     best_coefficient,
@@ -39,7 +47,7 @@ from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.problem import Problem
 
-# --- estimators as the audit takes them: by the names of a batch's fields ---------------------------------------------------
+# --- estimators as the audit takes them: by the names of a batch's fields -------------------------
 
 
 def _log_ratio_per_token(log_probs: Tensor, prior_log_probs: Tensor, live: Tensor) -> Tensor:
@@ -62,40 +70,63 @@ def _token_mean(log_probs: Tensor, prior_log_probs: Tensor, live: Tensor) -> Ten
     return token_mean(log_probs - prior_log_probs, live)
 
 
-def _log_weights(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
+def _log_weights(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
     """log w = log q + r/λ − log π [N]."""
     return (prior_log_probs + rewards / kl_coef.unsqueeze(-1) - log_probs).sum(-1)
 
 
-def _evidence(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
-    return evidence.importance_sampling(_log_weights(log_probs, prior_log_probs, rewards, kl_coef)).exp()
+def _evidence(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
+    return evidence.importance_sampling(
+        _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    ).exp()
 
 
-def _log_evidence(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
+def _log_evidence(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
     return evidence.importance_sampling(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))
 
 
-def _lower_bound(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
+def _lower_bound(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
     return evidence.lower_bound(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))
 
 
-def _upper_bound(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
+def _upper_bound(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
     return evidence.upper_bound(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))
 
 
-def _inverse_evidence(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
-    return (-evidence.harmonic_mean(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))).exp()
+def _inverse_evidence(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
+    return (
+        -evidence.harmonic_mean(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))
+    ).exp()
 
 
-def _self_normalised(log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor) -> Tensor:
-    return evidence.self_normalised(rewards.sum(-1), _log_weights(log_probs, prior_log_probs, rewards, kl_coef))
+def _self_normalised(
+    log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
+) -> Tensor:
+    return evidence.self_normalised(
+        rewards.sum(-1), _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    )
 
 
-# --- constants ------------------------------------------------------------------------------------------------------------------
+# --- constants ------------------------------------------------------------------------------------
 
 
 def _best_coefficient(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
-    log_pi, log_q = (model.log_prob(problem_support(problem).tokens).detach() for model in (policy, problem.prior))
+    log_pi, log_q = (
+        model.log_prob(problem_support(problem).tokens).detach()
+        for model in (policy, problem.prior)
+    )
     return {"coefficient": float(best_coefficient(log_pi, log_q))}
 
 
@@ -111,13 +142,19 @@ def _one_tenth(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
     return {"weight": 0.1}
 
 
-# --- expectations by definition ---------------------------------------------------------------------------------------------------
+# --- expectations by definition -------------------------------------------------------------------
 
 _HALF_SQUARE = mean_of(lambda pi, q: pi * torch.log(pi / q) ** 2 / 2)
 _ABSOLUTE = mean_of(lambda pi, q: pi * torch.log(pi / q).abs())
 _CHI_LESS_KL = mean_of(lambda pi, q: (pi - q) ** 2 / q - pi * torch.log(pi / q))
-_CHI, _REVERSE_CHI = mean_of(lambda pi, q: (pi - q) ** 2 / q / 2), mean_of(lambda pi, q: (pi - q) ** 2 / pi / 2)
-_VARIATION, _HELLINGER = mean_of(lambda pi, q: (pi - q).abs() / 2), mean_of(lambda pi, q: (pi.sqrt() - q.sqrt()) ** 2 / 2)
+_CHI, _REVERSE_CHI = (
+    mean_of(lambda pi, q: (pi - q) ** 2 / q / 2),
+    mean_of(lambda pi, q: (pi - q) ** 2 / pi / 2),
+)
+_VARIATION, _HELLINGER = (
+    mean_of(lambda pi, q: (pi - q).abs() / 2),
+    mean_of(lambda pi, q: (pi.sqrt() - q.sqrt()) ** 2 / 2),
+)
 _ALPHA = mean_of(lambda pi, q: 2 * (pi + q) - 4 * (pi * q).sqrt())
 
 
@@ -152,20 +189,79 @@ KL_VALUES: tuple[Entry, ...] = (
     value(k1, "u", REVERSE, "KL(π‖q)", unbiased=True),
     value(k2, "u²/2", _HALF_SQUARE, "½E[u²]"),
     value(k3, "w − 1 + u", REVERSE, "KL(π‖q)", unbiased=True),
-    value(control_variate, "u + c*(w − 1)", REVERSE, "KL(π‖q)", unbiased=True, constants=_best_coefficient),
+    value(
+        control_variate,
+        "u + c*(w − 1)",
+        REVERSE,
+        "KL(π‖q)",
+        unbiased=True,
+        constants=_best_coefficient,
+    ),
     value(absolute_k1, "|u|", _ABSOLUTE, "KL(π‖q) + 2E[max(−u, 0)]"),
     value(opposite_k3, "1/w − 1 − u", _CHI_LESS_KL, "χ²(π‖q) − KL(π‖q)"),
-    value(clamped_k1, "u within ±0.3", mean_of(_clamped_mean), "KL(π‖q) without tails", constants=_bound(0.3)),
-    value(clamped_k3, "min(k3, 0.05)", mean_of(_clamped_k3_mean), "KL(π‖q) − E[(k3 − 0.05)₊]", constants=_bound(0.05)),
-    value(input_clamped_k3, "k3 of u within ±0.3", mean_of(_input_clamped_mean), "E[k3] without tails", constants=_bound(0.3)),
+    value(
+        clamped_k1,
+        "u within ±0.3",
+        mean_of(_clamped_mean),
+        "KL(π‖q) without tails",
+        constants=_bound(0.3),
+    ),
+    value(
+        clamped_k3,
+        "min(k3, 0.05)",
+        mean_of(_clamped_k3_mean),
+        "KL(π‖q) − E[(k3 − 0.05)₊]",
+        constants=_bound(0.05),
+    ),
+    value(
+        input_clamped_k3,
+        "k3 of u within ±0.3",
+        mean_of(_input_clamped_mean),
+        "E[k3] without tails",
+        constants=_bound(0.3),
+    ),
     value(rao_blackwell, "Σ_t KL_t", REVERSE, "KL(π‖q)", unbiased=True),
-    value(top_k_truncated, "Σ_t Σ_top1 π log π/q", predictions.of_kept_terms(1, bucket=False), "the head of KL(π‖q)", constants=_top_one),
-    value(top_k_tail_bucket, "Σ_t KL of top 1 and rest", predictions.of_kept_terms(1, bucket=True), "less than KL(π‖q)", constants=_top_one),
-    value(top_k_tail_sampled, "Σ_t [Σ_top1 π log π/q + tail u_t]", REVERSE, "KL(π‖q)", unbiased=True, constants=_top_one),
-    value(off_policy_token, "Σ_t ρ_t u_t", predictions.per_token_elsewhere, "Σ_t KL_t over μ's prefixes", drawn_by="behaviour"),
-    value(off_policy_prefix, "Σ_t ρ_≤t u_t", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"),
+    value(
+        top_k_truncated,
+        "Σ_t Σ_top1 π log π/q",
+        predictions.of_kept_terms(1, bucket=False),
+        "the head of KL(π‖q)",
+        constants=_top_one,
+    ),
+    value(
+        top_k_tail_bucket,
+        "Σ_t KL of top 1 and rest",
+        predictions.of_kept_terms(1, bucket=True),
+        "less than KL(π‖q)",
+        constants=_top_one,
+    ),
+    value(
+        top_k_tail_sampled,
+        "Σ_t [Σ_top1 π log π/q + tail u_t]",
+        REVERSE,
+        "KL(π‖q)",
+        unbiased=True,
+        constants=_top_one,
+    ),
+    value(
+        off_policy_token,
+        "Σ_t ρ_t u_t",
+        predictions.per_token_elsewhere,
+        "Σ_t KL_t over μ's prefixes",
+        drawn_by="behaviour",
+    ),
+    value(
+        off_policy_prefix, "Σ_t ρ_≤t u_t", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"
+    ),
     value(off_policy_sequence, "ρu", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"),
-    value(off_policy_rao_blackwell, "Σ_t ρ_<t KL_t", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"),
+    value(
+        off_policy_rao_blackwell,
+        "Σ_t ρ_<t KL_t",
+        REVERSE,
+        "KL(π‖q)",
+        unbiased=True,
+        drawn_by="behaviour",
+    ),
 )
 
 DIVERGENCES: tuple[Entry, ...] = (
@@ -175,7 +271,13 @@ DIVERGENCES: tuple[Entry, ...] = (
     value(divergences.reverse_chi_squared, "½(w − 1)²", _REVERSE_CHI, "½χ²(q‖π)", unbiased=True),
     value(divergences.total_variation, "½|1 − w|", _VARIATION, "TV(π, q)", unbiased=True),
     value(divergences.squared_hellinger, "½(1 − √w)²", _HELLINGER, "½Σ(√π − √q)²", unbiased=True),
-    value(divergences.jensen_shannon, "½ log π/m + ½w log q/m", _jensen_shannon(0.5), "JS(π, q)", unbiased=True),
+    value(
+        divergences.jensen_shannon,
+        "½ log π/m + ½w log q/m",
+        _jensen_shannon(0.5),
+        "JS(π, q)",
+        unbiased=True,
+    ),
     value(
         divergences.generalised_jensen_shannon,
         "β log π/m + (1 − β)w log q/m, β = 0.1",
@@ -188,15 +290,59 @@ DIVERGENCES: tuple[Entry, ...] = (
 )
 
 AGGREGATES: tuple[Entry, ...] = (
-    value(seq_mean_token_sum, "(1/N) Σ_i Σ_t u", REVERSE, "E[Σ_t u]", unbiased=True, batch_size=2, audited=_token_sum),
-    value(fixed_length, "(1/NT) Σ_i Σ_t u", predictions.of_fixed_length, "E[Σ_t u]/T", batch_size=2, audited=_fixed_length),
-    value(seq_mean_token_mean, "(1/N) Σ_i (1/L) Σ_t u", predictions.of_ratios, "E[Σ_t u/L]", batch_size=2, audited=_sequence_mean),
-    value(token_mean, "Σ_i Σ_t u / Σ_i L", predictions.of_ratio_of_sums, "E[ΣΣu/ΣL], moving with N", batch_size=2, audited=_token_mean),
-    value(kl_per_token, "Σ_i Σ_t u / Σ_i L", predictions.of_ratio_of_sums, "E[ΣΣu/ΣL], moving with N", batch_size=2, audited=_log_ratio_per_token),
+    value(
+        seq_mean_token_sum,
+        "(1/N) Σ_i Σ_t u",
+        REVERSE,
+        "E[Σ_t u]",
+        unbiased=True,
+        batch_size=2,
+        audited=_token_sum,
+    ),
+    value(
+        fixed_length,
+        "(1/NT) Σ_i Σ_t u",
+        predictions.of_fixed_length,
+        "E[Σ_t u]/T",
+        batch_size=2,
+        audited=_fixed_length,
+    ),
+    value(
+        seq_mean_token_mean,
+        "(1/N) Σ_i (1/L) Σ_t u",
+        predictions.of_ratios,
+        "E[Σ_t u/L]",
+        batch_size=2,
+        audited=_sequence_mean,
+    ),
+    value(
+        token_mean,
+        "Σ_i Σ_t u / Σ_i L",
+        predictions.of_ratio_of_sums,
+        "E[ΣΣu/ΣL], moving with N",
+        batch_size=2,
+        audited=_token_mean,
+    ),
+    value(
+        kl_per_token,
+        "Σ_i Σ_t u / Σ_i L",
+        predictions.of_ratio_of_sums,
+        "E[ΣΣu/ΣL], moving with N",
+        batch_size=2,
+        audited=_log_ratio_per_token,
+    ),
 )
 
 EVIDENCE: tuple[Entry, ...] = (
-    value(evidence.importance_sampling, "Ẑ = (1/N) Σ w", predictions.of_evidence, "Z", unbiased=True, batch_size=2, audited=_evidence),
+    value(
+        evidence.importance_sampling,
+        "Ẑ = (1/N) Σ w",
+        predictions.of_evidence,
+        "Z",
+        unbiased=True,
+        batch_size=2,
+        audited=_evidence,
+    ),
     value(
         evidence.importance_sampling,
         "log Ẑ",
@@ -206,7 +352,14 @@ EVIDENCE: tuple[Entry, ...] = (
         batch_size=2,
         audited=_log_evidence,
     ),
-    value(evidence.lower_bound, "(1/N) Σ log w", predictions.of_lower_bound, "log Z − KL(π‖π*)", batch_size=2, audited=_lower_bound),
+    value(
+        evidence.lower_bound,
+        "(1/N) Σ log w",
+        predictions.of_lower_bound,
+        "log Z − KL(π‖π*)",
+        batch_size=2,
+        audited=_lower_bound,
+    ),
     value(
         evidence.upper_bound,
         "(1/N) Σ log w",
@@ -226,5 +379,12 @@ EVIDENCE: tuple[Entry, ...] = (
         drawn_by="posterior",
         audited=_inverse_evidence,
     ),
-    value(evidence.self_normalised, "Σwr/Σw", predictions.of_self_normalised, "between E_π[r] and E_π*[r]", batch_size=2, audited=_self_normalised),
+    value(
+        evidence.self_normalised,
+        "Σwr/Σw",
+        predictions.of_self_normalised,
+        "between E_π[r] and E_π*[r]",
+        batch_size=2,
+        audited=_self_normalised,
+    ),
 )

@@ -1,9 +1,10 @@
 """Article D, policy gradients, value functions and model-based methods: five claims.
 
-    descent on a loss:  Δθ = −α ∇L;    ascent on a return:  Δθ = α ∇J                                           (1)
-    Q(s,a) = r(s,a) + γ Σ_s' p(s'|s,a) max_a' Q(s',a')                                                         (2)
-    ∇V = Σ_s d(s) Σ_a ∇π(a|s) Q(s,a),    d the discounted visits of s under π                                   (3)
-    soft tree backup:  V(s) = λ log Σ_a q(a|s) e^{V(sa)/λ},    π*(a|s) = q(a|s) e^{(V(sa) − V(s))/λ}               (4)
+    descent on a loss:  Δθ = −α ∇L;    ascent on a return:  Δθ = α ∇J                            (1)
+    Q(s,a) = r(s,a) + γ Σ_s' p(s'|s,a) max_a' Q(s',a')                                           (2)
+    ∇V = Σ_s d(s) Σ_a ∇π(a|s) Q(s,a),    d the discounted visits of s under π                    (3)
+    soft tree backup:  V(s) = λ log Σ_a q(a|s) e^{V(sa)/λ},
+    π*(a|s) = q(a|s) e^{(V(sa) − V(s))/λ}                                                        (4)
 
 K sentences; two decisions with A actions and S states; logs in nats, values in reward units.
 """
@@ -18,7 +19,17 @@ from torch import Tensor
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.theory.articles.claim import Claim, shown
-from klrl_edu.theory.articles.examples import Sentences, TwoSteps, climb, four_sentences, gradient, log_mass, mean_score, processes, sentences
+from klrl_edu.theory.articles.examples import (
+    Sentences,
+    TwoSteps,
+    climb,
+    four_sentences,
+    gradient,
+    log_mass,
+    mean_score,
+    processes,
+    sentences,
+)
 from klrl_edu.theory.articles.tabular import objective
 
 _STEP_SIZE = 0.1
@@ -31,15 +42,29 @@ def loss_gradient(example: Sentences) -> Tensor:
 
 def ascent_direction(example: Sentences) -> Tensor:
     """∇J = E_π[s (r − λ log π/q)] [K]."""
-    return mean_score(example.log_policy, example.rewards - example.kl_coef * (example.log_policy - example.log_prior))
+    return mean_score(
+        example.log_policy,
+        example.rewards - example.kl_coef * (example.log_policy - example.log_prior),
+    )
 
 
 def _says_step() -> str:
     example = four_sentences()
     here, up, down = (
-        float(objective(example, torch.log_softmax(example.log_policy + sign * _STEP_SIZE * loss_gradient(example), 0))) for sign in (0, -1, 1)
+        float(
+            objective(
+                example,
+                torch.log_softmax(
+                    example.log_policy + sign * _STEP_SIZE * loss_gradient(example), 0
+                ),
+            )
+        )
+        for sign in (0, -1, 1)
     )
-    return f"with L = −J, from J = {here:.6f} the step +0.1 ∇L leads to {down:.6f} and −0.1 ∇L to {up:.6f}"
+    return (
+        f"with L = −J, from J = {here:.6f} the step +0.1 ∇L leads to {down:.6f} and −0.1 ∇L to"
+        f" {up:.6f}"
+    )
 
 
 def values_without_reward(process: TwoSteps) -> Tensor:
@@ -51,13 +76,21 @@ def values_without_reward(process: TwoSteps) -> Tensor:
 def backed_up_values(process: TwoSteps) -> Tensor:
     """Q(a) then Q(s,b) [A + S·A] by (2)."""
     last = process.then_reward
-    return torch.cat([process.first_reward + process.discount * process.transition @ last.amax(-1), last.reshape(-1)])
+    return torch.cat(
+        [
+            process.first_reward + process.discount * process.transition @ last.amax(-1),
+            last.reshape(-1),
+        ]
+    )
 
 
 def _says_backup() -> str:
     process = processes()[0]
     true = ", ".join(f"{value:.4f}" for value in process.best_action_values()[:2].tolist())
-    return f"no reward enters: terminal values of 0 make every value 0, and of c, c; the best returns of the two first actions are {true}"
+    return (
+        "no reward enters: terminal values of 0 make every value 0, and of c, c; the best returns"
+        f" of the two first actions are {true}"
+    )
 
 
 def return_gradient(process: TwoSteps) -> Tensor:
@@ -88,7 +121,10 @@ def _own_values(process: TwoSteps) -> Tensor:
 
 
 def _with_gradient(process: TwoSteps) -> tuple[TwoSteps, tuple[Tensor, Tensor]]:
-    logits = (process.first_logits.clone().requires_grad_(), process.then_logits.clone().requires_grad_())
+    logits = (
+        process.first_logits.clone().requires_grad_(),
+        process.then_logits.clone().requires_grad_(),
+    )
     return process._replace(first_logits=logits[0], then_logits=logits[1]), logits
 
 
@@ -99,7 +135,10 @@ def _flat(value: Tensor, logits: tuple[Tensor, Tensor]) -> Tensor:
 def _says_actor() -> str:
     seen, true = (compute(processes()[0]) for compute in (gradient_over_states, return_gradient))
     cosine = float(torch.nn.functional.cosine_similarity(seen, true, 0))
-    return f"with the free a set to the first action, the cosine with ∇E[return] is {cosine:.4f} and the lengths are {_norms(seen, true)}"
+    return (
+        f"with the free a set to the first action, the cosine with ∇E[return] is {cosine:.4f} and"
+        f" the lengths are {_norms(seen, true)}"
+    )
 
 
 def _norms(*vectors: Tensor) -> str:
@@ -119,9 +158,13 @@ def by_policy_gradient(example: Sentences) -> Tensor:
 
 
 def by_model(example: Sentences) -> Tensor:
-    """π* [K] by planning forward: each word in proportion to the q e^{r/λ} of all that the model can still write after it."""
+    """π* [K] by planning forward: each word in proportion to the q e^{r/λ} of all that the model
+    can still write after it.
+    """
     weights = example.log_prior + example.rewards / example.kl_coef
-    reach = torch.stack([log_mass(example, weights, range(t)) for t in range(example.space.max_length + 1)])
+    reach = torch.stack(
+        [log_mass(example, weights, range(t)) for t in range(example.space.max_length + 1)]
+    )
     return reach.diff(dim=0).sum(0).exp()
 
 
@@ -133,11 +176,16 @@ def three_families(example: Sentences) -> Tensor:
 def _says_families() -> str:
     found = three_families(four_sentences())
     spread = float((found.amax(0) - found.amin(0)).max())
-    return f"all three give P(the cat) = {float(found[0, 0]):.9f} and P(a dog) = {float(found[0, 3]):.9f}, and differ by {shown(spread)}"
+    return (
+        f"all three give P(the cat) = {float(found[0, 0]):.9f} and P(a dog) ="
+        f" {float(found[0, 3]):.9f}, and differ by {shown(spread)}"
+    )
 
 
 def best_first(example: Sentences) -> tuple[int, int]:
-    """A* for the sentence with the largest log q + r/λ: (its row, prefixes opened). A prefix is worth at most its log-mass + max r/λ."""
+    """A* for the sentence with the largest log q + r/λ: (its row, prefixes opened). A prefix is
+    worth at most its log-mass + max r/λ.
+    """
     rows = [tuple(row) for row in example.tokens.tolist()]
     scaled, top = example.rewards / example.kl_coef, float(example.rewards.max()) / example.kl_coef
     queue: list[tuple[float, tuple[int, ...]]] = [(-top, ())]
@@ -145,10 +193,18 @@ def best_first(example: Sentences) -> tuple[int, int]:
         prefix = heapq.heappop(queue)[1]
         if prefix in rows:
             return rows.index(prefix), opened
-        for longer in sorted({row[: len(prefix) + 1] for row in rows if row[: len(prefix)] == prefix}):
+        for longer in sorted(
+            {row[: len(prefix) + 1] for row in rows if row[: len(prefix)] == prefix}
+        ):
             row = next(k for k, sentence in enumerate(rows) if sentence[: len(longer)] == longer)
             bound = float(scaled[row]) if longer in rows else top
-            heapq.heappush(queue, (-float(log_mass(example, example.log_prior, range(len(longer)))[row]) - bound, longer))
+            heapq.heappush(
+                queue,
+                (
+                    -float(log_mass(example, example.log_prior, range(len(longer)))[row]) - bound,
+                    longer,
+                ),
+            )
     raise AssertionError("unreachable: every prefix leads to a sentence")
 
 
@@ -164,8 +220,9 @@ def _says_search() -> str:
     row, opened = best_first(example)
     text, share = example.space.decode(example.tokens)[row], float(example.posterior()[row].exp())
     return (
-        f"A* opens {opened} prefixes and returns {text!r}, the posterior's mode, which has probability {share:.6f}: as a policy it is "
-        f"at total variation {1 - share:.6f} from π*; one backward sweep over the same tree gives π* itself"
+        f"A* opens {opened} prefixes and returns {text!r}, the posterior's mode, which has"
+        f" probability {share:.6f}: as a policy it is at total variation {1 - share:.6f} from π*;"
+        " one backward sweep over the same tree gives π* itself"
     )
 
 
@@ -235,7 +292,10 @@ CONTROL: tuple[Claim[Any], ...] = (
         article="D",
         section="9.2",
         printed="A* search and priority queues find the policy faster",
-        corrected=r"they find its mode; $V(s) = \lambda \log \sum_a q(a \mid s)\, e^{V(sa)/\lambda}$ on the same tree finds $\pi^*$",
+        corrected=(
+            r"they find its mode; $V(s) = \lambda \log \sum_a q(a \mid s)\, e^{V(sa)/\lambda}$ on"
+            r" the same tree finds $\pi^*$"
+        ),
         verdict="false",
         tutorial="t05",
         unit="probability",

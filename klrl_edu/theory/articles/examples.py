@@ -1,8 +1,11 @@
-"""What the claims are tried on: the four sentences, a few random problems of the same kind, and processes of two decisions.
+"""What the claims are tried on: the four sentences, a few random problems of the same kind, and
+processes of two decisions.
 
-    ∂ log π(y)/∂θ = e_y − π,    ∇E_π[f] = π ∘ (f − E_π[f])        in sequence logits, f held fixed                  (1)
+    ∂ log π(y)/∂θ = e_y − π,    ∇E_π[f] = π ∘ (f − E_π[f])
+    in sequence logits, f held fixed                                                             (1)
 
-K sentences of T words over a vocabulary of V; A actions, S states. Logs in nats, rewards in reward units. The random ones come from fixed seeds.
+K sentences of T words over a vocabulary of V; A actions, S states. Logs in nats, rewards in reward
+units. The random ones come from fixed seeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +20,12 @@ from klrl_edu.core.draws import as_generator
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.enumeration import tilt
 from klrl_edu.models.table import SequenceTable
-from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES, four_sentences_space
+from klrl_edu.problems.examples import (
+    FOUR_POLICY,
+    FOUR_REWARDS,
+    FOUR_SENTENCES,
+    four_sentences_space,
+)
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward
 
@@ -26,7 +34,9 @@ _RANDOM = ((1, 2, 2, 0.5), (2, 3, 2, 2.0), (3, 2, 3, 0.7))  # seed, words, lengt
 
 
 class Sentences(NamedTuple):
-    """Distributions over the same K sentences: prior q, policy π, auxiliary model p, each as log-probabilities [K]; tokens [K,T], rewards [K], λ."""
+    """Distributions over the same K sentences: prior q, policy π, auxiliary model p, each as
+    log-probabilities [K]; tokens [K,T], rewards [K], λ.
+    """
 
     space: SequenceSpace
     tokens: Tensor
@@ -42,8 +52,13 @@ class Sentences(NamedTuple):
 
     def problem(self, kl_coef: float | None = None) -> Problem:
         """Prior and reward as a problem, at the example's λ or another."""
-        rewards = table_reward(dict(zip(self.space.decode(self.tokens), self.rewards.tolist(), strict=True)), self.space)
-        return Problem(self.table(self.log_prior), rewards, self.kl_coef if kl_coef is None else kl_coef)
+        rewards = table_reward(
+            dict(zip(self.space.decode(self.tokens), self.rewards.tolist(), strict=True)),
+            self.space,
+        )
+        return Problem(
+            self.table(self.log_prior), rewards, self.kl_coef if kl_coef is None else kl_coef
+        )
 
     def posterior(self) -> Tensor:
         """log π* [K]."""
@@ -54,8 +69,18 @@ def four_sentences() -> Sentences:
     """The course's q, π, p and r at λ = 1."""
     space = four_sentences_space()
     tables = (FOUR_SENTENCES, FOUR_POLICY, FOUR_AUXILIARY, FOUR_REWARDS)
-    prior, policy, auxiliary, rewards = (torch.tensor(list(table.values()), dtype=torch.float64) for table in tables)
-    return Sentences(space, space.encode(list(FOUR_SENTENCES)), prior.log(), policy.log(), auxiliary.log(), rewards, kl_coef=1.0)
+    prior, policy, auxiliary, rewards = (
+        torch.tensor(list(table.values()), dtype=torch.float64) for table in tables
+    )
+    return Sentences(
+        space,
+        space.encode(list(FOUR_SENTENCES)),
+        prior.log(),
+        policy.log(),
+        auxiliary.log(),
+        rewards,
+        kl_coef=1.0,
+    )
 
 
 @cache
@@ -69,13 +94,16 @@ def _random_sentences(seed: int, words: int, length: int, kl_coef: float) -> Sen
     space = SequenceSpace(tuple("abc"[:words]), max_length=length, eos=False)
     tokens = space.all_tokens()
     prior, policy, auxiliary = torch.log_softmax(_normal(generator, 3, len(tokens)), -1)
-    return Sentences(space, tokens, prior, policy, auxiliary, _normal(generator, len(tokens)), kl_coef)
+    return Sentences(
+        space, tokens, prior, policy, auxiliary, _normal(generator, len(tokens)), kl_coef
+    )
 
 
 class TwoSteps(NamedTuple):
     """A process of two decisions: action a, a state s ~ p(s|a), action b.
 
-    Logits of the policy [A] and [S,A]; transition p(s|a) [A,S]; rewards r(a) [A] and r(s,b) [S,A]; discount γ.
+    Logits of the policy [A] and [S,A]; transition p(s|a) [A,S]; rewards r(a) [A] and r(s,b) [S,A];
+    discount γ.
     """
 
     first_logits: Tensor
@@ -100,7 +128,9 @@ class TwoSteps(NamedTuple):
         return (law * (self.first_reward[:, None, None] + self.discount * self.then_reward)).sum()
 
     def best_action_values(self) -> Tensor:
-        """Q*(a) then Q*(s,b) [A + S·A], by trying each of the A^S ways to act at the second decision."""
+        """Q*(a) then Q*(s,b) [A + S·A], by trying each of the A^S ways to act at the second
+        decision.
+        """
         states, actions = self.then_reward.shape
         plans = torch.cartesian_prod(*[torch.arange(actions)] * states)  # [A^S, S]
         gained = self.then_reward[torch.arange(states), plans]  # [A^S, S]
@@ -153,23 +183,39 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def log_mass(example: Sentences, log_probs: Tensor, positions: Sequence[int]) -> Tensor:
-    """log-probability [K] of the words that each sentence has at some positions, the other words being free: [K] of sentences -> [K]."""
+    """log-probability [K] of the words that each sentence has at some positions, the other words
+    being free: [K] of sentences -> [K].
+    """
     words = example.tokens[:, list(positions)]
     same = (words[:, None] == words).all(-1)
     return logspace.logsumexp(log_probs.expand(len(words), -1).masked_fill(~same, -torch.inf))
 
 
 def marginal_log_probs(example: Sentences, log_probs: Tensor) -> Tensor:
-    """log-probability [K,T] of each word of each sentence whatever stands at the other positions."""
-    return torch.stack([log_mass(example, log_probs, [t]) for t in range(example.space.max_length)], -1)
+    """log-probability [K,T] of each word of each sentence whatever stands at the other
+    positions.
+    """
+    return torch.stack(
+        [log_mass(example, log_probs, [t]) for t in range(example.space.max_length)], -1
+    )
 
 
-def climb(log_prior: Tensor, rewards: Tensor, kl_coef: float, log_start: Tensor, step_size: float = 0.2, steps: int = 200) -> Tensor:
-    """log π [K] after natural-gradient ascent of J: log π ← log π + ηλ (r/λ − log π/q) + const, with ηλ = `step_size`.
+def climb(
+    log_prior: Tensor,
+    rewards: Tensor,
+    kl_coef: float,
+    log_start: Tensor,
+    step_size: float = 0.2,
+    steps: int = 200,
+) -> Tensor:
+    """log π [K] after natural-gradient ascent of J: log π ← log π + ηλ (r/λ − log π/q) + const,
+    with ηλ = `step_size`.
 
     The distance to the maximum shrinks by 1 − ηλ a step; nothing here knows what the maximum is.
     """
     log_policy = log_start
     for _ in range(steps):
-        log_policy = logspace.log_normalize(log_policy + step_size * (rewards / kl_coef - (log_policy - log_prior)))
+        log_policy = logspace.log_normalize(
+            log_policy + step_size * (rewards / kl_coef - (log_policy - log_prior))
+        )
     return log_policy

@@ -1,10 +1,13 @@
 """Article E, rewards from AI feedback, Q-learning and a Transformer policy: three claims.
 
-    Q ← (1 − α) Q + α (r + γ max Q'):  its fixed point is the best return; soft, with prior q: λ log Σ q e^{Q'/λ} for max Q'   (1)
-    E_π[(1/T) Σ_t ∇log π(a_t|s_t)] = ∇E_π[1/T]:  0 where T is fixed;    ∇E_π[r] = E_π[r Σ_t ∇log π(a_t|s_t)]     (2)
-    preferences of a judge who sees r + b give the posterior of r + b: λ KL(π_{r+b}‖π*) worse                   (3)
+    Q ← (1 − α) Q + α (r + γ max Q'):
+    its fixed point is the best return; soft, with prior q: λ log Σ q e^{Q'/λ} for max Q'        (1)
+    E_π[(1/T) Σ_t ∇log π(a_t|s_t)] = ∇E_π[1/T]:  0 where T is fixed;
+    ∇E_π[r] = E_π[r Σ_t ∇log π(a_t|s_t)]                                                         (2)
+    preferences of a judge who sees r + b give the posterior of r + b: λ KL(π_{r+b}‖π*) worse    (3)
 
-Two decisions with A actions and S states; K texts of up to T tokens, EOS counted; logs in nats, values in reward units.
+Two decisions with A actions and S states; K texts of up to T tokens, EOS counted; logs in nats,
+values in reward units.
 """
 
 from functools import cache
@@ -21,7 +24,14 @@ from klrl_edu.exact.soft_bellman import soft_bellman
 from klrl_edu.models.contract import token_log_probs
 from klrl_edu.models.table import PrefixTable
 from klrl_edu.theory.articles.claim import Claim, shown
-from klrl_edu.theory.articles.examples import Sentences, TwoSteps, four_sentences, kl, processes, sentences
+from klrl_edu.theory.articles.examples import (
+    Sentences,
+    TwoSteps,
+    four_sentences,
+    kl,
+    processes,
+    sentences,
+)
 
 _RATE, _SWEEPS = 0.5, 100  # after n sweeps of two decisions an error of order n·2^−n is left
 
@@ -29,7 +39,12 @@ _RATE, _SWEEPS = 0.5, 100  # after n sweeps of two decisions an error of order n
 def printed_fixed_point(process: TwoSteps) -> Tensor:
     """Q(a) then Q(s,b) [A + S·A] of Q = α r + (1 − α) max Q'."""
     last = _RATE * process.then_reward
-    return torch.cat([_RATE * process.first_reward + (1 - _RATE) * process.transition @ last.amax(-1), last.reshape(-1)])
+    return torch.cat(
+        [
+            _RATE * process.first_reward + (1 - _RATE) * process.transition @ last.amax(-1),
+            last.reshape(-1),
+        ]
+    )
 
 
 def updated_values(process: TwoSteps) -> Tensor:
@@ -37,12 +52,17 @@ def updated_values(process: TwoSteps) -> Tensor:
     first, last = torch.zeros_like(process.first_reward), torch.zeros_like(process.then_reward)
     for _ in range(_SWEEPS):
         target = process.first_reward + process.discount * process.transition @ last.amax(-1)
-        first, last = (1 - _RATE) * first + _RATE * target, (1 - _RATE) * last + _RATE * process.then_reward
+        first, last = (
+            (1 - _RATE) * first + _RATE * target,
+            (1 - _RATE) * last + _RATE * process.then_reward,
+        )
     return torch.cat([first, last.reshape(-1)])
 
 
 def soft_update_value(example: Sentences) -> Tensor:
-    """V(∅) after many sweeps of (1) with λ log Σ q e^{Q/λ} in the place of the maximum, over the tree of words: a scalar."""
+    """V(∅) after many sweeps of (1) with λ log Σ q e^{Q/λ} in the place of the maximum, over the
+    tree of words: a scalar.
+    """
     support = problem_support(example.problem())
     trie, log_prior = support.trie, soft_bellman(support, example.kl_coef).log_prior
     reward = torch.zeros_like(log_prior)
@@ -50,7 +70,10 @@ def soft_update_value(example: Sentences) -> Tensor:
     values = torch.zeros_like(log_prior)
     for _ in range(_SWEEPS):
         weights = torch.exp(log_prior + values / example.kl_coef)
-        state_values = example.kl_coef * torch.zeros(trie.nodes, dtype=torch.float64).index_add(0, trie.parent, weights).log()
+        state_values = (
+            example.kl_coef
+            * torch.zeros(trie.nodes, dtype=torch.float64).index_add(0, trie.parent, weights).log()
+        )
         later = torch.where(trie.child >= 0, state_values[trie.child.clamp(min=0)], 0.0)
         values = (1 - _RATE) * values + _RATE * (reward + later)
     return state_values[0]
@@ -58,16 +81,22 @@ def soft_update_value(example: Sentences) -> Tensor:
 
 def _says_q_update() -> str:
     process, example = processes()[0], four_sentences()
-    seen, true = (", ".join(f"{value:.4f}" for value in found[:2].tolist()) for found in (printed_fixed_point(process), process.best_action_values()))
+    seen, true = (
+        ", ".join(f"{value:.4f}" for value in found[:2].tolist())
+        for found in (printed_fixed_point(process), process.best_action_values())
+    )
     soft = float(soft_update_value(example))
     return (
-        f"at α = ½ the printed update settles at {seen} for the two first actions, and their best returns are {true}; "
-        f"its soft form on the four sentences settles at V(∅) = {soft:.9f} = λ log Z"
+        f"at α = ½ the printed update settles at {seen} for the two first actions, and their best"
+        f" returns are {true}; its soft form on the four sentences settles at V(∅) = {soft:.9f} = λ"
+        " log Z"
     )
 
 
 class Texts(NamedTuple):
-    """Every text of a space under a policy with one row of logits a prefix: tokens [K,T], rewards [K]."""
+    """Every text of a space under a policy with one row of logits a prefix: tokens [K,T], rewards
+    [K].
+    """
 
     policy: PrefixTable
     tokens: Tensor
@@ -122,18 +151,27 @@ def _says_score() -> str:
     ending, _, fixed = texts()
     none = float(mean_score_a_token(fixed).abs().max())
     law = ending.token_log_probs().detach().sum(-1).exp()
-    pushed = PrefixTable(ending.policy.space, logits=ending.policy.logits.detach() + mean_score_a_token(ending).reshape_as(ending.policy.logits))
+    pushed = PrefixTable(
+        ending.policy.space,
+        logits=ending.policy.logits.detach()
+        + mean_score_a_token(ending).reshape_as(ending.policy.logits),
+    )
     later = ending._replace(policy=pushed).token_log_probs().detach().sum(-1).exp()
     before, after = (float(probs @ ending.lengths) for probs in (law, later))
-    difference = float((mean_score_a_token(ending) - gradient_of_mean(ending, 1 / ending.lengths)).abs().max())
+    difference = float(
+        (mean_score_a_token(ending) - gradient_of_mean(ending, 1 / ending.lengths)).abs().max()
+    )
     return (
-        f"without a return its mean at fixed T is {shown(none)}; where texts end themselves it is ∇E[1/T] (difference {shown(difference)}), "
-        f"and one step along it shortens the mean length from {before:.4f} to {after:.4f}"
+        f"without a return its mean at fixed T is {shown(none)}; where texts end themselves it is"
+        f" ∇E[1/T] (difference {shown(difference)}), and one step along it shortens the mean length"
+        f" from {before:.4f} to {after:.4f}"
     )
 
 
 def _bias(example: Sentences) -> Tensor:
-    """What this judge adds to the reward [K]: one unit for a sentence that starts with the first word of the vocabulary."""
+    """What this judge adds to the reward [K]: one unit for a sentence that starts with the first
+    word of the vocabulary.
+    """
     return (example.tokens[:, 0] == 0).double()
 
 
@@ -157,11 +195,14 @@ def posterior_without_bias(example: Sentences) -> Tensor:
 def _says_feedback() -> str:
     example = four_sentences()
     regret = example.kl_coef * float(kl(posterior_by_judge(example).log(), example.posterior()))
-    fair = tilt(example.log_prior, recovered_reward(bradley_terry(example.rewards)), example.kl_coef).log_posterior
+    fair = tilt(
+        example.log_prior, recovered_reward(bradley_terry(example.rewards)), example.kl_coef
+    ).log_posterior
     fair_regret = example.kl_coef * float(kl(fair, example.posterior()))
     return (
-        f"a judge who adds 1 to what starts with 'the' costs λ KL(π_judge‖π*) = {regret:.6f} reward units of the gold reward; "
-        f"a Bradley–Terry judge of the gold reward costs {shown(fair_regret)}"
+        f"a judge who adds 1 to what starts with 'the' costs λ KL(π_judge‖π*) = {regret:.6f} reward"
+        " units of the gold reward; a Bradley–Terry judge of the gold reward costs"
+        f" {shown(fair_regret)}"
     )
 
 
@@ -171,7 +212,10 @@ FEEDBACK: tuple[Claim[Any], ...] = (
         article="E",
         section="4.1",
         printed=r"$Q(s,a) = \sum_k \alpha r_k + (1 - \alpha) \max_{a'} Q(s',a')$",
-        corrected=r"$Q(s,a) \leftarrow (1 - \alpha)\, Q(s,a) + \alpha \left( r + \gamma \max_{a'} Q(s',a') \right)$",
+        corrected=(
+            r"$Q(s,a) \leftarrow (1 - \alpha)\, Q(s,a) + \alpha \left( r + \gamma \max_{a'}"
+            r" Q(s',a') \right)$"
+        ),
         verdict="holds with a correction",
         tutorial="t05",
         unit="reward units",
@@ -185,8 +229,14 @@ FEEDBACK: tuple[Claim[Any], ...] = (
         name="e-score",
         article="E",
         section="4.2",
-        printed=r"$\partial \log \pi(a \mid s) / \partial \theta \approx \frac{1}{T} \sum_t \partial \log \pi(a_t \mid s_t) / \partial \theta$",
-        corrected=r"$\nabla E_\pi[r] = E_\pi \left[ r \sum_t \partial \log \pi(a_t \mid s_t) / \partial \theta \right]$",
+        printed=(
+            r"$\partial \log \pi(a \mid s) / \partial \theta \approx \frac{1}{T} \sum_t \partial"
+            r" \log \pi(a_t \mid s_t) / \partial \theta$"
+        ),
+        corrected=(
+            r"$\nabla E_\pi[r] = E_\pi \left[ r \sum_t \partial \log \pi(a_t \mid s_t) / \partial"
+            r" \theta \right]$"
+        ),
         verdict="false",
         tutorial="t05",
         unit="reward units",
@@ -201,7 +251,10 @@ FEEDBACK: tuple[Claim[Any], ...] = (
         article="E",
         section="1, 3 (3)",
         printed=r"a judge's preferences give the reward: $\hat r(y) = \sigma^{-1}(P(y \succ y_0))$",
-        corrected=r"$r(y) = \sigma^{-1}(P(y \succ y_0)) - b(y)$ up to a constant, $b$ what the judge adds to the gold reward",
+        corrected=(
+            r"$r(y) = \sigma^{-1}(P(y \succ y_0)) - b(y)$ up to a constant, $b$ what the judge adds"
+            r" to the gold reward"
+        ),
         verdict="holds with a correction",
         tutorial="t12",
         unit="probability",

@@ -1,10 +1,12 @@
-"""Article C, an RNN policy with a KL penalty, and importance sampling on four sentences: eight rows, nine claims.
+"""Article C, an RNN policy with a KL penalty, and importance sampling on four sentences: eight
+rows, nine claims.
 
-    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                                                             (1)
-    ∇E_π[r] = E_π[r s],    ∇KL(π‖q) = E_π[s log π/q],    s = ∇log π                                              (2)
-    E_π[s (log π/p + c)] = ∇KL(π‖p) = ∇KL(π‖q) + E_π[s log q/p]   for any c: biased unless p = q                   (3)
-    its total variance is least at c* = −E[‖s‖² log π/p]/E[‖s‖²]                                                (4)
-    d KL(π*‖q)/dλ = −Var_{π*}(r)/λ³ ≤ 0                                                                       (5)
+    J(π) = E_π[r] − λ KL(π‖q) = λ log Z − λ KL(π‖π*)                                             (1)
+    ∇E_π[r] = E_π[r s],    ∇KL(π‖q) = E_π[s log π/q],    s = ∇log π                              (2)
+    E_π[s (log π/p + c)] = ∇KL(π‖p) = ∇KL(π‖q) + E_π[s log q/p]
+    for any c: biased unless p = q                                                               (3)
+    its total variance is least at c* = −E[‖s‖² log π/p]/E[‖s‖²]                                 (4)
+    d KL(π*‖q)/dλ = −Var_{π*}(r)/λ³ ≤ 0                                                          (5)
 
 K sentences; gradients in sequence logits; logs in nats.
 """
@@ -20,7 +22,15 @@ from klrl_edu.core import logspace
 from klrl_edu.exact.enumeration import tilt
 from klrl_edu.learning import losses
 from klrl_edu.theory.articles.claim import Claim, shown
-from klrl_edu.theory.articles.examples import Sentences, four_sentences, gradient, kl, mean_score, scores, sentences
+from klrl_edu.theory.articles.examples import (
+    Sentences,
+    four_sentences,
+    gradient,
+    kl,
+    mean_score,
+    scores,
+    sentences,
+)
 from klrl_edu.theory.articles.tabular import objective, sentence_kl
 
 _CONSTANTS = (0.0, 1.0, -2.0)
@@ -46,8 +56,9 @@ def _says_objective() -> str:
     best = tilt(example.log_prior, example.rewards, example.kl_coef)
     gap = float(best.value - objective_of_policy(example))
     return (
-        f"J(π) = {float(objective_of_policy(example)):.6f}; its maximiser, which the article leaves out, is π* ∝ q e^(r/λ) = "
-        f"{_vector(best.log_posterior.exp())}, better by λ KL(π‖π*) = {gap:.12f}"
+        f"J(π) = {float(objective_of_policy(example)):.6f}; its maximiser, which the article leaves"
+        f" out, is π* ∝ q e^(r/λ) = {_vector(best.log_posterior.exp())}, better by λ KL(π‖π*) ="
+        f" {gap:.12f}"
     )
 
 
@@ -59,11 +70,16 @@ def sampled_reward_gradient(example: Sentences) -> Tensor:
 
 def reward_gradient(example: Sentences) -> Tensor:
     """∇E_π[r] [K] by autograd."""
-    return gradient(lambda log_policy: logspace.expectation(log_policy, example.rewards), example.log_policy)
+    return gradient(
+        lambda log_policy: logspace.expectation(log_policy, example.rewards), example.log_policy
+    )
 
 
 def _says_reinforce() -> str:
-    return f"over every batch of two sentences its mean is {_vector(sampled_reward_gradient(four_sentences()))} = ∇E[r]"
+    return (
+        "over every batch of two sentences its mean is"
+        f" {_vector(sampled_reward_gradient(four_sentences()))} = ∇E[r]"
+    )
 
 
 def kl_score_gradient(example: Sentences) -> Tensor:
@@ -79,7 +95,10 @@ def kl_gradient(example: Sentences) -> Tensor:
 def _says_kl_gradient() -> str:
     example = four_sentences()
     extra = float(mean_score(example.log_policy, torch.ones_like(example.log_policy)).abs().max())
-    return f"∇KL(π‖q) = {_vector(kl_score_gradient(example))}; the 1 that differentiating log π adds has mean {shown(extra)}"
+    return (
+        f"∇KL(π‖q) = {_vector(kl_score_gradient(example))}; the 1 that differentiating log π adds"
+        f" has mean {shown(extra)}"
+    )
 
 
 def auxiliary_gradient(example: Sentences, constant: float = 0.0) -> Tensor:
@@ -96,8 +115,9 @@ def _says_auxiliary() -> str:
     example = four_sentences()
     bias = auxiliary_bias(example)
     return (
-        f"the samples come from π, so nothing is importance-weighted; the mean is {_vector(auxiliary_gradient(example))} where ∇KL(π‖q) = "
-        f"{_vector(kl_gradient(example))}: a bias {_vector(bias)} of norm {float(bias.norm()):.6f} for any number of samples"
+        "the samples come from π, so nothing is importance-weighted; the mean is"
+        f" {_vector(auxiliary_gradient(example))} where ∇KL(π‖q) = {_vector(kl_gradient(example))}:"
+        f" a bias {_vector(bias)} of norm {float(bias.norm()):.6f} for any number of samples"
     )
 
 
@@ -108,8 +128,13 @@ def best_constant(example: Sentences) -> float:
 
 
 def constant_variance(example: Sentences, constant: float) -> Tensor:
-    """E‖s (log π/p + c)‖² − ‖E s (log π/p + c)‖², a scalar: the total variance of one sample's gradient."""
-    each = scores(example.log_policy) * (example.log_policy - example.log_auxiliary + constant)[:, None]
+    """E‖s (log π/p + c)‖² − ‖E s (log π/p + c)‖², a scalar: the total variance of one sample's
+    gradient.
+    """
+    each = (
+        scores(example.log_policy)
+        * (example.log_policy - example.log_auxiliary + constant)[:, None]
+    )
     probs = example.log_policy.exp()
     return probs @ each.square().sum(-1) - (probs @ each).square().sum()
 
@@ -121,7 +146,9 @@ def gradients_with_constants(example: Sentences) -> Tensor:
 
 
 def one_gradient_and_least_variance(example: Sentences) -> Tensor:
-    """∇KL(π‖p) by autograd, once for each c, then the lowest point of the variance, a parabola in c through three of its points: [C·K + 1]."""
+    """∇KL(π‖p) by autograd, once for each c, then the lowest point of the variance, a parabola in c
+    through three of its points: [C·K + 1].
+    """
     truth = gradient(lambda log_policy: kl(log_policy, example.log_auxiliary), example.log_policy)
     left, middle, right = (constant_variance(example, c) for c in (-1.0, 0.0, 1.0))
     slope, curvature = (right - left) / 2, right - 2 * middle + left
@@ -133,8 +160,8 @@ def _says_constant() -> str:
     best = best_constant(example)
     at_best, at_zero, at_one = (float(constant_variance(example, c)) for c in (best, 0.0, 1.0))
     return (
-        f"no c changes the mean; the variance of one sample is least, {at_best:.6f}, at c* = {best:.6f} nats "
-        f"({at_zero:.6f} at c = 0, {at_one:.6f} at c = 1)"
+        f"no c changes the mean; the variance of one sample is least, {at_best:.6f}, at c* ="
+        f" {best:.6f} nats ({at_zero:.6f} at c = 0, {at_one:.6f} at c = 1)"
     )
 
 
@@ -156,7 +183,9 @@ def auxiliary_kl(example: Sentences) -> Tensor:
 
 def auxiliary_kl_corrected(example: Sentences) -> Tensor:
     """KL(π‖p) − E_π[log q/p], a scalar in nats."""
-    return auxiliary_kl(example) - logspace.expectation(example.log_policy, example.log_prior - example.log_auxiliary)
+    return auxiliary_kl(example) - logspace.expectation(
+        example.log_policy, example.log_prior - example.log_auxiliary
+    )
 
 
 def _says_auxiliary_example() -> str:
@@ -174,13 +203,21 @@ class Weighting(NamedTuple):
 
 
 def weightings() -> list[Weighting]:
-    """f = r under P = π from Q = q, with the last sentence taken out of Q, and with full support."""
-    plain = [Weighting(example.log_policy, example.log_prior, example.rewards) for example in sentences()]
+    """f = r under P = π from Q = q, with the last sentence taken out of Q, and with full
+    support.
+    """
+    plain = [
+        Weighting(example.log_policy, example.log_prior, example.rewards) for example in sentences()
+    ]
     return [_without_last(case) for case in plain] + plain
 
 
 def _without_last(case: Weighting) -> Weighting:
-    return case._replace(log_q=logspace.log_normalize(torch.cat([case.log_q[:-1], torch.tensor([-math.inf], dtype=torch.float64)])))
+    return case._replace(
+        log_q=logspace.log_normalize(
+            torch.cat([case.log_q[:-1], torch.tensor([-math.inf], dtype=torch.float64)])
+        )
+    )
 
 
 def weighted_mean(case: Weighting) -> Tensor:
@@ -198,8 +235,9 @@ def _says_importance() -> str:
     zero, full = weightings()[0], weightings()[len(sentences())]
     true = float(logspace.expectation(full.log_p, full.values))
     return (
-        f"E_π[r] = {true:.4g}, and with Q = q weighting gives {float(weighted_mean(full)):.4g}; with Q(a dog) = 0 it gives "
-        f"{float(weighted_mean(zero)):.4g}, the mass that Q never draws being lost"
+        f"E_π[r] = {true:.4g}, and with Q = q weighting gives {float(weighted_mean(full)):.4g};"
+        f" with Q(a dog) = 0 it gives {float(weighted_mean(zero)):.4g}, the mass that Q never draws"
+        " being lost"
     )
 
 
@@ -219,15 +257,25 @@ def variance_slopes(example: Sentences) -> Tensor:
     for kl_coef in _KL_COEFS:
         log_posterior = tilt(example.log_prior, example.rewards, kl_coef).log_posterior
         mean = logspace.expectation(log_posterior, example.rewards)
-        slopes.append(-logspace.expectation(log_posterior, (example.rewards - mean).square()) / kl_coef**3)
+        slopes.append(
+            -logspace.expectation(log_posterior, (example.rewards - mean).square()) / kl_coef**3
+        )
     return torch.stack(slopes)
 
 
 def _says_stays_close() -> str:
     example = four_sentences()
-    found = [float(kl(tilt(example.log_prior, example.rewards, kl_coef).log_posterior, example.log_prior)) for kl_coef in (0.0, *_KL_COEFS)]
+    found = [
+        float(
+            kl(tilt(example.log_prior, example.rewards, kl_coef).log_posterior, example.log_prior)
+        )
+        for kl_coef in (0.0, *_KL_COEFS)
+    ]
     listed = ", ".join(f"{value:.4f}" for value in found)
-    return f"at the optimum KL(π*‖q) = {listed} nats at λ = 0, {', '.join(f'{kl_coef:g}' for kl_coef in _KL_COEFS)}: close by that much, no more"
+    return (
+        f"at the optimum KL(π*‖q) = {listed} nats at λ = 0,"
+        f" {', '.join(f'{kl_coef:g}' for kl_coef in _KL_COEFS)}: close by that much, no more"
+    )
 
 
 IMPORTANCE: tuple[Claim[Any], ...] = (
@@ -280,8 +328,14 @@ IMPORTANCE: tuple[Claim[Any], ...] = (
         name="c-auxiliary",
         article="C",
         section="3.3, 4.2",
-        printed=r"$\nabla D_{KL} \approx E_\pi[\nabla \log \pi\, (\log \frac{\pi}{p} + c)]$, unbiased importance sampling",
-        corrected=r"$\nabla D_{KL} = E_\pi[\nabla \log \pi\, \log \frac{\pi}{p}] - E_\pi[\nabla \log \pi\, \log \frac{q}{p}]$",
+        printed=(
+            r"$\nabla D_{KL} \approx E_\pi[\nabla \log \pi\, (\log \frac{\pi}{p} + c)]$, unbiased"
+            r" importance sampling"
+        ),
+        corrected=(
+            r"$\nabla D_{KL} = E_\pi[\nabla \log \pi\, \log \frac{\pi}{p}] - E_\pi[\nabla \log"
+            r" \pi\, \log \frac{q}{p}]$"
+        ),
         verdict="false",
         tutorial="t07",
         unit="nats",
@@ -326,7 +380,10 @@ IMPORTANCE: tuple[Claim[Any], ...] = (
         name="c-auxiliary-example",
         article="C",
         section="4.2, example",
-        printed=r"$D_{KL}(\pi \Vert p)$ with $p = (.3, .4, .2, .1)$ in the place of $D_{KL}(\pi \Vert q)$",
+        printed=(
+            r"$D_{KL}(\pi \Vert p)$ with $p = (.3, .4, .2, .1)$ in the place of $D_{KL}(\pi"
+            r" \Vert q)$"
+        ),
         corrected=r"$D_{KL}(\pi \Vert q) = D_{KL}(\pi \Vert p) - E_\pi[\log \frac{q}{p}]$",
         verdict="holds with a correction",
         tutorial="t07",
@@ -342,7 +399,10 @@ IMPORTANCE: tuple[Claim[Any], ...] = (
         article="C",
         section="4.2",
         printed=r"$E_P[f] = E_Q[f\, P/Q]$",
-        corrected=r"$E_P[f] = E_Q[f\, P/Q] + \sum_{Q(y) = 0} P(y) f(y)$, no more to add where $Q > 0$ wherever $P f \neq 0$",
+        corrected=(
+            r"$E_P[f] = E_Q[f\, P/Q] + \sum_{Q(y) = 0} P(y) f(y)$, no more to add where $Q > 0$"
+            r" wherever $P f \neq 0$"
+        ),
         verdict="holds with a correction",
         tutorial="t07",
         unit="reward units",
@@ -356,7 +416,10 @@ IMPORTANCE: tuple[Claim[Any], ...] = (
         name="c-stays-close",
         article="C",
         section="1.3",
-        printed=r"the KL penalty keeps text close to the corpus: $D_{KL}(\pi^* \Vert q)$ falls as $\lambda$ grows",
+        printed=(
+            r"the KL penalty keeps text close to the corpus: $D_{KL}(\pi^* \Vert q)$ falls as"
+            r" $\lambda$ grows"
+        ),
         corrected="",
         verdict="holds",
         tutorial="t03",

@@ -10,8 +10,23 @@ import torch
 
 from klrl_edu.audit.audit import audit_gradient
 from klrl_edu.audit.claims import catalogue
-from klrl_edu.audit.claims.catalogue import CATALOGUE, answers_world, catalogue_text, check_catalogue, check_entry, four_sentences_world
-from klrl_edu.estimators import advantages, aggregation, divergences, evidence, kl_gradients, kl_values, top_k
+from klrl_edu.audit.claims.catalogue import (
+    CATALOGUE,
+    answers_world,
+    catalogue_text,
+    check_catalogue,
+    check_entry,
+    four_sentences_world,
+)
+from klrl_edu.estimators import (
+    advantages,
+    aggregation,
+    divergences,
+    evidence,
+    kl_gradients,
+    kl_values,
+    top_k,
+)
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import needs_of
 
@@ -27,7 +42,11 @@ TOOLS = {  # no estimators: what they are made of, and one whose samples have tw
 
 def public(module):
     home = module.__name__.rsplit(".", 1)[-1]
-    return {f"{home}.{name}": f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"}
+    return {
+        f"{home}.{name}": f
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"
+    }
 
 
 FUNCTIONS = {name: function for module in MODULES for name, function in public(module).items()}
@@ -46,12 +65,20 @@ def test_each_claim_holds_to_twelve_digits(entry, world):
     assert row.holds
 
 
-SINGLE = [entry for entry in CATALOGUE if entry.kind == "gradient" and entry.batch_size == 1 and "support" not in needs_of(entry.function)]
+SINGLE = [
+    entry
+    for entry in CATALOGUE
+    if entry.kind == "gradient"
+    and entry.batch_size == 1
+    and "support" not in needs_of(entry.function)
+]
 
 
 @pytest.mark.parametrize("entry", SINGLE, ids=lambda entry: entry.name)
 def test_two_sequences_give_the_mean_of_both(entry):
-    """Averaged over a batch: the same mean and half the variance. A sum over sequences would double the mean, and no single one would tell."""
+    """Averaged over a batch: the same mean and half the variance. A sum over sequences would double
+    the mean, and no single one would tell.
+    """
     world = answers_world()
     one, two = (check_entry(dataclasses.replace(entry, batch_size=size), world) for size in (1, 2))
     assert two.error <= 1e-12
@@ -81,7 +108,11 @@ def test_every_estimator_and_loss_is_in_the_catalogue():
 
 def test_docstrings_say_unbiased_exactly_where_the_catalogue_does():
     says = {name for name, function in FUNCTIONS.items() if claims_unbiased(function)}
-    declared = {name for name, function in FUNCTIONS.items() if any(entry.unbiased and entry.function is function for entry in CATALOGUE)}
+    declared = {
+        name
+        for name, function in FUNCTIONS.items()
+        if any(entry.unbiased and entry.function is function for entry in CATALOGUE)
+    }
     assert says == declared
 
 
@@ -130,7 +161,9 @@ def test_a_wrong_claim_is_noticed_in_both_worlds(name, claim):
 
 def test_a_broken_twin_of_an_estimator_is_noticed():
     def half_forgotten(log_probs, prior_log_probs):
-        return (kl_values.k3((log_probs - prior_log_probs).sum(-1)).detach() * log_probs.sum(-1)).mean()
+        return (
+            kl_values.k3((log_probs - prior_log_probs).sum(-1)).detach() * log_probs.sum(-1)
+        ).mean()
 
     twin = dataclasses.replace(named("kl_gradients.reward_and_loss_k3"), audited=half_forgotten)
     assert not any(row.holds for row in check_catalogue([twin]))
@@ -138,22 +171,43 @@ def test_a_broken_twin_of_an_estimator_is_noticed():
 
 def test_variances_are_those_of_t06():
     for name, variance in (("kl_values.k1", 0.191954080129), ("kl_values.k3", 0.008973476020)):
-        assert check_entry(named(name), four_sentences_world()).variance == pytest.approx(variance, abs=5.1e-13)
+        assert check_entry(named(name), four_sentences_world()).variance == pytest.approx(
+            variance, abs=5.1e-13
+        )
 
 
 def test_the_best_constant_and_the_best_coefficient_have_the_least_variance():
     world = answers_world()
-    variance = {entry.name: check_entry(entry, world).variance for entry in CATALOGUE if entry.batch_size == 1 and entry.drawn_by == "policy"}
+    variance = {
+        entry.name: check_entry(entry, world).variance
+        for entry in CATALOGUE
+        if entry.batch_size == 1 and entry.drawn_by == "policy"
+    }
     assert variance["losses.reinforce (best constant)"] < variance["losses.reinforce"]
-    assert variance["kl_values.control_variate"] < min(variance["kl_values.k1"], variance["kl_values.k3"])
-    assert variance["kl_gradients.rao_blackwell_to_go"] < variance["kl_gradients.reward_rao_blackwell_to_go"] < variance["kl_gradients.reward_k1"]
+    assert variance["kl_values.control_variate"] < min(
+        variance["kl_values.k1"], variance["kl_values.k3"]
+    )
+    assert (
+        variance["kl_gradients.rao_blackwell_to_go"]
+        < variance["kl_gradients.reward_rao_blackwell_to_go"]
+        < variance["kl_gradients.reward_k1"]
+    )
 
 
-@pytest.mark.parametrize("entry", [entry for entry in CATALOGUE if entry.kind == "gradient"], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [entry for entry in CATALOGUE if entry.kind == "gradient"],
+    ids=lambda entry: entry.name,
+)
 def test_every_loss_is_audited_in_one_vmapped_pass(entry):
     world = answers_world()
     constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
-    report = audit_gradient(partial(entry.audited or entry.function, **constants), world.policy, world.problem, batch_size=max(2, entry.batch_size))
+    report = audit_gradient(
+        partial(entry.audited or entry.function, **constants),
+        world.policy,
+        world.problem,
+        batch_size=max(2, entry.batch_size),
+    )
     assert report.differentiation == "vmap"
 
 
