@@ -92,7 +92,8 @@ def _train(target: klrl.Posterior, config: Config) -> dict[str, Any]:
     for record in klrl.train_steps(policy, problem, klrl.losses.rloo, **options):
         if record["step"] % config.every == 0:
             log_pi = look(int(record["step"]))
-    order = target.log_probs.argsort(descending=True, stable=True)
+    # names of one frequency and score tie, and rounding must not order them
+    order = (target.log_probs * 1e9).round().argsort(descending=True, stable=True)
     run["posterior_entropy"] = float(klrl.logspace.entropy(target.log_probs)) + 0.0  # never −0
     run["best"] = problem.space.decode(support.tokens[log_pi.argmax()][None])[0]
     run["posterior"], run["probabilities"] = (

@@ -33,9 +33,7 @@ def kl(p: Table, q: Table) -> float:
 
 
 def posterior(q: Table, r: Table, lam: float) -> tuple[Table, float]:
-    """(π*, log Z): the prior reweighted by e^{r/λ}. The largest reward is taken out first, so
-    nothing overflows.
-    """
+    """(π*, log Z): the prior reweighted by e^{r/λ}; the largest reward is taken out first."""
     top = max(r[y] for y in q if q[y] > 0)
     weight = {y: q[y] * math.exp((r[y] - top) / lam) if q[y] > 0 else 0.0 for y in q}
     z = math.fsum(weight.values())
@@ -77,9 +75,7 @@ def next_token(p: Table, prefix: tuple[Any, ...]) -> Table:
 
 
 def soft_value(q: Table, r: Table, lam: float, prefix: tuple[Any, ...] = ()) -> float:
-    """V(prefix) = λ log Σ_a q(a|prefix) e^{V(prefix a)/λ}, and r at the end of a sequence: V(()) =
-    λ log Z (soft Bellman).
-    """
+    """V(prefix) = λ log Σ_a q(a|prefix) e^{V(prefix a)/λ}, and r at the end: V(()) = λ log Z."""
     if prefix in q:
         return r[prefix]
     mass = math.fsum(

@@ -104,7 +104,8 @@ assert all(abs(written[y] - star[y]) < 1e-9 for y in q)
 
 
 # %% tags=["exercise"]
-answer = ...  # def update(old, reward, prior, values, lam, gamma, alpha): ..., and then answer = update
+# def update(old, reward, prior, values, lam, gamma, alpha): ..., then answer = update
+answer = ...
 check("t05.update", answer)
 
 
@@ -302,7 +303,8 @@ assert all(
 
 
 # %% tags=["exercise"]
-answer = ...  # def gradient_of(pi, q, r, lam): ..., and then answer = gradient_of
+# def gradient_of(pi, q, r, lam): ..., then answer = gradient_of
+answer = ...
 check("t05.gradient", answer)
 
 
@@ -335,9 +337,8 @@ print(
 
 
 # %% tags=["exercise"]
-answer = (
-    ...
-)  # def natural_step(pi, q, r, lam, eta): ..., and then answer = natural_step
+# def natural_step(pi, q, r, lam, eta): ..., then answer = natural_step
+answer = ...
 check("t05.natural", answer)
 
 
@@ -388,7 +389,8 @@ assert float((stepped - log_star.exp()).abs().max()) < 1e-9
 
 
 # %% tags=["exercise"]
-answer = ...  # def action_value(reward, replies, values, lam, gamma): ..., and then answer = action_value
+# def action_value(reward, replies, values, lam, gamma): ..., and then answer = action_value
+answer = ...
 check("t05.replies", answer)
 
 

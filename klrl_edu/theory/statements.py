@@ -79,7 +79,7 @@ def _statement(
     def make(sides: Callable[[Case], Sides]) -> Statement:
         return Statement(
             sides.__name__,
-            (sides.__doc__ or "").strip(),
+            " ".join((sides.__doc__ or "").split()),
             latex,
             source,
             tutorial,

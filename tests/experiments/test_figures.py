@@ -151,7 +151,7 @@ def test_figures_of_an_installed_package_come_before_a_checkout_s(tmp_path, monk
 BAD_FILES = {
     "syntax error": (
         OWN.replace("def draw(data):", "def draw(data)"),
-        "own.py is not Python: line 20: expected ':'",
+        "own.py is not Python: line 21: expected ':'",
     ),
     "null byte": ("\0", "own.py is not Python"),
     "no compute": (
@@ -171,7 +171,7 @@ BAD_FILES = {
     ),
     "compute fails": (
         OWN.replace('"largest": 9.0', '"largest": 1 / 0'),
-        "compute(Config()) failed at line 17: ZeroDivisionError",
+        "compute(Config()) failed at line 18: ZeroDivisionError",
     ),
     "compute refuses": (
         OWN.replace(
@@ -194,7 +194,7 @@ BAD_FILES = {
     ),
     "draw fails": (
         OWN.replace('data["y"]', 'data["z"]'),
-        "draw(data) failed at line 22: KeyError: 'z'",
+        "draw(data) failed at line 23: KeyError: 'z'",
     ),
     "draw returns Axes": (
         OWN.replace("return figure", "return ax"),
