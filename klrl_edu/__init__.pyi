@@ -59,9 +59,11 @@ from klrl_edu.exact.structured import StructuredPosterior as StructuredPosterior
 from klrl_edu.experiments import plots as plots
 from klrl_edu.learning import decision_learning as decision_learning
 from klrl_edu.learning import losses as losses
+from klrl_edu.learning import sources as sources
 from klrl_edu.learning.batches import Batch as Batch
 from klrl_edu.learning.batches import Loss as Loss
 from klrl_edu.learning.batches import needs as needs
+from klrl_edu.learning.sources import Source as Source
 from klrl_edu.learning.training import train as train
 from klrl_edu.learning.training import train_steps as train_steps
 from klrl_edu.models.contract import LanguageModel as LanguageModel

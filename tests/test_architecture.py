@@ -109,6 +109,7 @@ PUBLIC = {name: getattr(klrl_edu, name) for name in klrl_edu.__all__} | {
 ALIASES = {
     "Loss",
     "Reward",
+    "Source",
 }  # types: their meaning stands below them in the source, where Python keeps no docstring
 
 

@@ -47,7 +47,7 @@ def _attribute(name: str) -> Reader:
 
 
 _OWN: dict[str, Reader] = {
-    **{name: _attribute(name) for name in Batch.__dataclass_fields__},
+    **{name: _attribute(name) for name in Batch.__dataclass_fields__ if name != "complete"},
     "log_ratio": _log_ratio,  # u [N]
     "token_log_ratio": lambda batch: batch.log_probs - batch.prior_log_probs,
 }

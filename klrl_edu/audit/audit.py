@@ -27,9 +27,10 @@ from klrl_edu.audit.moments import (
     gradient_moments,
 )
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, check_monte_carlo, sampled_moments
+from klrl_edu.audit.plans import Plan, planned
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.scenes import Scene, build_scene
-from klrl_edu.audit.targets import gradient_targets, value_targets
+from klrl_edu.audit.targets import value_targets
 from klrl_edu.audit.values import (
     enumerated_value,
     missing_mass_notes,
@@ -40,6 +41,7 @@ from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count
 from klrl_edu.learning.batches import Loss, needs_of
+from klrl_edu.learning.sources import Source
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.problems.problem import Problem
 
@@ -50,9 +52,9 @@ _CHUNK = 1 << 22  # numbers in one block of sampled gradients: 32 MiB
 def audit_gradient(
     loss: Loss | Callable[..., Any],
     policy: LanguageModel,
-    problem: Problem,
+    source: Problem | Source,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     behaviour: LanguageModel | None = None,
     adapt: Adapter | None = None,
     max_executions: int = MAX_EXECUTIONS,
@@ -67,9 +69,13 @@ def audit_gradient(
             outcome is enumerated. Or a function of tensors by name: a Batch's, verl's and TRL's
             names are understood.
         policy: π, on the prior's support; its trainable parameters are the coordinates.
-        problem: prior, reward and λ.
-        batch_size: B; a loss that needs the support is run once on it.
-        behaviour: the policy that draws the batches, on π's support; π itself by default.
+        source: prior, reward and λ; or a source of `sources`, as training takes it, whose batches
+            are enumerated by its law: samples of π or of a behaviour policy for one problem, the
+            whole support, texts, preference pairs.
+        batch_size: B, 1 by default; a loss that needs the support is run once on it. A source has
+            its own.
+        behaviour: the policy that draws the batches, on π's support; π itself by default. A source
+            has its own.
         adapt: what parameters of other names are: parameter -> name or value, or Batch -> keyword
             arguments.
         max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
@@ -80,49 +86,49 @@ def audit_gradient(
     Returns:
         Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)),
         expected_reward (∇(−E r)), and the divergences of π and q per sequence and, with frozen
-        prefixes, per token.
+        prefixes, per token. For preference pairs the divergences alone; for texts
+        negative_log_likelihood, −E[log π] over the source's weights.
 
     Raises:
         TooLargeError: more executions than `max_executions`; the message has the count.
         UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the
             policy's.
         InputError: what the loss must not do: return anything but a finite scalar with a gradient,
-            change its inputs, draw from a global generator, depend on the order of the batch.
+            change its inputs, draw from a global generator, depend on the order of the batch; a
+            source whose law is not known.
     """
     started = time.perf_counter()
-    check_count(batch_size, "batch_size")
     check_monte_carlo(monte_carlo, draw, bound)
-    _check_policy(policy, problem)
+    _check_policy(policy)
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
+    plan = planned(source, batch_size, behaviour, needs_of(function))
     limit = max_executions if monte_carlo is None else MAX_SEQUENCES
-    scene = build_scene(
-        policy,
-        problem,
-        behaviour,
-        limit,
-        distributions="distributions" in needs_of(function),
-        supported=True,
-    )
+    scene, targets = plan.scene(policy, limit)
     on_support = LossOnSupport(
-        function, name_of(loss), scene.whole, scene.tree, draws_random_numbers(function)
+        function,
+        name_of(loss),
+        scene.whole,
+        scene.tree,
+        draws_random_numbers(function),
+        scene.place,
+        scene.width,
     )
-    coordinates = coordinates_of(policy, scene.tree, problem.prompt)
+    coordinates = coordinates_of(policy, scene.tree, plan.prompt)
     with no_global_randomness(f"the loss {on_support.name}"):
         if monte_carlo is None:
-            found = _enumerated(on_support, scene, coordinates, batch_size, max_executions)
+            found = _enumerated(on_support, scene, coordinates, plan, max_executions)
         else:
             assert draw is not None  # checked above
             assert bound is not None
-            found = _sampled(on_support, scene, coordinates, batch_size, monte_carlo, draw, bound)
-    targets = gradient_targets(scene.whole, scene.tree, problem.kl_coef, scene.missed)
+            found = _sampled(on_support, scene, coordinates, plan, monte_carlo, draw, bound)
     vectors = coordinates.combine(torch.stack(list(targets.values())))
     return AuditReport(
         name=on_support.name,
         targets=dict(zip(targets, vectors, strict=True)),
         coordinates=coordinates.name,
-        batch_size=batch_size,
+        batch_size=plan.batch_size,
         cost=coordinates.cost,
-        notes=tuple(scene.notes()),
+        notes=scene.remarks,
         precision=_precision(policy),
         seconds=time.perf_counter() - started,
         **found,
@@ -183,11 +189,10 @@ def audit_value(
         else:
             found = enumerated_value(subject, scene, batch_size, max_executions)
     targets = value_targets(scene.whole, scene.tree, scene.missed)
-    notes = scene.notes()
+    notes = scene.remarks
     if behaviour is None:
-        notes += missing_mass_notes(
-            subject.name, scene.missed, float(found["mean"] - targets["reverse_kl"])
-        )
+        bias = float(found["mean"] - targets["reverse_kl"])
+        notes += tuple(missing_mass_notes(subject.name, scene.missed, bias))
     found["notes"] = (*notes, *found["notes"])
     return AuditReport(
         name=subject.name,
@@ -203,18 +208,20 @@ def _enumerated(
     loss: LossOnSupport,
     scene: Scene,
     coordinates: Coordinates,
-    batch_size: int,
+    plan: Plan,
     max_executions: int,
 ) -> dict[str, Any]:
     """Moments over every execution, and how they were found."""
-    if "support" in needs_of(loss.function):
-        rows = torch.arange(len(scene.sampler), device=scene.sampler.device)[None]
+    if plan.complete:
+        rows = torch.arange(len(scene.whole.tokens), device=scene.sampler.device)[None]
         log_weight = torch.zeros(1, dtype=torch.float64, device=rows.device)
         picked = rows
         gradients = loss.one(rows[0])[None]
     else:
-        check_executions(int((scene.sampler > -math.inf).sum()), batch_size, max_executions)
-        rows, log_weight = multisets(scene.sampler, batch_size)
+        drawn = int((scene.sampler > -math.inf).sum())
+        check_executions(drawn, plan.batch_size, max_executions)
+        units, log_weight = multisets(scene.sampler, plan.batch_size)
+        rows = scene.rows(units)
         picked, gradients = probe(loss, rows)
     reason = loss.why_not_vmap(picked, gradients)
 
@@ -237,19 +244,19 @@ def _sampled(
     loss: LossOnSupport,
     scene: Scene,
     coordinates: Coordinates,
-    batch_size: int,
+    plan: Plan,
     count: int,
     draw: Draw,
     bound: float,
 ) -> dict[str, Any]:
     """Moments over `count` batches drawn, with an interval."""
-    if "support" in needs_of(loss.function):
+    if plan.complete:
         raise InputError(
             f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave"
             " monte_carlo out."
         )
-    every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
-    rows = draw(scene.sampler[None], every).view(count, batch_size)
+    every = torch.zeros(count * plan.batch_size, dtype=torch.long, device=scene.sampler.device)
+    rows = scene.rows(draw(scene.sampler[None], every).view(count, plan.batch_size))
     picked, gradients = probe(loss, rows)
     reason = loss.why_not_vmap(picked, gradients)
 
@@ -274,15 +281,11 @@ def _how(reason: str | None) -> str:
     return "vmap" if reason is None else f"one backward pass an execution: {reason}"
 
 
-def _check_policy(policy: LanguageModel, problem: Problem) -> None:
+def _check_policy(policy: LanguageModel) -> None:
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise InputError(
             "the policy has no trainable parameters, so there is no gradient; call"
             " policy.requires_grad_(True)."
-        )
-    if problem.kl_coef == math.inf:
-        raise InputError(
-            "kl_coef = inf: J is −inf for every policy but the prior; give a finite kl_coef."
         )
 
 

@@ -75,7 +75,7 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
                 " state, or draws from a generator of its own; take a parameter `draw` and draw"
                 " through it."
             )
-    if rows.shape[1] > 1:
+    if rows.shape[1] > subject.width:
         for batch in picked:
             _check_order(subject, batch)
     return (results, results) if subject.draws else (picked, results)
@@ -95,7 +95,9 @@ def _most_varied(rows: Tensor) -> Tensor:
 def _check_order(subject: Subject, rows: Tensor) -> None:
     """Reversed and rotated, a batch must give what it gave before."""
     expected = _average(subject, rows)
-    for what, other in (("reversed", rows.flip(0)), ("rotated", rows.roll(1, 0))):
+    units = rows.view(-1, subject.width)  # what belongs together stays in its order
+    for what, moved in (("reversed", units.flip(0)), ("rotated", units.roll(1, 0))):
+        other = moved.flatten()
         if not torch.allclose(
             _average(subject, other),
             expected,

@@ -37,9 +37,10 @@ class LossOnSupport(Subject):
         """The edge of the support's trie that each entry of a gradient belongs to, −1 for none:
         rows [X,B] -> [X,n].
         """
-        parts = [self.tree.taken_edges(rows).flatten(1)]
+        sequences = self.in_tree(rows)
+        parts = [self.tree.taken_edges(sequences).flatten(1)]
         if len(self.leaves) > 1:
-            parts.append(self.tree.all_edges(rows).flatten(1))
+            parts.append(self.tree.all_edges(sequences).flatten(1))
         return torch.cat(parts, 1)
 
     def depths(self, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ sequences, X batches of B, T tokens, n numbers a batch.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -46,6 +46,8 @@ class Subject(ABC):
         whole: the Batch of all S sequences, without gradient.
         tree: their trie.
         draws: whether the function draws random numbers, by a parameter `draw`.
+        place: which sequence of the tree each row of `whole` is; None where they are the same.
+        width: rows that belong together, two in a preference pair; each such unit is a group.
     """
 
     kind: ClassVar[str]
@@ -54,6 +56,8 @@ class Subject(ABC):
     whole: Batch
     tree: SupportTree
     draws: bool
+    place: Tensor | None = None
+    width: int = 1
 
     @abstractmethod
     def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
@@ -75,17 +79,24 @@ class Subject(ABC):
         """The fields of the batches of sequences `rows` [B] or [X,B]; `group` and `kl_coef` [B]
         always.
         """
-        names = [
-            name for name in Batch.__dataclass_fields__ if getattr(self.whole, name) is not None
-        ]
         alike = rows if rows.ndim == 1 else rows[0]
-        return {
-            name: getattr(self.whole, name)[alike if name in SHARED else rows] for name in names
+        found = {
+            name: value[alike if name in SHARED else rows]
+            for name, value in self.whole.tensors().items()
         }
+        if self.width > 1:
+            found["group"] = torch.arange(len(alike), device=rows.device) // self.width
+        return found
+
+    def in_tree(self, rows: Tensor) -> Tensor:
+        """Which sequences of the tree rows of `whole` are."""
+        return rows if self.place is None else self.place[rows]
 
     def call(self, fields: dict[str, Tensor], draw: Draw | None = None) -> Any:
         """The function itself."""
-        return self.function(Batch(**fields), **({"draw": draw} if self.draws else {}))
+        given: dict[str, Any] = dict(fields)
+        batch = replace(self.whole, **given)
+        return self.function(batch, **({"draw": draw} if self.draws else {}))
 
     def describe(self, rows: Tensor) -> str:
         """The sequences of a batch [B], for messages."""
@@ -183,7 +194,8 @@ class Subject(ABC):
 
     def _chunks(self, rows: Tensor, values: Tensor | None = None) -> Sequence[Tensor]:
         """Batches [X,B], or values [X] of them, in chunks whose fields stay small."""
-        widest = self.whole.log_probs if self.whole.log_dists is None else self.whole.log_dists
+        fields = self.whole.tensors()
+        widest = fields.get("log_dists", self.whole.log_probs)
         return (rows if values is None else values).split(
             max(1, _CHUNK // (rows.shape[1] * widest[0].numel()))
         )

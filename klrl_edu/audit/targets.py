@@ -23,15 +23,15 @@ from klrl_edu.audit.tree import SupportTree
 from klrl_edu.core import logspace
 from klrl_edu.evaluation.compare import support_log_mass
 from klrl_edu.learning.batches import Batch
-from klrl_edu.problems.problem import Problem
+from klrl_edu.models.contract import LanguageModel
 
 
 @torch.no_grad()
-def missed_log_mass(problem: Problem, tree: SupportTree) -> float:
+def missed_log_mass(prior: LanguageModel, tree: SupportTree, prompt: Tensor | None) -> float:
     """The log of q's mass where π has none, −inf for none; however little, it makes both forward
     divergences infinite.
     """
-    return float(support_log_mass(problem.prior, tree.tokens, tree.trie, problem.prompt)[1])
+    return float(support_log_mass(prior, tree.tokens, tree.trie, prompt)[1])
 
 
 def gradient_targets(
@@ -42,14 +42,23 @@ def gradient_targets(
     """
     pi, log_pi, log_q = tree.log_probs.exp(), tree.log_probs, whole.prior_log_probs.sum(-1)
     rewards = whole.rewards.sum(-1)
-    ratio = log_pi - log_q  # u [S]
+    ratio = log_pi - log_q  # u [S], nats
     centred_ratio, centred_reward = (
         value - logspace.expectation(log_pi, value) for value in (ratio, rewards)
     )
-    found = {
+    return {
         "objective": tree.path_sums(pi * (kl_coef * centred_ratio - centred_reward)),
         "expected_reward": tree.path_sums(-pi * centred_reward),
-        "reverse_kl": tree.path_sums(pi * centred_ratio),
+        **divergence_targets(whole, tree, missed),
+    }
+
+
+def divergence_targets(whole: Batch, tree: SupportTree, missed: float) -> dict[str, Tensor]:
+    """The divergences of π and q among the targets: name -> coefficients [E]."""
+    pi, log_pi, log_q = tree.log_probs.exp(), tree.log_probs, whole.prior_log_probs.sum(-1)
+    ratio = log_pi - log_q
+    found = {
+        "reverse_kl": tree.path_sums(pi * (ratio - logspace.expectation(log_pi, ratio))),
         "reverse_kl_per_token": _reverse_per_token(whole, tree),
     }
     if missed == -math.inf:
@@ -62,8 +71,6 @@ def gradient_targets(
 
 
 _ORDER = (
-    "objective",
-    "expected_reward",
     "reverse_kl",
     "forward_kl",
     "reverse_kl_per_token",

@@ -114,6 +114,13 @@ class SequenceSpace:
         ended = tokens.eq(len(self.vocabulary))
         return (ended.cumsum(-1) - ended.long()) == 0
 
+    def last(self, tokens: Tensor) -> Tensor:
+        """Which token is the last one that counts, the first EOS where there is one. [N,T] -> bool
+        [N,T].
+        """
+        live = self.live(tokens)
+        return live & ~torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
+
     @overload
     def encode(self, text: str) -> Tensor: ...
     @overload

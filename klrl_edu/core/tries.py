@@ -99,6 +99,12 @@ class PrefixTrie(nn.Module):
             edges[:, t], node = self.follow(node, tokens[:, t])
         return nodes, edges
 
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Which of the K sequences each of `tokens` [N,T] is [N]; −1 for none of them."""
+        edge = self.find(tokens)[1]
+        leaf = torch.where(edge >= 0, self.leaf[edge], -1)
+        return leaf.amax(-1)  # the only edge of a path with a leaf is its last
+
     def scatter_edges(self, values: Tensor, node: Tensor, fill: float) -> Tensor:
         """Rows of logits: the edge values [E] of nodes [M] spread over V columns, `fill` where a
         node has no such edge. -> [M,V]

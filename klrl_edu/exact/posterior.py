@@ -205,10 +205,7 @@ class _EnumeratedReward:
     support: Support
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        edge = self.support.trie.find(tokens)[1]
-        row = torch.where(edge >= 0, self.support.trie.leaf[edge], -1).amax(
-            -1
-        )  # the only edge of a path with a leaf is its last
+        row = self.support.trie.rows_of(tokens)
         return torch.where(row[:, None] >= 0, self.support.token_rewards[row], math.nan)
 
 

@@ -26,7 +26,7 @@ from klrl_edu.estimators.advantages import (
 )
 from klrl_edu.estimators.aggregation import fixed_length, seq_mean_token_mean, token_mean
 from klrl_edu.estimators.kl_values import k3
-from klrl_edu.learning.batches import Batch, needs
+from klrl_edu.learning.batches import Batch, check_complete, needs
 
 
 @needs("support")
@@ -40,8 +40,12 @@ def exact(batch: Batch) -> Tensor:
     Returns:
         −J averaged over the problems, a scalar in reward units.
 
+    Raises:
+        InputError: the batch holds drawn sequences; give it `sources.support(problem)`.
+
     Source: (1).
     """
+    check_complete(batch, "losses.exact")
     log_prob = batch.log_probs.sum(-1)
     log_ratio = log_prob - batch.prior_log_probs.sum(-1)  # u [N], nats
     objective = logspace.expectation(

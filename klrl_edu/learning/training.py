@@ -1,6 +1,6 @@
-"""One visible loop: sample, score, differentiate, step.
+"""One visible loop: a source gives a batch, the loss is differentiated, the optimisers step.
 
-    θ ← θ − lr · optimiser(∇ loss(batch))
+    θ ← θ − lr · optimiser(∇ loss(batch)),    batch = source(policy)
 
 `train_steps` yields after each update; `train` runs it to the end. An update that would bring a NaN
 or an infinity is refused, and the policy keeps its last good weights.
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from klrl_edu.core.draws import Draw
-from klrl_edu.core.errors import DivergedError, InputError, UnsupportedPolicyError
-from klrl_edu.core.tries import PrefixTrie
-from klrl_edu.core.validation import check_count, check_same_space
-from klrl_edu.evaluation.compare import compare, support_log_mass
+from klrl_edu.core.errors import DivergedError, InputError
+from klrl_edu.core.validation import check_count
+from klrl_edu.evaluation.compare import compare
 from klrl_edu.evaluation.records import History, Record
-from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import Posterior
-from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of, sample_batch, score_batch
-from klrl_edu.models.contract import LanguageModel, conditional_log_probs, token_log_probs
+from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of
+from klrl_edu.learning.sources import Source, check_policy, on_policy, support
+from klrl_edu.models.contract import LanguageModel, token_log_probs
 from klrl_edu.problems.problem import Problem, check_problems
 
-# sequences of the prior along which an unrestricted policy is looked for before the first step
-_LOOKED_AT = 16
 Schedule = Callable[[float], float]
 """Fraction of the run done, in [0, 1) -> factor of the learning rate."""
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+_BATCH_SIZE = 64
+_TRIED = 16  # sequences, one a group, on which an update is tried
 
 
 def constant(done: float) -> float:
@@ -51,75 +51,77 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosin
 
 def train_steps(
     policy: LanguageModel,
-    problem: Problem | Sequence[Problem],
+    source: Problem | Sequence[Problem] | Source,
     loss: Loss,
     *,
     steps: int,
-    draw: Draw,
-    batch_size: int = 64,
+    draw: Draw | None = None,
+    batch_size: int | None = None,
     lr: float = 1e-2,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     schedule: Schedule = constant,
     max_grad_norm: float | None = None,
 ) -> Iterator[Record]:
     """The training loop, one update an iteration; the policy is changed in place.
 
     Args:
-        policy: what to train, on the problem's space.
-        problem: one, or several that share a prior, over which J is averaged.
-        loss: Batch -> scalar to minimise.
+        policy: what to train, on the source's space.
+        source: what gives the next batch (see `sources`). A Problem, or several that share a prior
+            and over which J is averaged, is short for the policy's own samples, or for the whole
+            support where the loss is marked `@needs("support")`.
+        loss: Batch -> scalar to minimise; an nn.Module may own parameters.
         steps: updates.
-        draw: the randomness, e.g. `seeded_draw(0)`.
-        batch_size: sequences a problem and step; a loss that needs the support gets every sequence
-            instead.
-        lr: learning rate of the default Adam.
-        optimizer: another optimiser, over the policy's parameters; `lr` is then ignored.
-        schedule: factor of the learning rate by the fraction of the run done.
-        max_grad_norm: clip the gradient to this norm.
+        draw: the randomness of a Problem's samples, e.g. `seeded_draw(0)`; a source has its own.
+        batch_size: sequences a problem and step, 64 by default; a source has its own.
+        lr: learning rate of the default Adam, over the policy's and the loss's parameters.
+        optimizer: another optimiser, or several; together they hold every trainable parameter that
+            the loss reaches, and `lr` is then ignored.
+        schedule: factor of the learning rates by the fraction of the run done.
+        max_grad_norm: clip the gradient, over all parameters, to this norm.
 
     Yields:
-        step (from 1), loss, grad_norm, lr, and the batch means reward, kl (of u, nats a sequence),
-        objective, kl_per_token.
+        step (from 1), loss, grad_norm, lr (of the first optimiser), and of the batch what it has:
+        reward, kl (of u, nats a sequence), objective, kl_per_token as means under π; for sequences
+        that another policy drew, reward and log_behaviour_ratio (log μ/π, nats a sequence) as means
+        of the batch.
 
     Raises:
         UnsupportedPolicyError: the policy gives mass where the prior has none or the reward is
             −inf.
+        InputError: an argument, the source or the loss is not what it should be; names the step
+            where a batch is at fault.
         DivergedError: loss, gradient or weights turned NaN or infinite; names the step, last good
             weights kept. Weights are looked at when they are next used and after the last step, so
             a loop that is left early may leave with a broken last update.
     """
-    problems = check_problems(problem)
-    check_same_space(policy.space, problems[0].space, "policy and problem")
     check_count(steps, "steps", 0)
-    check_count(batch_size, "batch_size")
-    if any(p.kl_coef == math.inf for p in problems):
-        raise InputError(
-            "kl_coef = inf: the posterior is the prior itself, and there is nothing to train; give"
-            " a finite kl_coef."
-        )
-    parameters = _parameters(policy, loss)
-    optimizer = _adam(parameters, lr) if optimizer is None else optimizer
-    rates = [group["lr"] for group in optimizer.param_groups]
-    next_batch = _batches(policy, problems, loss, batch_size, draw)
-    weights = _LastGoodWeights(policy, problems, parameters)
+    next_batch = _source(source, loss, batch_size, draw)
+    check_policy(next_batch, policy)
+    optimizers = _optimizers(policy, loss, optimizer, lr)
+    parameters = _parameters(policy, loss, optimizers)
+    clip = _clip(max_grad_norm)
+    rates = [[group["lr"] for group in each.param_groups] for each in optimizers]
+    weights = _LastGoodWeights(policy, parameters)
     for step in range(1, steps + 1):
-        factor = schedule((step - 1) / steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
+        factor = _factor(schedule, (step - 1) / steps)
+        for each, own_rates in zip(optimizers, rates, strict=True):
+            for group, rate in zip(each.param_groups, own_rates, strict=True):
+                group["lr"] = rate * factor
         try:
-            batch = next_batch()
+            batch = _next(next_batch, policy, step)
             value = loss(batch)
             _check_loss(value, step)
+            if step == 1:
+                _refuse_unheld(value, parameters)
         except (InputError, DivergedError) as error:
             weights.check(step - 1)  # did the last update break the policy?
             if not isinstance(error, DivergedError):
                 error.args = (f"step {step}: {error}", *error.args[1:])
             raise
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(
-            parameters, math.inf if max_grad_norm is None else max_grad_norm
-        )
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
         if not bool(torch.isfinite(norm)):
             raise DivergedError(
                 f"step {step}: the gradient's norm is {float(norm)}; the last good weights are"
@@ -127,28 +129,29 @@ def train_steps(
                 step,
             )
         weights.keep(batch)
-        optimizer.step()
+        for each in optimizers:
+            each.step()
         if step == steps:
             weights.check(step)
         yield {
             "step": step,
             "loss": float(value.detach()),
             "grad_norm": float(norm),
-            "lr": rates[0] * factor,
-            **_means(batch, loss),
+            "lr": rates[0][0] * factor,
+            **_means(batch),
         }
 
 
 def train(
     policy: LanguageModel | None,
-    problem: Problem | Sequence[Problem],
+    source: Problem | Sequence[Problem] | Source,
     loss: Loss,
     *,
     steps: int,
-    draw: Draw,
-    batch_size: int = 64,
+    draw: Draw | None = None,
+    batch_size: int | None = None,
     lr: float = 1e-2,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     schedule: Schedule = constant,
     max_grad_norm: float | None = None,
     target: Posterior | Sequence[Posterior] | None = None,
@@ -166,18 +169,24 @@ def train(
     Returns:
         The History of the steps, with the trained policy as `history.policy`.
     """
-    policy = copy_of_prior(problem) if policy is None else policy
+    check_count(evaluate_every, "evaluate_every", 0)
+    policy = copy_of_prior(source) if policy is None else policy
     history = History(policy=policy)
+    stream = train_steps(
+        policy,
+        source,
+        loss,
+        steps=steps,
+        draw=draw,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        max_grad_norm=max_grad_norm,
+    )
     if target is not None:
         history.records.append({"step": 0, **comparison_metrics(policy, target)})
-    options = {
-        "batch_size": batch_size,
-        "lr": lr,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "max_grad_norm": max_grad_norm,
-    }
-    for record in train_steps(policy, problem, loss, steps=steps, draw=draw, **options):  # type: ignore[arg-type]
+    for record in stream:
         due = record["step"] == steps or (evaluate_every and record["step"] % evaluate_every == 0)
         if target is not None and due:
             record.update(comparison_metrics(policy, target))
@@ -185,9 +194,22 @@ def train(
     return history
 
 
-def copy_of_prior(problem: Problem | Sequence[Problem]) -> LanguageModel:
-    """A trainable copy of the prior."""
-    return copy.deepcopy(check_problems(problem)[0].prior).requires_grad_(True)
+def copy_of_prior(source: Problem | Sequence[Problem] | Source) -> LanguageModel:
+    """A trainable copy of the prior of a problem or of a source that has one.
+
+    Raises:
+        InputError: the source has no prior.
+    """
+    if callable(source):
+        prior = getattr(source, "prior", None)
+        if not isinstance(prior, LanguageModel):
+            raise InputError(
+                "policy = None starts from a copy of the prior, and this source has none; give a"
+                " policy."
+            )
+    else:
+        prior = check_problems(source)[0].prior
+    return copy.deepcopy(prior).requires_grad_(True)
 
 
 def comparison_metrics(policy: LanguageModel, target: Posterior | Sequence[Posterior]) -> Record:
@@ -201,19 +223,128 @@ def comparison_metrics(policy: LanguageModel, target: Posterior | Sequence[Poste
     }
 
 
-def _parameters(policy: LanguageModel, loss: Loss) -> list[Tensor]:
-    owned = [*policy.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else [])]
-    trainable: list[Tensor] = [parameter for parameter in owned if parameter.requires_grad]
-    if not trainable:
+# --- the source -----------------------------------------------------------------------------------
+
+
+def _source(
+    source: Problem | Sequence[Problem] | Source,
+    loss: Loss,
+    batch_size: int | None,
+    draw: Draw | None,
+) -> Source:
+    """What gives the batches; a Problem becomes the source that the loss needs."""
+    if callable(source):
+        for name, value in (("batch_size", batch_size), ("draw", draw)):
+            if value is not None:
+                raise InputError(f"{name} belongs to the source: give it there, not to train.")
+        return source
+    problems = check_problems(source)
+    for index, problem in enumerate(problems):
+        if problem.kl_coef == math.inf:
+            where = "" if len(problems) == 1 else f" (problems[{index}])"
+            raise InputError(
+                f"kl_coef = inf{where}: the posterior is the prior itself, and there is nothing to"
+                " train; give a finite kl_coef."
+            )
+    size = _BATCH_SIZE if batch_size is None else check_count(batch_size, "batch_size")
+    wanted = needs_of(loss)
+    distributions = "distributions" in wanted
+    if "support" in wanted:
+        return support(problems, distributions=distributions)
+    if draw is None:
+        raise InputError("training on samples needs its randomness: draw=seeded_draw(0).")
+    return on_policy(problems, size, draw=draw, distributions=distributions)
+
+
+def _next(source: Source, policy: LanguageModel, step: int) -> Batch:
+    """The next batch, looked at: a Batch of sequences of the policy's space, with their log π."""
+    try:
+        batch = source(policy)
+    except StopIteration:
+        raise InputError(
+            f"the source ended after {step - 1} batches; let it go on, or train fewer steps."
+        ) from None
+    if not isinstance(batch, Batch):
+        raise InputError(
+            f"the source gave {type(batch).__name__}; a source maps the policy to a Batch (see"
+            " sources.on_policy and its neighbours)."
+        )
+    policy.space.check_tokens(batch.tokens, "the source's batch.tokens")
+    if batch.log_probs.shape != batch.tokens.shape:
+        raise InputError(
+            f"the source's batch.log_probs has shape {list(batch.log_probs.shape)}; expected that"
+            f" of its tokens, {list(batch.tokens.shape)}."
+        )
+    return batch
+
+
+# --- the optimisers -------------------------------------------------------------------------------
+
+
+def _optimizers(
+    policy: LanguageModel, loss: Loss, optimizer: Optimizers | None, lr: float
+) -> list[torch.optim.Optimizer]:
+    """The given ones, or Adam over what policy and loss own."""
+    owned = _owned(policy, loss)
+    if optimizer is None:
+        return [_adam(owned, lr)]
+    given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not given or not all(isinstance(each, torch.optim.Optimizer) for each in given):
+        raise InputError(
+            f"optimizer = {optimizer!r}; expected a torch.optim.Optimizer, or a sequence of them."
+        )
+    held = {id(parameter) for each in given for parameter in _held(each)}
+    missing = [name for name, parameter in _named(policy, loss) if id(parameter) not in held]
+    if missing:
+        raise InputError(
+            f"{missing[0]} is trainable and in no optimizer ({len(missing)} of {len(owned)} are"
+            " not), so it would never move and its gradient would still count for clipping; give"
+            " optimizers that hold policy.parameters() and those of the loss, or call"
+            " requires_grad_(False) on what stays."
+        )
+    return given
+
+
+def _named(policy: LanguageModel, loss: Loss) -> list[tuple[str, Tensor]]:
+    """Every trainable parameter of policy and loss, with the words for it."""
+    owners: list[tuple[str, nn.Module]] = [("the policy's", policy)]
+    if isinstance(loss, nn.Module):
+        owners.append(("the loss's", loss))
+    return [
+        (f"{owner} {name}", parameter)
+        for owner, module in owners
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _owned(policy: LanguageModel, loss: Loss) -> list[Tensor]:
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise InputError(
             "the policy has no trainable parameters; call policy.requires_grad_(True), or train a"
             " copy."
         )
-    return trainable
+    return _distinct([parameter for _, parameter in _named(policy, loss)])
+
+
+def _parameters(
+    policy: LanguageModel, loss: Loss, optimizers: Sequence[torch.optim.Optimizer]
+) -> list[Tensor]:
+    """What is clipped, and put back after a broken update: everything that an optimiser moves."""
+    held = [parameter for each in optimizers for parameter in _held(each)]
+    return _distinct([*_owned(policy, loss), *held])
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _distinct(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
 def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    if not (isinstance(lr, float | int) and 0 < lr < math.inf):
+    if isinstance(lr, bool) or not (isinstance(lr, float | int) and 0 < lr < math.inf):
         raise InputError(f"lr = {lr!r} must be a positive number.")
     return torch.optim.Adam(
         parameters,
@@ -222,73 +353,47 @@ def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
     )
 
 
-def _batches(
-    policy: LanguageModel, problems: list[Problem], loss: Loss, size: int, draw: Draw
-) -> Callable[[], Batch]:
-    """What gives the next batch: the whole support where the loss needs it, else fresh samples;
-    refuses an unsupported policy first.
+def _refuse_unheld(value: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuses a loss that reaches a trainable tensor which no optimiser holds, by a walk of its
+    graph: a lambda around a module with parameters, say, which nothing else could see.
     """
-    wanted = needs_of(loss)
-    distributions = "distributions" in wanted
-    if "support" in wanted:
-        groups = [_feasible_sequences(p) for p in problems]
-        for p, tokens in zip(problems, groups, strict=True):
-            _refuse_stray_mass(policy, p, tokens)
-        return lambda: score_batch(policy, problems, groups, distributions=distributions)
-    for p in problems:
-        _refuse_unrestricted(policy, p, draw)
-    return lambda: sample_batch(policy, problems, size, draw, distributions=distributions)
+    held = {id(parameter) for parameter in parameters}
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of AccumulateGrad, where a leaf is reached
+        if leaf is not None and id(leaf) not in held:
+            raise InputError(
+                f"the loss reaches a trainable tensor of shape {list(leaf.shape)} that no optimizer"
+                " holds; pass the nn.Module that owns it as the loss itself, or an optimizer over"
+                " it and the policy."
+            )
+        waiting.extend(parent for parent, _ in node.next_functions)
 
 
-def _feasible_sequences(problem: Problem) -> Tensor:
-    """The sequences [K,T] of the prior's support whose reward is not −inf."""
-    support = problem_support(problem)
-    return support.tokens[support.rewards > -math.inf]
+def _clip(max_grad_norm: float | None) -> float:
+    if max_grad_norm is None:
+        return math.inf
+    number = isinstance(max_grad_norm, float | int) and not isinstance(max_grad_norm, bool)
+    if not number or not max_grad_norm > 0:
+        raise InputError(f"max_grad_norm = {max_grad_norm!r} must be a positive number, or None.")
+    return float(max_grad_norm)
 
 
-@torch.no_grad()
-def _refuse_stray_mass(policy: LanguageModel, problem: Problem, tokens: Tensor) -> None:
-    stray = float(
-        support_log_mass(policy, tokens, PrefixTrie(problem.space, tokens), problem.prompt)[1].exp()
-    )
-    if stray > 0:
-        raise UnsupportedPolicyError(
-            f"the policy gives mass {stray:.2g} to sequences where the prior has none or the reward"
-            " is -inf, so KL(policy‖posterior) is infinite. Wrap it: restrict_to_support(policy,"
-            " problem.prior), or feasible_prior(problem) in its place where rewards are -inf."
+def _factor(schedule: Schedule, done: float) -> float:
+    factor = schedule(done)
+    if not isinstance(factor, float | int) or not 0 <= factor < math.inf:
+        raise InputError(
+            f"schedule({done:.4g}) = {factor!r}; expected a factor of the learning rate, at least"
+            " 0."
         )
+    return float(factor)
 
 
-@torch.no_grad()
-def _refuse_unrestricted(policy: LanguageModel, problem: Problem, draw: Draw) -> None:
-    """Looks at every next token along some sequences of the prior, so that a missing restriction
-    shows before the first step.
-    """
-    tokens = problem.prior.sample(_LOOKED_AT, draw=draw, prompt=problem.prompt)
-    prior, mine = (
-        conditional_log_probs(model, tokens, problem.prompt) for model in (problem.prior, policy)
-    )
-    taken = mine.gather(-1, tokens[..., None]).squeeze(-1)
-    reached = torch.nn.functional.pad(taken.cumsum(-1), (1, -1)) > -math.inf
-    stray = (
-        torch.where(
-            (prior == -math.inf) & (reached & problem.space.live(tokens))[..., None],
-            mine,
-            -math.inf,
-        )
-        .exp()
-        .sum(-1)
-    )
-    if bool((stray > 0).any()):
-        n, t = (stray > 0).nonzero()[0].tolist()
-        prefix = problem.space.separator.join(
-            problem.space.vocabulary[i] for i in tokens[n, :t].tolist()
-        )
-        raise UnsupportedPolicyError(
-            f"after {prefix!r} the policy gives mass {float(stray[n, t]):.2g} to tokens where the"
-            " prior has none, so KL is infinite. Wrap it: restrict_to_support(policy,"
-            " problem.prior)."
-        )
+# --- the loss and the weights ---------------------------------------------------------------------
 
 
 def _check_loss(value: Tensor, step: int) -> None:
@@ -305,61 +410,69 @@ def _check_loss(value: Tensor, step: int) -> None:
 class _LastGoodWeights:
     """The weights before the last update, put back if that update left a policy that gives NaN."""
 
-    def __init__(
-        self, policy: LanguageModel, problems: Sequence[Problem], parameters: Sequence[Tensor]
-    ):
-        self.policy, self.problems, self.parameters = policy, problems, parameters
+    def __init__(self, policy: LanguageModel, parameters: Sequence[Tensor]):
+        self.policy, self.parameters = policy, parameters
         self.kept: list[Tensor] = []
-        self.tokens: list[Tensor] = []
+        self.tried: tuple[Tensor, Tensor | None] | None = None
 
     def keep(self, batch: Batch) -> None:
-        """Before an update: the weights, and one sequence a problem to try the policy on."""
+        """Before an update: the weights, and one sequence a group to try the policy on."""
         self.kept = [parameter.detach().clone() for parameter in self.parameters]
-        self.tokens = [
-            batch.tokens[batch.group == index][:1] for index in range(len(self.problems))
-        ]
+        first = _first_of_each(batch.group)
+        self.tried = (batch.tokens[first], None if batch.prompt is None else batch.prompt[first])
 
     @torch.no_grad()
     def check(self, step: int) -> None:
         """Raises DivergedError, with the kept weights back in place, if update `step` broke the
-        policy or left a NaN among the weights.
+        policy or left a NaN or an infinity among the weights.
         """
-        tried = [
-            token_log_probs(self.policy, tokens, p.prompt)
-            for p, tokens in zip(self.problems, self.tokens, strict=False)
-        ]
-        if not any(bool(torch.isnan(values).any()) for values in [*tried, *self.parameters]):
+        if self.tried is None:
             return
-        for parameter, old in zip(self.parameters, self.kept, strict=False):
+        tried = token_log_probs(self.policy, *self.tried)
+        finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
+        if finite and not bool(torch.isnan(tried).any()):
+            return
+        for parameter, old in zip(self.parameters, self.kept, strict=True):
             parameter.copy_(old)
         raise DivergedError(
-            f"step {step}: its update made the policy NaN; the last good weights are back in place."
-            " Lower lr.",
+            f"step {step}: its update made the policy NaN or infinite; the last good weights are"
+            " back in place. Lower lr.",
             step,
         )
 
+    def _moved(self) -> Iterator[Tensor]:
+        """Each parameter where it was finite before: a table may hold −inf for what it forbids."""
+        for parameter, old in zip(self.parameters, self.kept, strict=True):
+            yield torch.where(torch.isfinite(old), parameter, 0.0)
+
+
+def _first_of_each(group: Tensor) -> Tensor:
+    """The first row of each group, at most a few [m]."""
+    change = torch.ones_like(group, dtype=torch.bool)
+    change[1:] = group[1:] != group[:-1]
+    return change.nonzero().squeeze(-1)[:_TRIED]
+
 
 @torch.no_grad()
-def _means(batch: Batch, loss: Loss) -> Record:
-    """Batch means: under π for samples; weighted by π where the batch is the whole support."""
-    log_ratio = batch.log_probs - batch.prior_log_probs
-    reward, kl = batch.rewards.sum(-1), log_ratio.sum(-1)
-    enumerated = "support" in needs_of(loss)
-    weight = (
-        batch.log_probs.sum(-1).exp() / (batch.group.max() + 1)
-        if enumerated
-        else torch.full_like(reward, 1 / len(reward))
-    )
-    kl = torch.where(
-        weight > 0, kl, 0
-    )  # a listed sequence that π never gives has log-ratio −inf, and does not count
-    means = {
-        "reward": weight @ reward,
-        "kl": weight @ kl,
-        "objective": weight @ (reward - batch.kl_coef * kl),
-    }
+def _means(batch: Batch) -> Record:
+    """Of a batch that π drew or that is its whole support: means under π. Of one that another
+    policy drew: means of the batch.
+    """
+    given = batch.tensors()
+    if "behaviour_log_probs" not in given or "rewards" not in given:
+        return {}
+    reward = batch.rewards.sum(-1)
+    behind = (batch.behaviour_log_probs - batch.log_probs).sum(-1)
+    if not batch.complete and bool((behind != 0).any()):
+        return {"reward": float(reward.mean()), "log_behaviour_ratio": float(behind.mean())}
+    kl = (batch.log_probs - batch.prior_log_probs).sum(-1)
+    if batch.complete:
+        weight = batch.log_probs.sum(-1).exp() / (batch.group.max() + 1)
+    else:
+        weight = torch.full_like(reward, 1 / len(reward))
+    kl = torch.where(weight > 0, kl, 0)  # a sequence that π never gives has u = −inf: it counts 0
+    objective = weight @ (reward - batch.kl_coef * kl)
     length = weight @ batch.live.double().sum(-1)
-    return {
-        **{name: float(value) for name, value in means.items()},
-        "kl_per_token": float(weight @ kl / length),
-    }
+    means = {"reward": weight @ reward, "kl": weight @ kl, "objective": objective}
+    numbers = {name: float(value) for name, value in means.items()}
+    return {**numbers, "kl_per_token": float(weight @ kl / length)}

@@ -74,7 +74,7 @@ class Problem:
             )
         values = values.detach().double()
         if values.ndim == 1:
-            last = live & ~torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
+            last = self.space.last(tokens)
             values = torch.where(last, values[:, None], torch.zeros_like(values[:, None]))
         self._check(values, tokens, live)
         return values

@@ -21,7 +21,7 @@ from klrl_edu.audit.adapting import adapted, draws_random_numbers, name_of, take
 from klrl_edu.audit.audit import audit_gradient, audit_value
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.errors import InputError
-from klrl_edu.learning.batches import Batch, needs_of, score_batch
+from klrl_edu.learning.batches import needs_of, score_batch
 from klrl_edu.models.contract import LanguageModel, enumerate_support, token_log_probs
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
@@ -285,20 +285,21 @@ def _gradients(
     support = enumerate_support(
         case.policy if behaviour is None else behaviour, prompt=case.problem.prompt
     ).tokens
+    wanted = needs_of(loss)
     whole = score_batch(
-        case.policy, [case.problem], [support], distributions="distributions" in needs_of(loss)
+        case.policy, [case.problem], [support], distributions="distributions" in wanted
     )
     if behaviour is not None:
         drawn_at = token_log_probs(behaviour, support, case.problem.prompt).detach()
         whole = dataclasses.replace(whole, behaviour_log_probs=drawn_at)
     parameters = [parameter for parameter in case.policy.parameters() if parameter.requires_grad]
     everything = range(len(support))
+    complete = "support" in wanted
     for rows in (
-        [tuple(everything)]
-        if "support" in needs_of(loss)
-        else itertools.product(everything, repeat=batch_size)
+        [tuple(everything)] if complete else itertools.product(everything, repeat=batch_size)
     ):
-        value = loss(_pick(whole, torch.tensor(rows)))
+        batch = whole.pick(torch.tensor(rows))
+        value = loss(dataclasses.replace(batch, complete=complete))
         gradients = torch.autograd.grad(
             value, parameters, retain_graph=True, materialize_grads=True
         )
@@ -306,14 +307,6 @@ def _gradients(
             str(case.problem.space.decode(support[list(rows)])),
             torch.cat([gradient.reshape(-1).double() for gradient in gradients]),
         )
-
-
-def _pick(batch: Batch, rows: Tensor) -> Batch:
-    """The batch of some sequences [B], repeated or not, of a batch [S]."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return dataclasses.replace(
-        batch, **{name: value[rows] for name, value in fields.items() if value is not None}
-    )
 
 
 def _remedy(report: AuditReport, expected: Tensor) -> str:

@@ -90,7 +90,9 @@ def test_every_field_has_its_documented_shape():
             if name in full
             else (6, 3)
         )
-        assert tuple(reader(batch).shape) == wanted, name
+        if name != "prompt":  # of which this problem has none
+            assert tuple(reader(batch).shape) == wanted, name
+    assert FIELDS["prompt"](batch) is None
     assert FIELDS["completion_mask"](batch).dtype == torch.long
 
 

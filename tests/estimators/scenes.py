@@ -61,12 +61,6 @@ def flat_gradient(value, model):
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def picked(whole, rows):
-    """The batch of the given rows; group and λ as they are."""
-    names = [name for name in Batch.__dataclass_fields__ if getattr(whole, name) is not None]
-    return Batch(**{name: getattr(whole, name)[rows] for name in names})
-
-
 def called(function, batch):
     """An estimator called by the names of its parameters, a loss with the batch."""
     names = inspect.signature(function).parameters
@@ -90,7 +84,7 @@ def expectations(function, scene, size=1, off_policy=False):
     mean, square = 0.0, 0.0
     for rows in itertools.product(range(len(whole.tokens)), repeat=size):
         probability = math.exp(float(log_weight[list(rows)].sum()))
-        gradient = flat_gradient(called(function, picked(whole, list(rows))), scene.policy)
+        gradient = flat_gradient(called(function, whole.pick(torch.tensor(rows))), scene.policy)
         mean, square = (
             mean + probability * gradient,
             square + probability * float(gradient.square().sum()),
@@ -106,7 +100,7 @@ def truths(scene):
     reverse = logspace.kl_divergence(whole.log_dists, whole.prior_log_dists).sum(-1)
     forward = logspace.kl_divergence(whole.prior_log_dists, whole.log_dists).sum(-1)
     values = {
-        "objective": losses.exact(whole),
+        "objective": losses.exact(dataclasses.replace(whole, complete=True)),
         "expected_reward": -(log_pi.exp() * whole.rewards.sum(-1)).sum(),
         "reverse_kl": logspace.kl_divergence(log_pi, log_q),
         "forward_kl": logspace.kl_divergence(log_q, log_pi),

@@ -25,7 +25,6 @@ from tests.estimators.scenes import (
     answers,
     expectations,
     flat_gradient,
-    picked,
     sentences,
     truths,
     vector,
@@ -162,7 +161,7 @@ def test_on_policy_two_methods_are_one_sample_by_sample(scene, one, other):
     scene = scene()
     whole = on_policy(scene)
     for rows in itertools.combinations_with_replacement(range(len(whole.tokens)), 3):
-        batch = picked(whole, list(rows))
+        batch = whole.pick(torch.tensor(rows))
         close(flat_gradient(one(batch), scene.policy), flat_gradient(other(batch), scene.policy))
 
 
@@ -227,7 +226,7 @@ def test_ppo_on_policy_is_exact_for_any_values_without_decay_and_not_with_it(sce
     whole, pi, bias = on_policy(scene), scene.whole.log_probs.detach().sum(-1).exp(), {}
     for decay in (1.0, 0.5):
         total = sum(
-            pi[i] * losses.ppo_clip(picked(whole, [i]), values[i : i + 1], decay=decay)
+            pi[i] * losses.ppo_clip(whole.pick(torch.tensor([i])), values[i : i + 1], decay=decay)
             for i in range(len(pi))
         )
         bias[decay] = float(
@@ -242,7 +241,7 @@ def one_step(ratio, reward, **changes):
     that.
     """
     log_prob = vector(math.log(0.5 * ratio))[None].requires_grad_()
-    batch = picked(sentences().whole, [0])
+    batch = sentences().whole.pick(torch.tensor([0]))
     half = vector(math.log(0.5))[None]
     fields = {
         "log_probs": log_prob,
@@ -314,7 +313,7 @@ def test_dapo_lets_ratios_rise_further_than_grpo():
 
 def test_gspo_takes_the_geometric_mean_of_the_ratios():
     whole = sentences().whole
-    batch = picked(whole, [0, 3])  # rewards 1 and 2
+    batch = whole.pick(torch.tensor([0, 3]))  # rewards 1 and 2
     ratio = torch.exp((batch.log_probs - batch.behaviour_log_probs).detach().sum(-1) / 2)
     score = sample_score(2.0, 1.0)
     expected = -(float(ratio[1]) * score - float(ratio[0]) * score) / 2
@@ -396,13 +395,13 @@ GROUPED = (
 @pytest.mark.parametrize("loss", GROUPED)
 def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden_one(loss):
     scene = sentences()
-    batch = picked(on_policy(scene), [1, 2, 1])  # rewards 0, 0, 0
+    batch = on_policy(scene).pick(torch.tensor([1, 2, 1]))  # rewards 0, 0, 0
     gradient = flat_gradient(
         loss(dataclasses.replace(batch, kl_coef=torch.zeros(3, dtype=torch.float64))), scene.policy
     )
     assert float(gradient.norm()) == 0
     with pytest.raises(InputError, match="group 0 holds one sequence"):
-        loss(picked(on_policy(scene), [1]))
+        loss(on_policy(scene).pick(torch.tensor([1])))
     forbidden = batch.rewards.clone()
     forbidden[0, 1] = -INF
     with pytest.raises(InputError, match=r"values\[0\] = -inf is not finite"):
@@ -415,8 +414,11 @@ def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden
 )
 def test_losses_run_under_vmap(loss):
     whole = answers().whole
-    names = [name for name in whole.__dataclass_fields__ if name not in ("group", "kl_coef")]
-    fields = {name: getattr(whole, name).detach().unflatten(0, (3, 2)) for name in names}
+    fields = {
+        name: value.detach().unflatten(0, (3, 2))
+        for name, value in whole.tensors().items()
+        if name not in ("group", "kl_coef")
+    }
     shared = {"group": whole.group[:2], "kl_coef": whole.kl_coef[:2]}
 
     def value(log_probs, rest):
@@ -436,9 +438,11 @@ def test_losses_run_under_vmap(loss):
 def test_groups_do_not_mix():
     """Two prompts of two in one batch: RLOO and the z-score see each alone."""
     whole = on_policy(sentences())
-    batch = dataclasses.replace(picked(whole, [0, 1, 2, 3]), group=torch.tensor([0, 0, 1, 1]))
+    batch = dataclasses.replace(
+        whole.pick(torch.tensor([0, 1, 2, 3])), group=torch.tensor([0, 0, 1, 1])
+    )
     apart = [
-        dataclasses.replace(picked(whole, rows), group=torch.zeros(2, dtype=torch.long))
+        dataclasses.replace(whole.pick(torch.tensor(rows)), group=torch.zeros(2, dtype=torch.long))
         for rows in ([0, 1], [2, 3])
     ]
     for loss in (losses.rloo, losses.z_score, losses.grpo):

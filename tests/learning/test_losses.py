@@ -11,17 +11,14 @@ from hypothesis import strategies as st
 
 from klrl_edu import reference
 from klrl_edu.core import logspace
-from klrl_edu.core.draws import seeded_draw
-from klrl_edu.core.errors import UnsupportedPolicyError
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.learning import losses
-from klrl_edu.learning.batches import Batch, needs, needs_of, sample_batch, score_batch
+from klrl_edu.learning.batches import score_batch
 from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import count_reward, table_reward
 from klrl_edu.testing import policies, problems
 from tests.exact.dictionaries import INF, assert_close, live_tuples, reward_dict, table_dict
 
@@ -38,7 +35,8 @@ def vector(*values):
 
 
 def whole_batch(policy, problem, **options):
-    return score_batch(policy, [problem], [problem_support(problem).tokens], **options)
+    tokens = problem_support(problem).tokens
+    return score_batch(policy, [problem], [tokens], complete=True, **options)
 
 
 def flat_gradient(value, model):
@@ -53,7 +51,7 @@ def flat_gradient(value, model):
 
 def test_the_exact_loss_has_the_gradient_of_t05():
     policy = four_sentences_policy()
-    loss = losses.exact(score_batch(policy, [four_sentences()], [policy.tokens]))
+    loss = losses.exact(score_batch(policy, [four_sentences()], [policy.tokens], complete=True))
     assert float(loss.detach()) == pytest.approx(-(0.9 - 0.099793472091), abs=5.1e-13)
     assert flat_gradient(loss, policy).tolist() == pytest.approx(
         [-x for x in GRADIENT], abs=5.1e-13
@@ -171,8 +169,8 @@ def test_the_exact_loss_averages_over_problems():
     policy, parts = four_sentences_policy(), [four_sentences(lam) for lam in (0.5, 2.0)]
     shared = [Problem(parts[0].prior, part.reward, part.kl_coef) for part in parts]
     tokens = policy.tokens
-    joint = losses.exact(score_batch(policy, shared, [tokens, tokens]))
-    single = [losses.exact(score_batch(policy, [part], [tokens])) for part in parts]
+    joint = losses.exact(score_batch(policy, shared, [tokens, tokens], complete=True))
+    single = [losses.exact(score_batch(policy, [part], [tokens], complete=True)) for part in parts]
     assert float(joint.detach()) == pytest.approx(float(sum(single).detach()) / 2, abs=1e-15)
 
 
@@ -188,81 +186,3 @@ def test_the_penalised_reward_carries_no_gradient():
     assert reward.tolist() == pytest.approx(
         [1 - 2 * u[0], -2 * u[1], -2 * u[2], 2 - 2 * u[3]], abs=1e-14
     )
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def test_a_batch_says_what_policy_prior_and_reward_say():
-    problem, policy = four_sentences(0.25), four_sentences_policy()
-    batch = score_batch(
-        policy, [problem], [problem.space.encode(["a dog", "the cat"])], distributions=True
-    )
-    assert batch.log_probs.exp().tolist() == [
-        pytest.approx([0.3, 2 / 3]),
-        pytest.approx([0.7, 5 / 7]),
-    ]
-    assert batch.prior_log_probs.exp().tolist() == [
-        pytest.approx([0.3, 1 / 3]),
-        pytest.approx([0.7, 4 / 7]),
-    ]
-    assert batch.rewards.tolist() == [[0.0, 2.0], [0.0, 1.0]]
-    assert batch.kl_coef.tolist() == [0.25, 0.25]
-    assert batch.group.tolist() == [0, 0]
-    assert bool(batch.live.all())
-    assert batch.log_probs.requires_grad
-    assert not batch.behaviour_log_probs.requires_grad
-    assert torch.equal(batch.behaviour_log_probs, batch.log_probs)
-    taken = batch.log_dists.gather(-1, batch.tokens[..., None]).squeeze(-1)
-    assert torch.allclose(taken, batch.log_probs, rtol=0, atol=1e-15)
-
-
-def test_after_the_end_a_batch_holds_zeros():
-    prior = SequenceTable.from_texts({"a": 0.5, "a b b": 0.5})
-    problem = Problem(prior, count_reward("a", prior.space), 1.0)
-    batch = score_batch(prior, [problem], [prior.space.encode(["a", "a b b"])])
-    assert batch.live.tolist() == [[True, True, False, False], [True, True, True, True]]
-    for name in ("log_probs", "prior_log_probs", "rewards"):
-        assert getattr(batch, name)[0, 2:].tolist() == [0, 0]
-    assert batch.rewards.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
-
-
-def test_problems_are_batched_in_groups():
-    base = four_sentences()
-    shared = [base, Problem(base.prior, lambda tokens, prompt: torch.zeros(len(tokens)), 3.0)]
-    batch = sample_batch(four_sentences_policy(), shared, 5, seeded_draw(0))
-    assert batch.group.tolist() == [0] * 5 + [1] * 5
-    assert batch.kl_coef.tolist() == [1.0] * 5 + [3.0] * 5
-    assert batch.tokens.shape == (10, 2)
-    assert float(batch.rewards[5:].abs().max()) == 0
-    assert isinstance(batch, Batch)
-    assert batch.log_dists is None
-
-
-def test_a_sequence_without_prior_mass_or_with_a_forbidden_reward_names_text_and_remedy():
-    problem, policy = four_sentences(), four_sentences_policy()
-    free = PrefixTable(problem.space)
-    with pytest.raises(
-        UnsupportedPolicyError,
-        match=r"'dog dog'.*prior gives it no mass.*restrict_to_support\(policy, problem.prior\)",
-    ):
-        score_batch(free, [problem], [problem.space.encode(["a dog", "dog dog"])])
-    hard = Problem(
-        problem.prior,
-        table_reward({"the cat": 1, "the dog": -INF, "a cat": 0, "a dog": 0}, problem.space),
-        1.0,
-    )
-    with pytest.raises(
-        UnsupportedPolicyError, match=r"'the dog'.*reward is -inf.*feasible_prior\(problem\)"
-    ):
-        score_batch(policy, [hard], [policy.tokens])
-
-
-def test_needs_are_seen_through_partial():
-    @needs("distributions", "support")
-    def loss(batch, weight):
-        return batch.log_probs.sum() * weight
-
-    assert needs_of(partial(partial(loss, 1.0))) == {"distributions", "support"}
-    assert needs_of(losses.exact) == {"support"}
-    assert needs_of(partial(losses.reinforce, baseline=1.0)) == frozenset()

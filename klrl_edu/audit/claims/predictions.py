@@ -275,7 +275,6 @@ def _conditionals(
     sequences under π and μ.
     """
     whole = _whole(policy, problem, behaviour, distributions=True)
-    assert whole.log_dists is not None
     assert whole.prior_log_dists is not None
     return (
         whole.log_dists,
