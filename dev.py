@@ -4,14 +4,14 @@
     python3 dev.py demo      set up, then the demo (one to two minutes)
     python3 dev.py test      set up, then the tests; further words go to pytest
     python3 dev.py check     set up, then ruff and mypy
-    python3 dev.py bench     set up, then the speed ratios, a few minutes:
-    tests/benchmarks/results.md; --long: training runs too; --exact: sizes;
-                             --estimators: the README's table of estimators
+    python3 dev.py bench     set up, then the speed ratios, a few minutes: tutorials/bench.md;
+                             --long: training runs too; --exact: sizes, tutorials/exact.md;
+                             --estimators: tutorials/estimators.md
     python3 dev.py docs      set up, then the site, every page executed: runs/site/html/index.html
     python3 dev.py student   set up, then the tutorials without their solutions, in runs/student or
-    where you say
+                             where you say
     python3 dev.py figures   set up, then every figure with its data again, in figures/; further
-    words: some numbers only
+                             words: some numbers only
 
 Each makes .venv if there is none, installs the package with what the target needs, and stamps what
 it installed, so that a second call starts at once. Only the standard library is used here.

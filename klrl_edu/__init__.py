@@ -9,5 +9,5 @@ alone does not import torch.
 
 from klrl_edu.core.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -1,11 +1,11 @@
 """The site: `python3 dev.py docs` builds it, offline, into runs/site/html. Every
 tutorial and every page with code runs in the build.
 
-API pages and the benchmark's table are filled in as pages are read:
+API pages and the theory's tables are filled in as pages are read:
 `<!-- fill: api core -->` becomes the public names of klrl_edu/core with their
-docstrings, `<!-- fill: benchmark -->` the table that `python3 dev.py bench` wrote,
-`<!-- fill: identities -->` and `<!-- fill: claims -->` what `klrl check` finds now,
-`<!-- fill: estimators -->` what `klrl audit` finds.
+docstrings, `<!-- fill: identities -->` and `<!-- fill: claims -->` what `klrl check`
+finds now. The tables of bench.md, estimators.md and exact.md stand in the pages, where
+`python3 dev.py bench` writes them.
 """
 
 import ast
@@ -24,7 +24,6 @@ import klrl_edu
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path(klrl_edu.__file__).parent
-BENCHMARK = HERE.parent / "tests" / "benchmarks" / "results.md"
 
 project = "klrl_edu"
 version = release = klrl_edu.__version__
@@ -88,12 +87,7 @@ PUBLIC = re.compile(r"from klrl_edu\.?([\w.]*) import (\w+) as \w+")
 
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replaces the fill marks of a page."""
-    tables = {
-        "benchmark": benchmark,
-        "identities": identities,
-        "claims": claims,
-        "estimators": estimators,
-    }
+    tables = {"identities": identities, "claims": claims}
     source[0] = FILL.sub(
         lambda mark: api(mark[2]) if mark[1] == "api" else tables[mark[1]](), source[0]
     )
@@ -106,27 +100,11 @@ def identities() -> str:
     return identities_markdown()
 
 
-def estimators() -> str:
-    """Every estimator and loss with what it is unbiased for, audited now."""
-    from klrl_edu.audit.claims.catalogue import markdown_table
-
-    return markdown_table()
-
-
 def claims() -> str:
     """Every claim of the articles with the numbers that decide it, computed now."""
     from klrl_edu.theory.claims import claims_markdown
 
     return claims_markdown()
-
-
-def benchmark() -> str:
-    """The benchmark's table, or how to make it."""
-    if BENCHMARK.exists():
-        return re.sub(r"^# .*\n", "", BENCHMARK.read_text(encoding="utf-8"))
-    return (
-        "Nothing was measured on this copy yet: `python3 dev.py bench` makes the table."
-    )
 
 
 def public_names(room: str) -> dict[str, list[str]]:

@@ -1,11 +1,10 @@
-"""What is exact, by which method, at what size and in what time: the README's table, from
-`python3 dev.py bench --exact`.
+"""What is exact, by which method, at what size and in what time: the table of tutorials/exact.md,
+from `python3 dev.py bench --exact`.
 """
 
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from tests.benchmarks.measure import cpu_seconds
 from tests.benchmarks.structured import SAMPLES, lattice
 
 MARKS = ("<!-- exact: written by python3 dev.py bench --exact -->", "<!-- end of exact -->")
-RESULTS = Path(__file__).parent / "exact.md"
+PAGE = bench.PAGES / "exact.md"
 
 
 class Row(NamedTuple):
@@ -162,11 +161,7 @@ def table() -> str:
 
 
 def main() -> int:
-    """Measures, and writes the table to its file and the README."""
+    """Measures, and writes the table to its page."""
     torch.set_num_threads(1)
-    written = table()
-    RESULTS.write_text(written, encoding="utf-8")
-    bench.README.write_text(
-        bench.with_table(bench.README.read_text(encoding="utf-8"), written, MARKS), encoding="utf-8"
-    )
+    bench.put_table(PAGE, table(), MARKS)
     return 0

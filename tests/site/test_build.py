@@ -61,6 +61,7 @@ def test_every_tutorial_ran(site):
         "add_your_own",
         "theory",
         "verify",
+        "write_your_own_model",
         *(path.stem for path in TUTORIALS.glob("t[0-9][0-9]_*.py")),
     }
     assert min(map(float, ran.values())) > 0

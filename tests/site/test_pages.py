@@ -114,17 +114,6 @@ def test_nothing_is_excluded_from_execution(conf):
         ), path.name
 
 
-def test_a_missing_benchmark_says_how_to_make_it(conf, tmp_path, monkeypatch):
-    monkeypatch.setattr(conf, "BENCHMARK", tmp_path / "results.md")
-    source = [(TUTORIALS / "bench.md").read_text(encoding="utf-8")]
-    conf.fill(None, "bench", source)
-    assert "`python3 dev.py bench`" in source[0]
-    conf.BENCHMARK.write_text("# Results\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
-    source = ["<!-- fill: benchmark -->"]
-    conf.fill(None, "bench", source)
-    assert source[0].strip() == "| a | b |\n|---|---|\n| 1 | 2 |"
-
-
 def test_mathjax_is_ours_with_its_licence(conf):
     assert "://" not in conf.mathjax_path
     script = TUTORIALS / "_static" / conf.mathjax_path
@@ -164,7 +153,7 @@ def test_the_code_of_the_theory_page_runs_and_its_bound_holds(capsys):
     assert "Trial(examples=100, error=" in capsys.readouterr().out
 
 
-def test_the_code_of_the_verify_page_says_what_the_page_says(conf, capsys):
+def test_the_code_of_the_verify_page_says_what_the_page_says(capsys):
     page = (TUTORIALS / "verify.md").read_text(encoding="utf-8")
     scope: dict = {}
     for cell in CELLS.findall(page):
@@ -175,9 +164,29 @@ def test_the_code_of_the_verify_page_says_what_the_page_says(conf, capsys):
         "kl_penalty is unbiased for forward_kl and forward_kl_per_token" in said
     )  # on two words whose first has the prior's law they are one
     assert "kl_value is unbiased for reverse_kl and reverse_kl_per_token" in said
-    source = [page]
-    conf.fill(None, "verify", source)
-    assert "`kl_gradients.loss_k3`" in source[0]
+
+
+def test_the_pytest_example_of_the_verify_page_is_the_one_that_the_tests_run():
+    page = (TUTORIALS / "verify.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    run = (Path(__file__).parents[1] / "testing" / "test_pytest_example.py").read_text("utf-8")
+    assert shown.strip() == run.partition("# the page: begin")[2].partition("# the page")[0].strip()
+    assert len([line for line in shown.splitlines() if line]) <= 10
+
+
+def test_the_code_of_write_your_own_model_runs_and_says_what_the_page_says(capsys):
+    page = (TUTORIALS / "write_your_own_model.md").read_text(encoding="utf-8")
+    model, *rest = CELLS.findall(page)
+    scope: dict = {}
+    for cell in [model, *rest]:
+        exec(cell, scope)
+    assert "Peeking breaks the law 'causal: row t = 1" in capsys.readouterr().out
+    before, after, noiseless = (
+        scope[name].mean["reverse_kl"] for name in ("before", "after", "noiseless")
+    )
+    assert noiseless < after < 0.02 < 2 < before
+    body = model.partition("class PromptedBigram")[2].splitlines()
+    assert len([line for line in body if line.strip()]) <= 16
 
 
 def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
@@ -190,7 +199,7 @@ def test_the_theory_page_is_filled_with_every_statement_and_claim(conf):
     assert "FAILS" not in source[0]
 
 
-@pytest.mark.parametrize("page", ["add_your_own", "theory", "verify"])
+@pytest.mark.parametrize("page", ["add_your_own", "theory", "verify", "write_your_own_model"])
 def test_the_code_of_a_page_fits_its_boxes(page):
     cells = CELLS.findall((TUTORIALS / f"{page}.md").read_text(encoding="utf-8"))
     assert [line for cell in cells for line in cell.splitlines() if len(line) > 105] == []

@@ -2,8 +2,8 @@
 
     error = ‖E[g] − claim‖ / ‖claim‖ ≤ 1e-12                                                     (1)
 
-`klrl audit` without a target prints the check, and the README's table is made of it. A claim of 0
-is measured beside √Var g. Advantages are checked inside the losses that use them.
+`klrl audit` without a target prints the check, and tutorials/estimators.md is made of it. A claim
+of 0 is measured beside √Var g. Advantages are checked inside the losses that use them.
 `evidence.reverse_importance_sampling` is not here: its samples have two laws, which no audit draws.
 """
 
@@ -175,8 +175,8 @@ def catalogue_text(rows: Sequence[Row]) -> str:
 
 
 def markdown_table() -> str:
-    """The README's tables of estimators, a section each: name, formula, what it is unbiased for or
-    follows, exact variance on the four sentences.
+    """The tables of tutorials/estimators.md, a section each: name, formula, what it is unbiased for
+    or follows, exact variance on the four sentences.
     """
     world = four_sentences_world()
     parts = []
