@@ -180,7 +180,10 @@ def test_the_code_of_write_your_own_model_runs_and_says_what_the_page_says(capsy
     scope: dict = {}
     for cell in [model, *rest]:
         exec(cell, scope)
-    assert "Peeking breaks the law 'causal: row t = 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    unpadded, padded = re.search(r"^(-[\d.]+) (-[\d.]+)$", said, re.M).groups()
+    assert float(unpadded) == pytest.approx(float(padded), rel=1e-12)
+    assert "Peeking breaks the law 'causal: row t = 1" in said
     before, after, noiseless = (
         scope[name].mean["reverse_kl"] for name in ("before", "after", "noiseless")
     )
