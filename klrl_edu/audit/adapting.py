@@ -38,6 +38,16 @@ def _log_ratio(batch: Batch) -> Tensor:
     return (batch.log_probs - batch.prior_log_probs).sum(-1)
 
 
+def _one_kl_coef(batch: Batch) -> Tensor:
+    """λ, where the whole batch has one."""
+    if bool((batch.kl_coef != batch.kl_coef[0]).any()):
+        raise InputError(
+            f"beta is one number, and the batch has several, {batch.kl_coef.unique().tolist()}; take"
+            " kl_coef [N] in its place."
+        )
+    return batch.kl_coef[0]
+
+
 def _fields(reader: Reader, *names: str) -> dict[str, Reader]:
     return dict.fromkeys(names, reader)
 
@@ -65,7 +75,7 @@ _TRL: dict[str, Reader] = {
     **_fields(_attribute("prior_log_probs"), "ref_per_token_logps"),
     **_fields(_attribute("behaviour_log_probs"), "old_per_token_logps"),
     **_fields(_mask, "completion_mask"),
-    "beta": lambda batch: batch.kl_coef[0],  # a number there
+    "beta": _one_kl_coef,  # a number there
 }
 FIELDS: dict[str, Reader] = {**_OWN, **_VERL, **_TRL, "advantages": _sequence_reward}
 """Parameter name -> what a function gets for it: [N,T] per token, with 0 after EOS; `rewards` has a

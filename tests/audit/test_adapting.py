@@ -1,5 +1,6 @@
 """Functions of named tensors, as people and libraries write them."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -94,6 +95,16 @@ def test_every_field_has_its_documented_shape():
             assert tuple(reader(batch).shape) == wanted, name
     assert FIELDS["prompt"](batch) is None
     assert FIELDS["completion_mask"](batch).dtype == torch.long
+
+
+def test_beta_is_one_number_or_an_error():
+    base = answers()
+    both = [dataclasses.replace(base, kl_coef=kl_coef) for kl_coef in (0.5, 2.0)]
+    tokens = base.prior.tokens
+    assert float(FIELDS["beta"](score_batch(answers_policy(), both[:1], [tokens]))) == 0.5
+    mixed = score_batch(answers_policy(), both, [tokens, tokens])
+    with pytest.raises(InputError, match=r"beta is one number, .* \[0\.5, 2\.0\]; take kl_coef"):
+        FIELDS["beta"](mixed)
 
 
 def test_adapt_says_what_other_names_are():
