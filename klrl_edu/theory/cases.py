@@ -9,7 +9,7 @@ logs in nats.
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count
 from klrl_edu.exact.enumeration import Support, Tilted, problem_support, tilt
 from klrl_edu.exact.posterior import Posterior, posterior
@@ -31,7 +32,7 @@ _MOST = 8  # sequences with mass
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and one policy.
+    """One problem and one policy on its K sequences, all enumerated: the theory's one noun for it.
 
     Attributes:
         problem: a SequenceTable prior, some of whose rows may have no mass; a reward by text or by
@@ -39,42 +40,73 @@ class Case:
         support: its sequences with mass.
         log_policy: log π [K] in nats, on the support, full.
         key: of the case, "seed/index"; with a statement's name it seeds `noise`.
+        noise: the case's own numbers, started anew for every statement.
     """
 
     problem: Problem
     support: Support
     log_policy: Tensor
-    key: str
-    noise: random.Random
+    key: str = ""
+    noise: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        space: SequenceSpace,
+        tokens: Tensor,
+        log_prior: Tensor,
+        rewards: Tensor,
+        kl_coef: float,
+        log_policy: Tensor,
+    ) -> "Case":
+        """A case from its numbers: tokens [K,T] in lexicographic order, each other tensor [K]."""
+        texts = space.decode(tokens)
+        reward = table_reward(dict(zip(texts, rewards.tolist(), strict=True)), space)
+        prior = SequenceTable(space, tokens, log_prior).requires_grad_(False)
+        problem = Problem(prior, reward, kl_coef)
+        support = Support(
+            tokens, log_prior, problem.token_rewards(tokens), PrefixTrie(space, tokens)
+        )
+        return cls(problem, support, log_policy)
+
+    @property
+    def space(self) -> SequenceSpace:
+        """Where the sequences live."""
+        return self.problem.space
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sequences with mass, as token ids [K,T]."""
+        return self.support.tokens
 
     @property
     def log_prior(self) -> Tensor:
-        """log q [K] in nats."""
+        """The prior's log-probabilities, log q [K] in nats."""
         return self.support.log_prior
 
     @cached_property
     def rewards(self) -> Tensor:
-        """r [K] in reward units."""
+        """The reward of each sequence, r [K] in reward units."""
         return self.support.rewards
 
     @property
     def kl_coef(self) -> float:
-        """λ > 0 in reward units a nat."""
+        """The KL coefficient λ > 0, in reward units a nat."""
         return self.problem.kl_coef
 
     @cached_property
     def tilted(self) -> Tilted:
-        """log π* [K], value λ log Z, log Z by enumeration."""
+        """The posterior by enumeration: log π* [K], value λ log Z, log Z."""
         return tilt(self.log_prior, self.rewards, self.kl_coef)
 
     @property
     def log_star(self) -> Tensor:
-        """log π* [K] in nats."""
+        """The posterior's log-probabilities, log π* [K] in nats."""
         return self.tilted.log_posterior
 
     @cached_property
     def log_ratio(self) -> Tensor:
-        """u = log π/q [K] in nats."""
+        """The log-ratio of policy and prior, u = log π/q [K] in nats."""
         return self.log_policy - self.log_prior
 
     @cached_property
@@ -84,15 +116,12 @@ class Case:
 
     @cached_property
     def policy(self) -> SequenceTable:
-        """π as a table, in sequence logits."""
-        return SequenceTable(self.problem.space, self.support.tokens, self.log_policy)
+        """The policy π as a table, in sequence logits."""
+        return self.table(self.log_policy).requires_grad_()
 
-    def reseed(self, name: str) -> "Case":
-        """Starts `noise` again for a statement, so that what it sees does not depend on which
-        others were tried before.
-        """
-        self.noise.seed(f"{self.key}/{name}")
-        return self
+    def table(self, log_probs: Tensor) -> SequenceTable:
+        """A distribution [K] over the sequences as a language model, without gradient."""
+        return SequenceTable(self.space, self.tokens, log_probs).requires_grad_(False)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Gaussian numbers of this case."""
@@ -105,26 +134,41 @@ class Case:
         """Random log-probabilities, normalised over the last axis."""
         return torch.log_softmax(self.normal(*shape), -1)
 
-    def small(self, count: int) -> "SmallCase":
+    def draws(self, count: int, size: int) -> Tensor:
+        """Random row numbers [size], each below `count`."""
+        return torch.tensor([self.noise.randrange(count) for _ in range(size)])
+
+    def at(self, kl_coef: float) -> "Case":
+        """The same at another λ."""
+        return replace(self, problem=replace(self.problem, kl_coef=kl_coef))
+
+    def rewarded(self, rewards: Tensor) -> "Case":
+        """The same with other rewards [K]."""
+        other = Case.of(
+            self.space, self.tokens, self.log_prior, rewards, self.kl_coef, self.log_policy
+        )
+        return replace(other, key=self.key, noise=self.noise)
+
+    def small(self, count: int) -> "Case":
         """The first `count` outcomes (at most K) of the case, q and π renormalised on them: what
         enumerating batches can afford.
         """
-        return SmallCase(
-            logspace.log_normalize(self.log_prior[:count]),
-            self.rewards[:count],
-            self.kl_coef,
-            logspace.log_normalize(self.log_policy[:count]),
-        )
+        if count not in self._first:
+            part = Case.of(
+                self.space,
+                self.tokens[:count],
+                logspace.log_normalize(self.log_prior[:count]),
+                self.rewards[:count],
+                self.kl_coef,
+                logspace.log_normalize(self.log_policy[:count]),
+            )
+            self._first[count] = replace(part, key=self.key, noise=self.noise)
+        return self._first[count]
 
-
-@dataclass(frozen=True)
-class SmallCase:
-    """log q, r, λ and log π on a few outcomes [K]."""
-
-    log_prior: Tensor
-    rewards: Tensor
-    kl_coef: float
-    log_policy: Tensor
+    @cached_property
+    def _first(self) -> dict[int, "Case"]:
+        """Parts of the case that were asked for: a dozen statements share two of them."""
+        return {}
 
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:

@@ -29,7 +29,7 @@ from klrl_edu.theory.statements import Sides, bound, identity
 _LIVE, _ACTIONS, _DISCOUNT = 3, 2, 0.9
 
 
-def random_process(case: Case, discount: float = _DISCOUNT) -> DecisionProcess:
+def random_process(case: Case) -> DecisionProcess:
     """A process of the case's own numbers."""
     S = _LIVE + 1
     start = torch.cat([case.distribution(_LIVE).exp(), torch.zeros(1, dtype=torch.float64)])
@@ -39,11 +39,11 @@ def random_process(case: Case, discount: float = _DISCOUNT) -> DecisionProcess:
         case.normal(S, _ACTIONS),
         start,
     )
-    return DecisionProcess(*arrays, terminal=torch.arange(S) == _LIVE, discount=discount)
+    return DecisionProcess(*arrays, terminal=torch.arange(S) == _LIVE, discount=_DISCOUNT)
 
 
 def random_policy(case: Case) -> Tensor:
-    """log π [S,A]."""
+    """A policy of the case's own numbers: log π(a|s) [S,A]."""
     return case.distribution(_LIVE + 1, _ACTIONS)
 
 
@@ -100,7 +100,9 @@ def _gap(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor
 
 
 def _divergence(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor:
-    """KL(π(·|s)‖π*(·|s)) [S], 0 where it ends."""
+    """How far a policy is from the optimum in each state, KL(π(·|s)‖π*(·|s)) [S], 0 where it
+    ends.
+    """
     each = logspace.kl_divergence(log_policy, policy_iteration(process, kl_coef).log_policy)
     return torch.where(process.terminal, 0.0, each)
 
@@ -174,7 +176,7 @@ def _gradient_by_autograd(process: DecisionProcess, log_policy: Tensor, kl_coef:
 
 def _undiscounted_visits(case: Case) -> Sides:
     process, log_policy = random_process(case), random_policy(case)
-    patient = random_process(case.reseed("process_policy_gradient"), 1.0)
+    patient = replace(process, discount=1.0)
     scale = visits(patient, log_policy) / torch.where(
         process.terminal, 1.0, visits(process, log_policy)
     )

@@ -21,7 +21,7 @@ kl, mean = logspace.kl_divergence, logspace.expectation
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½ Σ |p − q|."""
+    """The total variation of two distributions, ½ Σ |p − q|."""
     return (log_p.exp() - log_q.exp()).abs().sum() / 2
 
 
@@ -101,7 +101,7 @@ moment_covariance.broken(
     "the covariance under the prior",
     lambda case: (
         moment_covariance.sides(case)[0],
-        _covariance(case.log_prior, _features(case.reseed("moment_covariance"))[0]),
+        _covariance(case.log_prior, _features(case)[0]),
     ),
 )
 

@@ -18,42 +18,42 @@ from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_values
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch
-from klrl_edu.theory.cases import Case, SmallCase
+from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
 kl, mean = logspace.kl_divergence, logspace.expectation
 
 
 def scores(log_policy: Tensor) -> Tensor:
-    """s(y) = e_y − π, a row an outcome [K,K]."""
+    """The score of each outcome, s(y) = e_y − π, a row an outcome [K,K]."""
     return torch.eye(len(log_policy), dtype=torch.float64) - log_policy.exp()
 
 
-def gradient(case: Case | SmallCase, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """∇_θ of a scalar function of log π, by autograd [K]."""
+def gradient(case: Case, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient [K] in sequence logits of a scalar function of log π, by autograd."""
     logits = case.log_policy.clone().requires_grad_()
     return torch.autograd.grad(function(torch.log_softmax(logits, 0)), logits)[0]
 
 
-def average_score(case: Case | SmallCase, weight: Tensor) -> Tensor:
-    """E_π[weight · s] [K] for a weight [K]."""
+def average_score(case: Case, weight: Tensor) -> Tensor:
+    """The mean score under π, each outcome with a weight [K]: E_π[weight · s] [K]."""
     return (case.log_policy.exp() * weight) @ scores(case.log_policy)
 
 
-def objective_gradient(case: Case | SmallCase) -> Tensor:
-    """∇J [K] by autograd of its definition."""
+def objective_gradient(case: Case) -> Tensor:
+    """The gradient of the objective, ∇J [K], by autograd of its definition."""
     return gradient(
         case, lambda log_pi: mean(log_pi, case.rewards) - case.kl_coef * kl(log_pi, case.log_prior)
     )
 
 
-def reverse_kl_gradient(case: Case | SmallCase) -> Tensor:
-    """∇KL(π‖q) [K] by autograd."""
+def reverse_kl_gradient(case: Case) -> Tensor:
+    """The gradient of the reverse divergence, ∇KL(π‖q) [K], by autograd."""
     return gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_prior)).sum())
 
 
-def forward_kl_gradient(case: Case | SmallCase) -> Tensor:
-    """∇KL(q‖π) [K] by autograd."""
+def forward_kl_gradient(case: Case) -> Tensor:
+    """The gradient of the forward divergence, ∇KL(q‖π) [K], by autograd."""
     return gradient(case, lambda log_pi: (case.log_prior.exp() * (case.log_prior - log_pi)).sum())
 
 
@@ -186,7 +186,7 @@ best_baseline.broken(
 
 
 def _loss_gradient(case: Case, estimator: Callable[[Tensor], Tensor]) -> Tensor:
-    """E_π[∇k(u)] [K]: a sampled mean of k as the loss, its samples held fixed."""
+    """The mean gradient of an estimator k as the loss, its samples held fixed: E_π[∇k(u)] [K]."""
     return gradient(
         case, lambda log_pi: (case.log_policy.exp() * estimator(log_pi - case.log_prior)).sum()
     )
@@ -281,13 +281,13 @@ placements_add_up.broken(
 # Groups: every batch of a few outcomes
 
 
-def batches(case: SmallCase, size: int) -> tuple[Tensor, Tensor]:
+def batches(case: Case, size: int) -> tuple[Tensor, Tensor]:
     """Every batch [M,size] of outcomes, and its probability [M] under π."""
     rows = torch.tensor(list(itertools.product(range(len(case.rewards)), repeat=size)))
     return rows, case.log_policy[rows].sum(-1).exp()
 
 
-def bandit_batch(case: SmallCase, log_policy: Tensor, rows: Tensor) -> Batch:
+def bandit_batch(case: Case, log_policy: Tensor, rows: Tensor) -> Batch:
     """A Batch of one-token sequences, all of one group; `log_policy` [K] carries the gradient."""
     column = log_policy[rows][:, None]
     n = len(rows)
@@ -303,9 +303,9 @@ def bandit_batch(case: SmallCase, log_policy: Tensor, rows: Tensor) -> Batch:
     )
 
 
-def expected_gradient(case: SmallCase, loss: Callable[[Batch], Tensor], size: int) -> Tensor:
-    """E[∇loss] [K] over every batch: one loss, the mean of the batches' losses weighed by their
-    fixed probabilities.
+def expected_gradient(case: Case, loss: Callable[[Batch], Tensor], size: int) -> Tensor:
+    """The mean gradient of a loss over every batch, E[∇loss] [K]: one loss, the mean of the
+    batches' losses weighed by their fixed probabilities.
     """
     rows, probabilities = batches(case, size)
     return gradient(
@@ -366,12 +366,12 @@ def rloo_is_vargrad(case: Case) -> Sides:
     """Sample by sample, RLOO with the KL in the reward is λ times the gradient of half the sample
     variance of log π − log π*.
     """
-    small, rows = case.small(3), torch.tensor([case.noise.randrange(3) for _ in range(4)])
+    small, rows = case.small(3), case.draws(3, 4)
     rloo = gradient(small, lambda log_pi: losses.rloo(bandit_batch(small, log_pi, rows)))
     return rloo, small.kl_coef * _vargrad(small, rows, 1)
 
 
-def _vargrad(case: SmallCase, rows: Tensor, correction: int) -> Tensor:
+def _vargrad(case: Case, rows: Tensor, correction: int) -> Tensor:
     return gradient(
         case,
         lambda log_pi: (
@@ -382,10 +382,8 @@ def _vargrad(case: SmallCase, rows: Tensor, correction: int) -> Tensor:
 
 
 def _population_variance(case: Case) -> Sides:
-    small, rows = case.small(3), torch.tensor([case.noise.randrange(3) for _ in range(4)])
-    return rloo_is_vargrad.sides(case.reseed("rloo_is_vargrad"))[0], small.kl_coef * _vargrad(
-        small, rows, 0
-    )
+    small, rows = case.small(3), case.draws(3, 4)
+    return rloo_is_vargrad.sides(case)[0], small.kl_coef * _vargrad(small, rows, 0)
 
 
 rloo_is_vargrad.broken("n in place of n − 1", _population_variance)
@@ -410,19 +408,13 @@ def grpo_on_binary_rewards(case: Case) -> Sides:
     return -expected_gradient(small, _z_scored, size), scale * slope / (p * (1 - p))
 
 
-def _binary(case: Case) -> SmallCase:
+def _binary(case: Case) -> Case:
     """Three outcomes, of which the first succeeds."""
-    small = case.small(3)
-    return SmallCase(
-        small.log_prior,
-        torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
-        small.kl_coef,
-        small.log_policy,
-    )
+    return case.small(3).rewarded(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def _success(case: SmallCase) -> tuple[float, Tensor]:
-    """p = P(r = 1), and ∇p [K]."""
+def _success(case: Case) -> tuple[float, Tensor]:
+    """The success rate p = P(r = 1), and its gradient ∇p [K]."""
     return float(mean(case.log_policy, case.rewards)), gradient(
         case, lambda log_pi: log_pi.exp() @ case.rewards
     )
@@ -449,7 +441,9 @@ grpo_on_binary_rewards.broken(
 
 
 def _balance_gradient(case: Case, log_evidence: Tensor) -> Tensor:
-    """E_π ∇(log Z_θ + log π − log q − r/λ)² [K], samples and log Z_θ held fixed."""
+    """The mean gradient of the balance, E_π ∇(log Z_θ + log π − log q − r/λ)² [K], samples and log
+    Z_θ held fixed.
+    """
     target = case.log_prior + case.rewards / case.kl_coef
     return gradient(
         case, lambda log_pi: (case.log_policy.exp() * (log_evidence + log_pi - target) ** 2).sum()
@@ -496,6 +490,6 @@ trust_pcl_is_balance.broken(
     "λ in place of λ²",
     lambda case: (
         trust_pcl_is_balance.sides(case)[0],
-        trust_pcl_is_balance.sides(case.reseed("trust_pcl_is_balance"))[1] / case.kl_coef,
+        trust_pcl_is_balance.sides(case)[1] / case.kl_coef,
     ),
 )

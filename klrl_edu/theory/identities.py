@@ -66,13 +66,15 @@ class CheckedIdentity:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """What the check says, in words: "holds", or how it fails."""
         if self.trial.error > self.statement.tolerance:
             return f"FAILS (case {self.trial.worst})"
         return "holds" if self.caught else "TWIN NOT CAUGHT"
 
     def row(self) -> list[Cell]:
-        """name, relation, largest error, tolerance, verdict, source."""
+        """The row of the table under `HEADER`: name, relation, largest error, tolerance, verdict,
+        source.
+        """
         s = self.statement
         return [
             s.name,

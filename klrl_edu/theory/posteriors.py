@@ -23,7 +23,7 @@ _NODES = 40  # of Gauss–Legendre quadrature, a piece
 
 
 def objective(case: Case, log_policy: Tensor) -> Tensor:
-    """J(π) by its definition, a scalar in reward units."""
+    """The objective J(π) by its definition, a scalar in reward units."""
     return mean(log_policy, case.rewards) - case.kl_coef * kl(log_policy, case.log_prior)
 
 
@@ -192,7 +192,7 @@ value_gradient.broken(
 
 
 def log_evidence_at(case: Case, beta: Tensor) -> Tensor:
-    """log Z at β = 1/λ, with gradient to β."""
+    """The log-evidence log Z at β = 1/λ, with gradient to β."""
     return torch.logsumexp(case.log_prior + beta * case.rewards, 0)
 
 
@@ -282,7 +282,7 @@ def thermodynamic_integral(case: Case) -> Sides:
 
 
 def _integral(case: Case, integrand: Callable[[Tensor], Tensor]) -> Tensor:
-    """∫ over β from 0 to 1/λ in pieces short against the spread of rewards."""
+    """The integral over β from 0 to 1/λ, in pieces short against the spread of rewards."""
     spread = float(case.rewards.amax() - case.rewards.amin())
     pieces = 1 + int(spread / case.kl_coef / 1.5)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(_NODES))
@@ -342,7 +342,9 @@ def large_kl_coef(case: Case) -> Sides:
 
 
 def _gain_less(case: Case, share: float) -> Sides:
-    """|gain − share·Var/λ| and the bound at a λ a hundred times the rewards' range."""
+    """The error of the gain, |gain − share·Var/λ|, and its bound at a λ a hundred times the
+    rewards' range.
+    """
     spread = case.rewards.amax() - case.rewards.amin()
     kl_coef = case.kl_coef + 100 * float(spread)
     gain = mean(tilt(case.log_prior, case.rewards, kl_coef).log_posterior, case.rewards) - mean(
@@ -367,12 +369,14 @@ def divergence_is_capped(case: Case) -> Sides:
 
 
 def _surprise_at_the_best(case: Case) -> Tensor:
-    """−log q(argmax r) in nats."""
+    """How rare the best sequences are under the prior, −log q(argmax r) in nats."""
     return -torch.logsumexp(case.log_prior[case.rewards == case.rewards.amax()], 0)
 
 
 def _log_count(case: Case) -> Tensor:
-    """log K, which −log q is for a uniform prior and one best outcome."""
+    """The log of the number of sequences, log K, which −log q is for a uniform prior and one best
+    outcome.
+    """
     return torch.tensor(float(len(case.rewards)), dtype=torch.float64).log()
 
 

@@ -24,7 +24,7 @@ def bounded(case: Case) -> Tensor:
 
 
 def dpo_gradient_at(case: Case, log_policy: Tensor, preferences: Tensor) -> Tensor:
-    """∇ of DPO's population loss at a policy, in sequence logits [K]."""
+    """The gradient of DPO's population loss at a policy, in sequence logits [K]."""
     logits = log_policy.clone().requires_grad_()
     loss = dpo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, case.kl_coef)
     return torch.autograd.grad(loss, logits)[0]
@@ -115,7 +115,7 @@ duality_gap_is_a_divergence.broken(
     "one player's gain",
     lambda case: (
         duality_gap_is_a_divergence.sides(case)[0],
-        duality_gap_is_a_divergence.sides(case.reseed("duality_gap_is_a_divergence"))[1] / 2,
+        duality_gap_is_a_divergence.sides(case)[1] / 2,
     ),
 )
 

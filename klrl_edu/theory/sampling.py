@@ -18,13 +18,13 @@ from klrl_edu.core.draws import Draw, enumerate_executions
 from klrl_edu.exact import acceptance
 from klrl_edu.exact.best_of_n import best_of_n, kl_bound
 from klrl_edu.exact.enumeration import tilt
-from klrl_edu.theory.cases import Case, SmallCase
+from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
 kl, mean = logspace.kl_divergence, logspace.expectation
 
 
-def tuples(case: SmallCase, n: int) -> tuple[Tensor, Tensor]:
+def tuples(case: Case, n: int) -> tuple[Tensor, Tensor]:
     """Every n draws [M,n] from q, and their log-probabilities [M]."""
     rows = torch.tensor(list(itertools.product(range(len(case.rewards)), repeat=n)))
     return rows, case.log_prior[rows].sum(-1)
@@ -45,7 +45,7 @@ def best_of_n_law(case: Case) -> Sides:
     )
 
 
-def _best_by_hand(case: SmallCase, n: int, *, shared: bool) -> Tensor:
+def _best_by_hand(case: Case, n: int, *, shared: bool) -> Tensor:
     """The mass that each outcome gets [K]: the first best draw, or, not shared, the best outcome of
     lowest index.
     """
@@ -58,9 +58,7 @@ def _best_by_hand(case: SmallCase, n: int, *, shared: bool) -> Tensor:
 
 def _sorted_draws(case: Case) -> Sides:
     small = case.small(4)
-    tied = SmallCase(
-        small.log_prior, torch.ones_like(small.rewards), small.kl_coef, small.log_policy
-    )
+    tied = small.rewarded(torch.ones_like(small.rewards))
     return best_of_n(tied.log_prior, tied.rewards, 3).log_probs.exp(), _best_by_hand(
         tied, 3, shared=False
     )
@@ -143,8 +141,8 @@ def second_eigenvalue(case: Case) -> Sides:
 
 
 def _moderate(case: Case) -> float:
-    """λ, or a tenth of the rewards' range where that is more: π^{−½} of the chain then keeps its
-    digits.
+    """The case's λ, or a tenth of the rewards' range where that is more: π^{−½} of the chain then
+    keeps its digits.
     """
     return max(case.kl_coef, float(case.rewards.amax() - case.rewards.amin()) / 10)
 
@@ -166,12 +164,12 @@ def importance_sampling(case: Case) -> Sides:
     return _mean_evidence(small), tilt(small.log_prior, _flat(small), 1.0).log_evidence.exp()
 
 
-def _flat(case: SmallCase) -> Tensor:
-    """r/λ less its largest, so that e^{r/λ} is a number."""
+def _flat(case: Case) -> Tensor:
+    """The rewards in nats, r/λ, less their largest, so that e^{r/λ} is a number."""
     return (case.rewards - case.rewards.amax()) / case.kl_coef
 
 
-def _mean_evidence(case: SmallCase) -> Tensor:
+def _mean_evidence(case: Case) -> Tensor:
     rows, log_p = tuples(case, 3)
     return log_p.exp() @ _flat(case)[rows].exp().mean(-1)
 
@@ -249,7 +247,7 @@ class _Words:
         self.value = torch.logsumexp(self.second + self.reward, 1)  # V/λ of the first letter
 
     def run(self, draw: Draw, twist: Tensor, *, resampled_weights_kept: bool = False) -> float:
-        """Ẑ of two particles that resample once by the twisted weights."""
+        """The evidence Ẑ by two particles that resample once by the twisted weights."""
         first = draw(self.first.expand(2, 2))
         log_weight = twist[first]
         kept = draw(torch.log_softmax(log_weight, 0).expand(2, 2))
@@ -301,8 +299,8 @@ def optimal_twist(case: Case) -> Sides:
 
 
 def _twisted_weights(words: _Words, value: Tensor) -> Tensor:
-    """log of q(ab) e^{r/λ} over the proposal ∝ q(a) ψ(a) · q(b|a) e^{r/λ}/ψ'(a), ψ' its normaliser
-    [2,2].
+    """The log-weights of both letters: log of q(ab) e^{r/λ} over the proposal ∝ q(a) ψ(a) · q(b|a)
+    e^{r/λ}/ψ'(a), ψ' its normaliser [2,2].
     """
     proposal_first = words.first + value - torch.logsumexp(words.first + value, 0)
     proposal_second = words.second + words.reward - words.value[:, None]

@@ -4,6 +4,7 @@ KL(π‖q) = Σ_t E_π KL(π(·|y_<t)‖q(·|y_<t)),    V(s) = λ log Σ_a q(a|s
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ kl, mean = logspace.kl_divergence, logspace.expectation
 
 
 def stepwise(case: Case, weights: Tensor) -> Tensor:
-    """Σ_t KL(π(·|y_<t)‖q(·|y_<t)) over the support's sequences, averaged with log-weights [K]."""
+    """The sum of the tokens' divergences, Σ_t KL(π(·|y_<t)‖q(·|y_<t)), over the support's
+    sequences, averaged with log-weights [K].
+    """
     mine, prior = (
         conditional_log_probs(model, case.support.tokens).detach()
         for model in (case.policy, case.problem.prior)
@@ -78,7 +81,7 @@ entropy_chain_rule.broken(
 
 
 def soft_values(case: Case) -> SoftValues:
-    """V and Q of every prefix."""
+    """The soft values V and Q of every prefix."""
     return soft_bellman(case.support, case.kl_coef)
 
 
@@ -95,7 +98,7 @@ bellman_root.broken(
 
 
 def edge_sums(case: Case, values: Tensor) -> Tensor:
-    """Σ over each sequence's edges [K] of one value an edge [E]."""
+    """The sum over each sequence's edges [K] of one value an edge [E]."""
     edge = case.support.trie.edge_of
     return torch.where(edge >= 0, values[edge.clamp(min=0)], 0.0).sum(-1)
 
@@ -117,7 +120,7 @@ bellman_policy.broken(
 
 
 def _greedy(case: Case) -> Tensor:
-    """log q(a|s) e^{E_q[r | s a]/λ}, normalised: each step looks ahead by the mean."""
+    """The policy log q(a|s) e^{E_q[r | s a]/λ}, normalised: each step looks ahead by the mean."""
     values = soft_bellman(case.support, math.inf)
     trie = values.trie
     lifted = values.log_prior + values.action_values / case.kl_coef
@@ -164,7 +167,9 @@ def value_of_a_prefix(case: Case) -> Sides:
 
 
 def _log_mean_to_go(case: Case, node: Tensor, nodes: int) -> Tensor:
-    """log E_q[e^{reward to go/λ} | node] [nodes], as a sum over the sequences below each node."""
+    """The evidence from each node on, log E_q[e^{reward to go/λ} | node] [nodes], as a sum over the
+    sequences below each node.
+    """
     rewards = case.support.token_rewards
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)  # from position t on [K,T]
     below = node >= 0
@@ -209,15 +214,9 @@ def _automaton_problem(case: Case, kl_coef: float) -> Problem:
 
 
 def _half_at_twice(case: Case) -> Sides:
-    right = posterior(_automaton_problem(case, case.kl_coef), "enumeration").value
-    return (
-        posterior(
-            _automaton_problem(case.reseed("forward_backward"), 2 * case.kl_coef),
-            "forward_backward",
-        ).value
-        / 2,
-        right,
-    )
+    problem = _automaton_problem(case, case.kl_coef)
+    twice = replace(problem, kl_coef=2 * case.kl_coef)
+    return posterior(twice, "forward_backward").value / 2, posterior(problem, "enumeration").value
 
 
 forward_backward.broken("half the value at twice λ", _half_at_twice)
@@ -342,7 +341,7 @@ def _product_first(case: Case) -> Sides:
     first, second = _marginals(joint)
     return (
         kl((first[:, None] + second).flatten(), joint.flatten()),
-        mutual_information.sides(case.reseed("mutual_information"))[1],
+        mutual_information.sides(case)[1],
     )
 
 

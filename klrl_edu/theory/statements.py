@@ -8,7 +8,8 @@ be worth nothing.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,10 +23,10 @@ Sides = tuple[Tensor | float, Tensor | float]
 
 
 class Twin(NamedTuple):
-    """A statement with one slip: what the slip is, and the two sides with it."""
+    """A statement with one slip: what the slip is, and case -> the two sides with it."""
 
     slip: str
-    sides: Callable[[Case], Sides]
+    function: Callable[[Case], Sides]
 
 
 @dataclass
@@ -34,13 +35,13 @@ class Statement:
 
     Attributes:
         name: of its function.
-        about: one line in words.
+        about: one line in words, the docstring of its function.
         latex: the statement.
         source: paper and equation, or how it follows.
         tutorial: that explains it.
         relation: "=" or "≤".
         tolerance: largest error relative to max(1, |right|).
-        sides: case -> (left, right), tensors of one shape.
+        function: case -> (left, right), tensors of one shape.
         twin: the same with a slip.
     """
 
@@ -51,12 +52,40 @@ class Statement:
     tutorial: str
     relation: Literal["=", "≤"]
     tolerance: float
-    sides: Callable[[Case], Sides]
+    function: Callable[[Case], Sides]
     twin: Twin | None = None
 
-    def broken(self, slip: str, sides: Callable[[Case], Sides]) -> None:
-        """Registers the broken twin."""
-        self.twin = Twin(slip, sides)
+    def broken(self, slip: str, function: Callable[[Case], Sides]) -> None:
+        """Registers the broken twin.
+
+        What it draws from the case are the numbers that the statement draws, and so are those of
+        `sides`: nothing but its slip makes it fail.
+        """
+        self.twin = Twin(slip, function)
+
+    def sides(self, case: Case) -> Sides:
+        """Left and right on a case."""
+        with _noise_of(self, case):
+            return self.function(case)
+
+    def twin_sides(self, case: Case) -> Sides:
+        """Left and right of the broken twin."""
+        assert self.twin is not None, f"{self.name} has no broken twin"
+        with _noise_of(self, case):
+            return self.twin.function(case)
+
+
+@contextmanager
+def _noise_of(statement: Statement, case: Case) -> Iterator[None]:
+    """The case's noise as this statement sees it, from its start; after it the noise goes on where
+    it was, so that neither what was tried before nor the order within a twin changes a number.
+    """
+    before = case.noise.getstate()
+    case.noise.seed(f"{case.key}/{statement.name}")
+    try:
+        yield
+    finally:
+        case.noise.setstate(before)
 
 
 def identity(
@@ -122,23 +151,16 @@ def error(relation: str, left: Tensor | float, right: Tensor | float) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-def try_statement(
-    statement: Statement, cases: Iterable[Case], sides: Callable[[Case], Sides] | None = None
-) -> Trial:
-    """The largest error of a statement over cases; with `sides`, of other two sides in its
-    place.
-    """
-    sides = statement.sides if sides is None else sides
-    errors = [error(statement.relation, *sides(case.reseed(statement.name))) for case in cases]
+def try_statement(statement: Statement, cases: Iterable[Case]) -> Trial:
+    """The largest error of a statement over cases."""
+    errors = [error(statement.relation, *statement.sides(case)) for case in cases]
     worst = max(range(len(errors)), key=lambda index: errors[index])
     return Trial(len(errors), errors[worst], worst)
 
 
 def twin_is_caught(statement: Statement, cases: Iterable[Case]) -> bool:
     """Whether the broken twin fails on one of the cases; the first that does ends the search."""
-    assert statement.twin is not None, f"{statement.name} has no broken twin"
-    sides = statement.twin.sides
     return any(
-        error(statement.relation, *sides(case.reseed(statement.name))) > statement.tolerance
+        error(statement.relation, *statement.twin_sides(case)) > statement.tolerance
         for case in cases
     )

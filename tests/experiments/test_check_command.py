@@ -1,12 +1,12 @@
 """`klrl check`: exit codes, result.json, and what a wrong statement or a wrong word gets."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from klrl_edu.experiments import cli
 from klrl_edu.theory import claims, identities
-from klrl_edu.theory.statements import Statement
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_another_seed_tries_other_problems(tmp_path):
 
 def test_a_false_statement_is_exit_1_by_name(tmp_path, monkeypatch, capsys):
     twin = identities.IDENTITIES["elbo"].twin
-    wrong = Statement(**{**vars(identities.IDENTITIES["elbo"]), "sides": twin.sides})
+    wrong = replace(identities.IDENTITIES["elbo"], function=twin.function)
     monkeypatch.setitem(identities.IDENTITIES, "elbo", wrong)
     assert cli.main(["check", "--name", "elbo", "--examples", "20"]) == 1
     assert "WRONG: elbo" in capsys.readouterr().out
