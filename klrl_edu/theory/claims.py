@@ -1,7 +1,7 @@
 """The claims of the five articles that this project began from, each judged by numbers.
 
 klrl check --claims, the tests and a page of the site share this table; what a claim is stands in
-`articles/claim.py`.
+`verdicts.py`, and each article has a room of `articles/`.
 """
 
 import re
@@ -9,24 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from klrl_edu.core.display import Cell, format_number, text_table
-from klrl_edu.theory.articles.claim import Check, Claim
-from klrl_edu.theory.articles.control import CONTROL
-from klrl_edu.theory.articles.feedback import FEEDBACK
-from klrl_edu.theory.articles.importance import IMPORTANCE
-from klrl_edu.theory.articles.tabular import TABULAR
-from klrl_edu.theory.articles.transformers import TRANSFORMERS
-
-ARTICLES: dict[str, tuple[str, str]] = {
-    "A": ("000_91836c92fc3d3449", "KL penalty and Bayesian inference, with tabular code"),
-    "B": ("001_dc30f4a8d6ea2d7f", "Transformer, BERT and GPT, with KL as a regulariser"),
-    "C": ("002_eba1d912e35743ba", "four sentences, an RNN policy and importance sampling"),
-    "D": ("003_e9dee0ade0c38ff0", "encoder–decoder LSTM: policy gradient, value functions, models"),
-    "E": ("004_7fa0d3502c9ccd8c", "feedback from an AI, Q-learning, a Transformer policy"),
-}
-"""Letter -> (file of the article, its topic)."""
+from klrl_edu.theory.articles import control, feedback, importance, tabular, transformers
+from klrl_edu.theory.articles.sources import ARTICLES, Article
+from klrl_edu.theory.verdicts import Check, Claim
 
 CLAIMS: dict[str, Claim[Any]] = {
-    claim.name: claim for claim in (*TABULAR, *TRANSFORMERS, *IMPORTANCE, *CONTROL, *FEEDBACK)
+    claim.name: claim
+    for room in (tabular, transformers, importance, control, feedback)
+    for claim in vars(room).values()
+    if isinstance(claim, Claim)
 }
 """Name -> claim, in the order of the articles."""
 
@@ -58,7 +49,7 @@ def claims_table(checks: Iterable[Check]) -> list[list[Cell]]:
 
 def _row(check: Check) -> list[Cell]:
     claim, finding = check.claim, check.finding
-    described = [claim.name, claim.article, claim.section, claim.verdict]
+    described = [claim.name, claim.source, claim.section, claim.verdict]
     return [
         *described,
         finding.printed_error,
@@ -70,27 +61,18 @@ def _row(check: Check) -> list[Cell]:
 
 
 def claims_text(checks: Iterable[Check], *, details: bool = False) -> str:
-    """The same as plain text, errors to three digits; with `details` also which article each letter
-    is, and what was seen of each claim.
+    """The same as plain text, errors to three digits, and which article each letter is; with
+    `details` also what was seen of each claim.
     """
     checks = list(checks)
     table = text_table(TABLE_HEADER, claims_table(checks), digits=3)
-    if not details:
-        return table
-    articles = [f"{letter}  {file}: {topic}" for letter, (file, topic) in _articles_of(checks)]
-    return "\n".join(
-        [
-            table,
-            "",
-            *articles,
-            "",
-            *(f"{check.claim.name}: {check.finding.says}" for check in checks),
-        ]
-    )
+    articles = [f"{letter}  {article.citation}" for letter, article in _articles_of(checks)]
+    seen = [f"{check.claim.name}: {check.finding.says}" for check in checks]
+    return "\n".join([table, "", *articles, *(["", *seen] if details else [])])
 
 
-def _articles_of(checks: Iterable[Check]) -> list[tuple[str, tuple[str, str]]]:
-    letters = {check.claim.article for check in checks}
+def _articles_of(checks: Iterable[Check]) -> list[tuple[str, Article]]:
+    letters = {check.claim.source for check in checks}
     return [(letter, article) for letter, article in ARTICLES.items() if letter in letters]
 
 
@@ -99,7 +81,7 @@ def claims_markdown(checks: Iterable[Check] | None = None) -> str:
     sentence; runs all claims unless their checks are given.
     """
     checks = check_claims() if checks is None else list(checks)
-    articles = [f"- {letter}, `{file}`: {topic}" for letter, (file, topic) in _articles_of(checks)]
+    articles = [f"- {letter}: {article.citation}" for letter, article in _articles_of(checks)]
     rows = [
         _MARKDOWN_HEADER,
         tuple("---" for _ in _MARKDOWN_HEADER),
@@ -119,7 +101,7 @@ def _markdown_row(check: Check) -> tuple[str, ...]:
         f"{claim.printed}<br>→ {claim.corrected or 'as printed'}"
     )
     return (
-        f"`{claim.name}`<br>{claim.article}, {claim.section}; {claim.tutorial}<br>{verdict}",
+        f"`{claim.name}`<br>{claim.source}, {claim.section}; {claim.tutorial}<br>{verdict}",
         formulas,
         _literal(finding.says),
     )

@@ -14,30 +14,20 @@ from scipy.stats import dirichlet
 from torch import Tensor
 
 from klrl_edu import reference
-from klrl_edu.audit.audit import audit_gradient
-from klrl_edu.core import logspace
-from klrl_edu.estimators.kl_values import per_token_kl
-from klrl_edu.exact.enumeration import tilt
 from klrl_edu.exercises.pieces import independent, marginals, mean_field, words
-from klrl_edu.models.contract import conditional_log_probs
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
 from klrl_edu.theory.articles import control, feedback, importance, tabular, transformers
-from klrl_edu.theory.articles.claim import Claim, Finding, worst_error
 from klrl_edu.theory.articles.examples import (
     FOUR_AUXILIARY,
-    Sentences,
-    TwoSteps,
-    climb,
+    Auxiliary,
     four_sentences,
-    gradient,
-    kl,
-    marginal_log_probs,
-    mean_score,
+    objective,
     processes,
     sentences,
+    with_auxiliary,
 )
+from klrl_edu.theory.articles.sources import ARTICLES
 from klrl_edu.theory.claims import (
-    ARTICLES,
     CLAIMS,
     TABLE_HEADER,
     check_claims,
@@ -45,6 +35,7 @@ from klrl_edu.theory.claims import (
     claims_table,
     claims_text,
 )
+from klrl_edu.theory.verdicts import Claim, Finding, worst_error
 
 FOUR = four_sentences()
 CHECKS = {check.claim.name: check for check in check_claims()}
@@ -71,37 +62,38 @@ def test_every_declared_verdict_is_what_the_numbers_say(name):
 def test_every_row_of_the_articles_is_there():
     # 27 rows; one of B (positions, one-hot target) and one of C (auxiliary model, constant) make
     # two claims each
-    assert Counter(claim.article for claim in CLAIMS.values()) == {
+    assert Counter(claim.source for claim in CLAIMS.values()) == {
         "A": 6,
         "B": 6,
         "C": 9,
         "D": 5,
         "E": 3,
     }
-    assert list(ARTICLES) == sorted({claim.article for claim in CLAIMS.values()})
-    articles = [claim.article for claim in CLAIMS.values()]
+    assert list(ARTICLES) == sorted({claim.source for claim in CLAIMS.values()})
+    articles = [claim.source for claim in CLAIMS.values()]
     assert articles == sorted(articles)
 
 
 def test_names_are_unique_stable_and_carry_their_article():
     listed = [
-        *tabular.TABULAR,
-        *transformers.TRANSFORMERS,
-        *importance.IMPORTANCE,
-        *control.CONTROL,
-        *feedback.FEEDBACK,
+        thing.name
+        for room in (tabular, transformers, importance, control, feedback)
+        for thing in vars(room).values()
+        if isinstance(thing, Claim)
     ]
-    assert [claim.name for claim in listed] == list(CLAIMS)
+    assert listed == list(CLAIMS)
     for name, claim in CLAIMS.items():
         assert re.fullmatch(r"[a-e](-[a-z]+)+", name)
-        assert name[0] == claim.article.lower()
+        assert name[0] == claim.source.lower()
         assert re.fullmatch(r"t(0[1-9]|1[0-4])", claim.tutorial)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_that_holds_has_no_correction_and_any_other_has_one(name):
     claim = CLAIMS[name]
-    assert (claim.corrected == "") == (claim.repaired is None) == (claim.verdict == "holds")
+    assert (claim.corrected == "") == (claim.verdict == "holds")
+    for example in claim.examples():
+        assert (claim(example).corrected is None) == (claim.verdict == "holds")
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -116,220 +108,62 @@ def test_formulas_are_closed_mathematics_without_bars(name):
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_running_a_claim_again_says_the_same(name):
-    assert CLAIMS[name].run() == CHECKS[name].finding
+    assert CLAIMS[name].check().finding == CHECKS[name].finding
 
 
 # The broken twins: an error planted in the mathematics, which the same check refuses
 
 
-def in_prior_order(example: Sentences) -> Tensor:
-    """The chain rule with prefixes averaged under q."""
-    own, other = (
-        conditional_log_probs(example.table(log_probs), example.tokens)
-        for log_probs in (example.log_policy, example.log_prior)
-    )
-    return example.log_prior.exp() @ per_token_kl(own, other).sum(-1)
-
-
-def rows_without_state(example: Sentences) -> Tensor:
-    """The marginal of each position in the place of π(a|s)."""
-    rows = torch.zeros(example.space.max_length, example.space.vocab_size, dtype=torch.float64)
-    for sentence, probability in zip(example.tokens, example.log_policy.exp(), strict=True):
-        rows[torch.arange(len(sentence)), sentence] += probability
-    return rows.expand(len(example.tokens), -1, -1)
-
-
-def clamped_sum(example: Sentences) -> Tensor:
-    """The program as it was meant, with a sum: added to, clamped and normalised."""
-    policy = example.log_prior.exp()
-    for _ in range(20):
-        policy = (policy + 0.1 * (example.rewards - policy @ example.rewards)).clamp(min=0)
-        policy = policy / policy.sum()
-    return policy.expand(2, -1)
-
-
-def without_prior(counts: Tensor) -> Tensor:
-    mean = counts / counts.sum()
-    return torch.stack([mean, mean * (1 - mean) / (counts.sum() + 1)])
-
-
-def batch_mean_reinforce(example: Sentences) -> Tensor:
-    """REINFORCE with the mean of its own batch as a baseline: shrunk by (N − 1)/N."""
-
-    def loss(batch):
-        reward = batch.rewards.sum(-1)
-        return -((reward - reward.mean()) * batch.log_probs.sum(-1)).mean()
-
-    return -audit_gradient(
-        loss, example.table(example.log_policy).requires_grad_(), example.problem(0.0), batch_size=2
-    ).mean
-
-
-def wrong_constant(example: Sentences) -> Tensor:
-    means = [importance.auxiliary_gradient(example, constant) for constant in (0.0, 1.0, -2.0)]
-    return torch.cat(
-        [*means, importance.constant_variance(example, -importance.best_constant(example))[None]]
-    )
-
-
-def self_normalised(case: importance.Weighting) -> Tensor:
-    return importance.weighted_mean(case) / importance.weighted_mean(
-        case._replace(values=torch.ones_like(case.values))
-    )
-
-
-def stopped_early(example: Sentences) -> Tensor:
-    found = control.three_families(example).clone()
-    found[1] = climb(
-        example.log_prior, example.rewards, example.kl_coef, example.log_policy, steps=20
-    ).exp()
-    return found
-
-
-def backup_of_the_mean(process: TwoSteps) -> Tensor:
-    last = process.then_reward
-    return torch.cat(
-        [
-            process.first_reward + process.discount * process.transition @ last.mean(-1),
-            last.reshape(-1),
-        ]
-    )
-
-
-def states_alike(process: TwoSteps) -> Tensor:
-    """The policy gradient with every state visited as often."""
-    alike = torch.full_like(process.transition, 1 / process.transition.shape[1])
-    true, flat = (
-        control.gradient_over_actions(process),
-        control.gradient_over_actions(process._replace(transition=alike)),
-    )
-    actions = len(process.first_reward)
-    return torch.cat([true[:actions], flat[actions:]])
-
-
-def reward_a_token(case: feedback.Texts) -> Tensor:
-    scores = case.token_log_probs().sum(-1)
-    return case.gradient((scores.detach().exp() * case.rewards / case.lengths) @ scores)
-
-
-def bias_added_again(example: Sentences) -> Tensor:
-    reward = example.rewards + 2 * (example.tokens[:, 0] == 0)
-    return tilt(example.log_prior, reward, example.kl_coef).log_posterior.exp()
-
-
-def undiscounted(process: TwoSteps) -> TwoSteps:
-    return process._replace(discount=1.0)
-
-
-def twin(name: str, formula) -> Claim:
-    """The claim with another formula in the place of the one that is right: the corrected one, or
-    the printed one where that holds.
-    """
+def instead(name: str, **formulas) -> Claim:
+    """The claim with another formula in the place of one of its three."""
     claim = CLAIMS[name]
-    return replace(claim, **{"asserted" if claim.repaired is None else "repaired": formula})
+
+    def function(example):
+        found = claim(example)
+        given = {key: formula(example, found) for key, formula in formulas.items()}
+        return found._replace(**given)
+
+    return replace(claim, function=function)
 
 
-TWINS = {
-    "a-policy": twin("a-policy", rows_without_state),
-    "a-value": twin("a-value", lambda process: tabular.backed_up_value(undiscounted(process))),
-    "a-kl-states": twin("a-kl-states", in_prior_order),
-    "a-objective": twin(
-        "a-objective",
-        lambda example: tilt(example.log_prior, example.rewards, example.kl_coef).log_evidence,
-    ),
-    "a-program": twin("a-program", clamped_sum),
-    "a-parameters": twin("a-parameters", without_prior),
-    "b-positions": twin("b-positions", in_prior_order),
-    "b-one-hot": twin("b-one-hot", lambda example: example.log_policy),
-    "b-masked": twin("b-masked", lambda example: transformers.loss_everywhere(example) / 2),
-    "b-autoregressive": twin(
-        "b-autoregressive", lambda example: -marginal_log_probs(example, example.log_policy).sum(-1)
-    ),
-    "b-compact": twin(
-        "b-compact",
-        lambda example: (
-            2 * logspace.entropy(example.log_policy)
-            - transformers.target_entropy_and_information(example)
-        ),
-    ),
-    "b-generation": twin(
-        "b-generation",
-        lambda example: transformers.law_of_sampler(
-            example._replace(log_policy=torch.log_softmax(2 * example.log_policy, 0))
-        ),
-    ),
-    "c-objective": twin(
-        "c-objective",
-        lambda example: (
-            importance.objective_of_policy(example)
-            + 2 * example.kl_coef * kl(example.log_policy, example.log_prior)
-        ),
-    ),
-    "c-reinforce": twin("c-reinforce", batch_mean_reinforce),
-    "c-kl-gradient": twin(
-        "c-kl-gradient",
-        lambda example: gradient(
-            lambda log_policy: kl(example.log_prior, log_policy), example.log_policy
-        ),
-    ),
-    "c-auxiliary": twin(
-        "c-auxiliary",
-        lambda example: importance.auxiliary_gradient(example) + importance.auxiliary_bias(example),
-    ),
-    "c-constant": twin("c-constant", wrong_constant),
-    "c-kl-example": twin(
-        "c-kl-example", lambda example: torch.tensor([0.1017, 0.1467], dtype=torch.float64)
-    ),  # KL(q‖π)
-    "c-auxiliary-example": twin(
-        "c-auxiliary-example",
-        lambda example: (
-            2 * importance.auxiliary_kl(example) - importance.auxiliary_kl_corrected(example)
-        ),
-    ),
-    "c-importance": twin("c-importance", self_normalised),
-    "c-stays-close": twin(
-        "c-stays-close",
-        lambda example: importance.variance_slopes(example) * torch.tensor([0.2, 0.5, 1.0, 3.0]),
-    ),
-    "d-step": twin(
-        "d-step",
-        lambda example: mean_score(
-            example.log_policy,
-            example.rewards - (example.log_policy - example.log_prior) / example.kl_coef,
-        ),
-    ),
-    "d-backup": twin("d-backup", backup_of_the_mean),
-    "d-actor": twin("d-actor", states_alike),
-    "d-families": twin("d-families", stopped_early),
-    "d-search": twin(
-        "d-search", lambda example: torch.softmax(example.rewards / example.kl_coef, 0)
-    ),
-    "e-q-update": twin(
-        "e-q-update", lambda process: feedback.updated_values(undiscounted(process))
-    ),
-    "e-score": twin("e-score", reward_a_token),
-    "e-feedback": twin("e-feedback", bias_added_again),
-}
+def twin(name: str) -> Claim:
+    """The claim with its broken twin in the place of the formula that is right."""
+    claim = CLAIMS[name]
+    place = "printed" if claim.verdict == "holds" else "corrected"
+    return instead(name, **{place: lambda example, found: claim.twin.function(example)})
 
 
-def test_every_claim_has_a_twin():
-    assert set(TWINS) == set(CLAIMS)
-
-
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", CLAIMS)
 def test_the_broken_twin_is_refused(name):
-    check = TWINS[name].check()
+    assert CLAIMS[name].twin.slip
+    check = twin(name).check()
     assert not check.passed
     assert math.isfinite(check.finding.corrected_error)  # it gives numbers, and they are wrong
     assert check.finding.corrected_error > 1e-4
+    assert check.finding.corrected_error == CHECKS[name].finding.twin_error
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_twin_without_a_slip_is_noticed(name):
+    tame = replace(CLAIMS[name], name="renamed")
+    tame.broken("no slip at all", lambda example: CLAIMS[name](example).right)
+    assert tame.check().refusal == "its broken twin passes too: no slip at all"
+
+
+def test_a_claim_without_a_twin_or_a_sentence_is_a_mistake():
+    claim = CLAIMS["d-step"]
+    with pytest.raises(AssertionError, match="d-step has no broken twin"):
+        replace(claim, twin=None).check()
+    with pytest.raises(AssertionError, match="d-step does not say what was seen"):
+        replace(claim, sentence=None).check()
 
 
 @pytest.mark.parametrize(
     "name", [name for name, claim in CLAIMS.items() if claim.verdict != "holds"]
 )
 def test_a_claim_that_would_hold_as_printed_may_not_be_declared_wrong(name):
-    claim = CLAIMS[name]
-    assert "it holds as printed" in replace(claim, asserted=claim.repaired).check().refusal
+    mild = instead(name, printed=lambda example, found: found.right)
+    assert "it holds as printed" in mild.check().refusal
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -348,7 +182,7 @@ def test_a_number_that_is_missing_is_an_infinite_error_and_equal_infinities_are_
     assert worst_error([torch.zeros(2), torch.ones(2)], [torch.zeros(2), torch.zeros(2)]) == 1
     with pytest.raises(AssertionError, match="shape"):
         worst_error([torch.zeros(2)], [torch.zeros(1)])
-    assert CLAIMS["a-program"].refusal(Finding(math.inf, math.nan, "", "")) != ""
+    assert CLAIMS["a-program"].refusal(Finding(math.inf, math.nan, "", "", 1.0)) != ""
 
 
 # The course's numbers, each from another source
@@ -358,7 +192,7 @@ def test_the_kl_of_the_example_is_not_022():
     nats = reference.kl(FOUR_POLICY, FOUR_SENTENCES)
     assert nats == pytest.approx(0.099793472091, abs=5e-13)
     torch.testing.assert_close(
-        importance.kl_in_nats_and_bits(FOUR).tolist(),
+        importance.c_kl_example(FOUR).truth.tolist(),
         [nats, nats / math.log(2)],
         rtol=1e-13,
         atol=0,
@@ -376,9 +210,8 @@ def test_the_auxiliary_model_is_off_by_the_courses_number():
         pytest.approx(0.1861, abs=5e-5),
         pytest.approx(0.086304621736, abs=5e-13),
     )
-    assert float(importance.auxiliary_kl(FOUR) - tabular.sentence_kl(FOUR)) == pytest.approx(
-        error, rel=1e-12
-    )
+    found = importance.c_auxiliary_example(with_auxiliary()[0])
+    assert float(found.printed - found.truth) == pytest.approx(error, rel=1e-12)
     assert "0.1861 nats" in CHECKS["c-auxiliary-example"].finding.says
     assert "+0.086304621736" in CHECKS["c-auxiliary-example"].finding.says
 
@@ -389,7 +222,10 @@ def test_the_bias_of_the_auxiliary_gradient_by_the_reference():
         for other in (FOUR_AUXILIARY, FOUR_SENTENCES)
     )
     torch.testing.assert_close(
-        importance.auxiliary_bias(FOUR), vector(with_p) - vector(with_q), rtol=0, atol=1e-15
+        importance.auxiliary_bias(with_auxiliary()[0]),
+        vector(with_p) - vector(with_q),
+        rtol=0,
+        atol=1e-15,
     )
     assert (
         f"norm {math.dist(with_p.values(), with_q.values()):.6f}"
@@ -398,14 +234,12 @@ def test_the_bias_of_the_auxiliary_gradient_by_the_reference():
 
 
 def test_without_an_auxiliary_model_there_is_no_bias():
-    same = FOUR._replace(log_auxiliary=FOUR.log_prior)
-    torch.testing.assert_close(
-        importance.auxiliary_gradient(same), importance.kl_gradient(same), rtol=0, atol=1e-15
-    )
+    found = importance.c_auxiliary(Auxiliary(FOUR, FOUR.log_prior))
+    torch.testing.assert_close(found.printed, found.truth, rtol=0, atol=1e-15)
 
 
 def test_the_best_constant_is_where_the_variance_is_least():
-    for example in sentences():
+    for example in with_auxiliary():
         found = minimize(
             lambda c, example=example: float(importance.constant_variance(example, float(c[0]))),
             [0.0],
@@ -420,10 +254,10 @@ def test_the_four_sentences_have_the_courses_gradients():
         vector(reward), torch.tensor([0.05, -0.18, -0.09, 0.22], dtype=torch.float64)
     )
     torch.testing.assert_close(
-        importance.sampled_reward_gradient(FOUR), vector(reward), rtol=0, atol=1e-15
+        importance.c_reinforce(FOUR).printed, vector(reward), rtol=0, atol=1e-15
     )
     ascent = reference.objective_gradient(FOUR_POLICY, FOUR_SENTENCES, FOUR_REWARDS, 1.0)
-    torch.testing.assert_close(control.ascent_direction(FOUR), vector(ascent), rtol=0, atol=1e-15)
+    torch.testing.assert_close(control.d_step(FOUR).truth, vector(ascent), rtol=0, atol=1e-15)
     assert [round(value, 12) for value in vector(ascent).tolist()] == [
         -0.011675039611,
         -0.078948283960,
@@ -435,7 +269,7 @@ def test_the_four_sentences_have_the_courses_gradients():
 def test_the_posterior_and_the_gap_are_the_references():
     star, log_evidence = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 1.0)
     assert math.exp(log_evidence) == pytest.approx(2.326218341277, abs=5e-13)
-    for law in control.three_families(FOUR):
+    for law in control.d_families(FOUR).printed:
         torch.testing.assert_close(law, vector(star), rtol=0, atol=1e-14)
     gap = reference.kl(FOUR_POLICY, star)
     assert gap == pytest.approx(0.044037391635, abs=5e-13)
@@ -448,10 +282,10 @@ def test_per_position_sums_miss_all_of_the_kl_of_the_four_sentences():
     first, second = (marginals(table) for table in (FOUR_POLICY, FOUR_SENTENCES))
     apart = math.fsum(reference.kl(p, q) for p, q in zip(first, second, strict=True))
     assert abs(apart) < 1e-15
-    assert float(transformers.positionwise_kl(FOUR)) == pytest.approx(apart, abs=1e-15)
+    assert float(transformers.b_positions(FOUR).printed) == pytest.approx(apart, abs=1e-15)
     assert math.fsum(
         reference.chain_rule(words(FOUR_POLICY), words(FOUR_SENTENCES), 2)
-    ) == pytest.approx(float(tabular.chain_rule_kl(FOUR)), rel=1e-13)
+    ) == pytest.approx(float(tabular.chain_rule_kl(FOUR, FOUR.log_policy)), rel=1e-13)
 
 
 def test_the_masked_loss_is_half_the_pseudo_log_likelihood():
@@ -461,7 +295,7 @@ def test_the_masked_loss_is_half_the_pseudo_log_likelihood():
         pytest.approx(0.004021743230, abs=5e-13),
         pytest.approx(1.275832482603, abs=5e-13),
     )
-    assert float(transformers.masked_uncertainty(FOUR)) == pytest.approx(pseudo / 2, rel=1e-13)
+    assert float(transformers.b_masked(FOUR).truth) == pytest.approx(pseudo / 2, rel=1e-13)
     assert "1.275832482603" in CHECKS["b-masked"].finding.says
 
 
@@ -475,9 +309,8 @@ def test_the_two_fits_of_independent_words_have_the_references_entropies():
     assert transformers.mode_seeking_entropy(vector(target).log()) == pytest.approx(
         seeking, rel=1e-9
     )
-    assert float(
-        transformers.fit_entropy(FOUR._replace(log_policy=vector(target).log()))
-    ) == pytest.approx(covering, rel=1e-13)
+    found = transformers.b_compact(replace(FOUR, log_policy=vector(target).log()))
+    assert float(found.truth) == pytest.approx(covering, rel=1e-13)
 
 
 def test_a_tables_parameters_have_the_dirichlet_moments_of_scipy():
@@ -486,9 +319,9 @@ def test_a_tables_parameters_have_the_dirichlet_moments_of_scipy():
     expected = torch.stack(
         [torch.tensor([5, 4, 3, 2], dtype=torch.float64) / 14, torch.from_numpy(law.var())]
     )
-    torch.testing.assert_close(tabular.dirichlet_moments(counts), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(tabular.a_parameters(counts).printed, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(
-        tabular.dirichlet_moments(counts)[0], torch.from_numpy(law.mean()), rtol=1e-13, atol=0
+        tabular.a_parameters(counts).printed[0], torch.from_numpy(law.mean()), rtol=1e-13, atol=0
     )
     assert "(5, 4, 3, 2)/14" in CHECKS["a-parameters"].finding.says
 
@@ -512,8 +345,8 @@ def test_the_printed_program_raises_and_the_corrected_one_collapses_as_in_the_co
 def test_the_objective_without_its_coefficient_loses_what_the_reference_says():
     star = reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 0.5)[0]
     loss = 0.5 * reference.kl(reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, 1.0)[0], star)
-    half = FOUR._replace(kl_coef=0.5)
-    lost = tilt(half.log_prior, half.rewards, 0.5).value - tabular.value_without_coefficient(half)
+    half = FOUR.at(0.5)
+    lost = half.tilted.value - tabular.a_objective(half).printed
     assert float(lost) == pytest.approx(loss, rel=1e-12)
 
 
@@ -521,14 +354,12 @@ def test_the_highest_objective_is_what_a_general_optimiser_finds():
     for example in sentences():
 
         def loss(logits, example=example):
-            return -float(
-                tabular.objective(example, torch.log_softmax(torch.from_numpy(logits), 0))
-            )
+            return -float(objective(example, torch.log_softmax(torch.from_numpy(logits), 0)))
 
         found = minimize(
             loss, torch.zeros(len(example.tokens), dtype=torch.float64).numpy(), tol=1e-10
         )
-        assert -found.fun == pytest.approx(float(CLAIMS["a-objective"].truth(example)), abs=1e-8)
+        assert -found.fun == pytest.approx(float(tabular.a_objective(example).truth), abs=1e-8)
 
 
 def test_values_and_gradients_of_a_process_agree_with_plain_loops():
@@ -554,7 +385,7 @@ def test_values_and_gradients_of_a_process_agree_with_plain_loops():
             for sign in (1, -1)
         ]
         slope = float(nudged[0].expected_return() - nudged[1].expected_return()) / (2 * step)
-        assert float(control.return_gradient(process)[0]) == pytest.approx(
+        assert float(control.d_actor(process).truth[0]) == pytest.approx(
             slope, abs=1e-9
         )  # central differences: error of order step²
 
@@ -564,30 +395,26 @@ def test_the_printed_backup_never_sees_the_reward():
     other = process._replace(
         first_reward=process.first_reward + 5, then_reward=-process.then_reward
     )
-    assert torch.equal(control.values_without_reward(process), control.values_without_reward(other))
+    assert torch.equal(control.d_backup(process).printed, control.d_backup(other).printed)
 
 
 def test_search_returns_the_mode_of_every_posterior():
     for example in sentences():
         row, opened = control.best_first(example)
-        assert row == int(example.posterior().argmax())
+        assert row == int(example.log_star.argmax())
         assert opened <= len(example.tokens) * example.space.max_length
 
 
 def test_a_score_without_a_return_follows_one_over_the_length():
     ending, longer, fixed = feedback.texts()
     for case in (ending, longer):
-        seen = feedback.mean_score_a_token(case)
+        seen = feedback.e_score(case).printed
         torch.testing.assert_close(
-            seen, feedback.gradient_of_mean(case, 1 / case.lengths), rtol=0, atol=1e-15
+            seen, case.gradient_of_mean(1 / case.lengths), rtol=0, atol=1e-15
         )
         assert float(seen.norm()) > 0.01
-    torch.testing.assert_close(
-        feedback.mean_score_a_token(fixed),
-        torch.zeros_like(fixed.policy.logits).reshape(-1),
-        rtol=0,
-        atol=1e-15,
-    )
+    seen = feedback.e_score(fixed).printed
+    torch.testing.assert_close(seen, torch.zeros_like(seen), rtol=0, atol=1e-15)
     before, after = map(
         float, re.findall(r"length from ([\d.]+) to ([\d.]+)", CHECKS["e-score"].finding.says)[0]
     )
@@ -605,7 +432,7 @@ def test_a_biased_judge_costs_what_the_reference_says():
 
 def test_the_penalty_keeps_text_closer_the_larger_the_coefficient():
     for example in sentences():
-        assert bool((importance.kl_slopes(example) < 0).all())
+        assert bool((importance.c_stays_close(example).truth < 0).all())
     found = [
         reference.kl(reference.posterior(FOUR_SENTENCES, FOUR_REWARDS, kl_coef)[0], FOUR_SENTENCES)
         for kl_coef in (0.2, 0.5, 1.0, 3.0)
@@ -621,15 +448,16 @@ def test_the_table_has_a_row_a_claim_and_says_what_is_refused():
     assert [row[0] for row in rows] == list(CLAIMS)
     assert {len(row) for row in rows} == {len(TABLE_HEADER)}
     assert {row[-1] for row in rows} == {"agrees"}
-    refused = claims_table([TWINS["c-auxiliary"].check()])[0][-1]
+    refused = claims_table([twin("c-auxiliary").check()])[0][-1]
     assert refused.startswith("the corrected formula is off by")
-    assert len(claims_text(CHECKS.values()).splitlines()) == len(CLAIMS) + 2
+    assert len(claims_text(CHECKS.values()).splitlines()) == len(CLAIMS) + 2 + 1 + len(ARTICLES)
 
 
 def test_the_details_name_the_articles_and_say_what_was_seen():
     text = claims_text([CHECKS["c-kl-example"], CHECKS["e-score"]], details=True)
-    assert "C  002_eba1d912e35743ba: " in text
-    assert "E  004_7fa0d3502c9ccd8c: " in text
+    title = "《大语言模型原理基础与前沿 带有KL惩罚的强化学习：贝叶斯推理观点》"
+    assert f"C  {title}, 002_eba1d912e35743ba: four sentences" in text
+    assert "E  004_7fa0d3502c9ccd8c (neither title nor name in our copy): feedback" in text
     assert "000_91836c92fc3d3449" not in text
     assert "c-kl-example: printed 0.22; KL(π‖q) = 0.0998 nats = 0.1440 bits" in text
 
@@ -639,12 +467,12 @@ def test_a_check_is_plain_numbers_and_texts():
     assert record["passed"]
     assert record["printed_error"] == CHECKS["c-kl-example"].finding.printed_error
     assert {type(value) for value in record.values()} == {str, float, bool}
-    assert TWINS["d-step"].check().to_dict()["refusal"]
+    assert twin("d-step").check().to_dict()["refusal"]
 
 
 def test_the_page_has_a_row_a_claim_with_as_many_cells_each():
     lines = claims_markdown(CHECKS.values()).splitlines()
-    assert [line[:4] for line in lines[: len(ARTICLES)]] == [f"- {letter}," for letter in ARTICLES]
+    assert [line[:4] for line in lines[: len(ARTICLES)]] == [f"- {letter}:" for letter in ARTICLES]
     rows = lines[len(ARTICLES) + 1 :]
     assert len(rows) == len(CLAIMS) + 2
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {4}
@@ -655,6 +483,4 @@ def test_the_page_has_a_row_a_claim_with_as_many_cells_each():
 
 
 def test_the_page_shows_a_refusal():
-    assert "**refused: the corrected formula is off by" in claims_markdown(
-        [TWINS["d-step"].check()]
-    )
+    assert "**refused: the corrected formula is off by" in claims_markdown([twin("d-step").check()])
