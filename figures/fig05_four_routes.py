@@ -15,8 +15,8 @@ point at a time; late in the run the two meet. The policy gradient, on episodes 
 from the first batch and is the slowest in the end. The bound (2) holds for every plan and is far
 above its gap: it counts the worst pair at every step, however rarely that pair is visited.
 
-Source: Levine (2018), §2; Sutton & Barto (2018), ch. 6, 8 and 13; articles D (§3.2, three families
-of methods) and E (§4.1, Q-learning)
+Source: Levine (2018), §2; Sutton & Barto (2018), ch. 6, 8 and 13; of the five articles of
+`klrl check --claims` D (§3.2, three families of methods) and E (§4.1, Q-learning)
 
 Data:
     value                V*, the optimum's J, in reward units

@@ -84,7 +84,8 @@ print(f"kl(pi, q)  = {kl(pi, q):.12f} nats")
 # so $-\mathrm{KL}(\pi\|q) = \mathrm{E}_\pi[\log q/\pi] \le \mathrm{E}_\pi[q/\pi - 1] = 0$.)
 #
 # With the natural logarithm the unit is the *nat*; with the logarithm to base 2 it is the *bit*. The article that these four
-# sentences come from prints $D_{\mathrm{KL}} \approx 0.22$ for this pair. Let us see whether that is one or the other.
+# sentences come from, 《大语言模型原理基础与前沿 带有KL惩罚的强化学习：贝叶斯推理观点》 ([article C](theory.md#what-five-articles-claim)),
+# prints $D_{\mathrm{KL}} \approx 0.22$ for this pair. Let us see whether that is one or the other.
 
 # %%
 article = 0.22
@@ -184,8 +185,8 @@ print(
 # The first word has not changed at all: both models say "the" with probability 0.7. All of the change is in which noun
 # follows.
 #
-# Another of the articles adds up one KL per position and leaves out the prefix, $\sum_i \mathrm{KL}(P(y_i)\,\|\,Q(y_i))$. Does that
-# give the same?
+# Another article, on Transformers with a KL penalty ([article B](theory.md#what-five-articles-claim)), adds up one KL per position
+# and leaves out the prefix, $\sum_i \mathrm{KL}(P(y_i)\,\|\,Q(y_i))$. Does that give the same?
 
 
 # %%
@@ -324,7 +325,8 @@ for name, fit in fits.items():
 # %% [markdown]
 # The forward fit **covers**: it must not give a small probability to anything that the target writes, so it spreads, and writes
 # "the dog" far too often. The reverse fit **seeks a mode**: it must not write what the target does not, so it settles on "the cat"
-# and forgets "a dog". Each wins in its own direction. "KL makes a model more compact", says one article; it depends on which KL.
+# and forgets "a dog". Each wins in its own direction. KL makes a model more compact, says [article B](theory.md#what-five-articles-claim);
+# it depends on which KL.
 
 # %% mystnb={"image": {"alt": "Left: the forward fit spreads over four sentences, the reverse fit picks one. Right: both KLs fall."}}
 with plots.publication_style():

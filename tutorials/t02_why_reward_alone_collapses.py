@@ -64,8 +64,9 @@ print(f"E_q[r] = {mean_reward(q):.4f}, max r = {max(r.values()):.4f}")
 #
 # ## A step that stays a distribution
 #
-# One of the articles improves a policy by adding to it, $\pi \leftarrow \pi + 0.1\,(r - \bar r)$. The sum stays 1 if
-# $\bar r$ is the plain mean of the rewards. What of the single probabilities?
+# An article on KL penalties and Bayesian inference, signed 禅与计算机程序设计艺术 ([article A](theory.md#what-five-articles-claim)),
+# improves a policy by adding to it, $\pi \leftarrow \pi + 0.1\,(r - \bar r)$. The sum stays 1 if $\bar r$
+# is the plain mean of the rewards. What of the single probabilities?
 
 # %%
 added = dict(FOUR_POLICY)

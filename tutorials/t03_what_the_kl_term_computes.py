@@ -199,7 +199,8 @@ print(
 # %% [markdown]
 # ## How far does it go?
 #
-# "The KL penalty keeps the text close to the corpus", says one article. How close? At the optimum, exactly $\mathrm{KL}(\pi^*_\lambda\|q)$. As
+# The KL penalty keeps the text close to the corpus, says [article C](theory.md#what-five-articles-claim). How close? At the optimum, exactly
+# $\mathrm{KL}(\pi^*_\lambda\|q)$. As
 # $\lambda$ falls from large to small, reward is bought with nats. No policy gets more reward for the same KL: this is the *frontier*.
 
 # %%

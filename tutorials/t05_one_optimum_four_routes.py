@@ -119,8 +119,10 @@ answer = update
 check("t05.update", answer)
 
 # %% [markdown]
-# Much depends on this one line, and two articles print others. Taken as it stands, one says $Q(s,a) = \alpha r + (1-\alpha)\max_{a'} Q(s',a')$:
-# $\alpha$ weighs the reward against the future, and the old $Q$ is gone. The other says $Q(s,a) = \sum_{s'} P(s'|s,a) \max_{a'} Q(s',a')$: no
+# Much depends on this one line, and two articles print others. Taken as it stands, one on feedback from an AI ([article E](theory.md#what-five-articles-claim))
+# says $Q(s,a) = \alpha r + (1-\alpha)\max_{a'} Q(s',a')$:
+# $\alpha$ weighs the reward against the future, and the old $Q$ is gone. The other, on policy gradients and models, signed
+# 禅与计算机程序设计艺术 ([article D](theory.md#what-five-articles-claim)), says $Q(s,a) = \sum_{s'} P(s'|s,a) \max_{a'} Q(s',a')$: no
 # reward at all. Textbooks have a third, our line with $\max_{a'} Q(s',a')$ in place of $V(s')$. We run each with $\alpha = ½$ until nothing moves, read the
 # policy $q\,e^{Q/\lambda}$ off, and measure what it lacks.
 

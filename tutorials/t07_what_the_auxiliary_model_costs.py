@@ -15,7 +15,9 @@
 # # 7. What does the auxiliary model cost?
 #
 # Everything so far needed $q(y)$, the prior's probability of a sentence. But suppose that $q$ is the language itself: one can *listen* to it, sentence by
-# sentence, and nobody knows its probabilities. One of the articles then puts an *auxiliary model* $p$ in the place of $q$, and says that this is importance
+# sentence, and nobody knows its probabilities. The article that the four sentences come from,
+# 《大语言模型原理基础与前沿 带有KL惩罚的强化学习：贝叶斯推理观点》 ([article C](theory.md#what-five-articles-claim)),
+# then puts an *auxiliary model* $p$ in the place of $q$, and says that this is importance
 # sampling, and unbiased. We ask what importance sampling is, what was done instead, and **what the auxiliary model costs in the end, in reward**.
 
 # %%
@@ -196,9 +198,9 @@ print(
 # One thing must be said before we go on. **The weights contain $q$.** Importance sampling helps where one can *evaluate* $q$ and not sample from it. Our
 # learner is in the opposite place.
 #
-# ## What the article does
+# ## What article C does
 #
-# With $s = \nabla \log \pi$ the gradient of the penalty is $\nabla \mathrm{KL}(\pi\|q) = \mathrm{E}_\pi[s \log \pi/q]$. The article estimates it by
+# With $s = \nabla \log \pi$ the gradient of the penalty is $\nabla \mathrm{KL}(\pi\|q) = \mathrm{E}_\pi[s \log \pi/q]$. Article C estimates it by
 #
 # $$\mathrm{E}_\pi\!\left[s \left(\log\frac{\pi}{p} + c\right)\right].$$
 #
@@ -230,7 +232,7 @@ assert abs(error - expectation(pi, lambda y: math.log(q[y] / p[y]))) < 1e-9
 assert all(abs(followed[y] - right_gradient[y] - bias[y]) < 1e-9 for y in q)
 
 # %% [markdown]
-# The audit sees the same without our algebra: it runs an estimator on every sample that can be drawn. Beside the article's, with and without a constant, stands
+# The audit sees the same without our algebra: it runs an estimator on every sample that can be drawn. Beside article C's, with and without a constant, stands
 # importance sampling in earnest, `off_policy_sequence`: drawn from $p$, weighted by $\pi/p$, and with $q$ in the logarithm.
 
 # %%
@@ -380,7 +382,7 @@ check("t07.repair", answer)
 print(", ".join(f"r'({y}) = {x:.6f}" for y, x in corrected(p, q, r, lam).items()))
 
 # %% [markdown]
-# $\lambda \log q/p$ is the article's bias, taken out by hand. With it the posterior is the right one, and so is $Z$:
+# $\lambda \log q/p$ is article C's bias, taken out by hand. With it the posterior is the right one, and so is $Z$:
 
 # %%
 fixed_reward = {y: r[y] + lam * math.log(q[y] / p[y]) for y in q}

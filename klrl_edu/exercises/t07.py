@@ -154,7 +154,7 @@ EXERCISES = (
                 lambda: _best_constant(AUXILIARY, lambda y: math.sqrt(_squared_score(y))),
             ),
             Mistake(
-                "That is the best constant for log π/q; the article weighs with log π/p.",
+                "That is the best constant for log π/q; article C weighs with log π/p.",
                 lambda: _best_constant(FOUR_SENTENCES),
             ),
             Mistake(

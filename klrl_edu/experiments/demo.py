@@ -37,7 +37,7 @@ from klrl_edu.problems.examples import (
 from klrl_edu.problems.patterns import regular_expression
 from klrl_edu.problems.problem import Problem
 
-ARTICLE_KL = 0.22  # what an article prints for KL(π‖q) of the four sentences
+ARTICLE_KL = 0.22  # what article C (theory/articles/sources.py) prints for KL(π‖q)
 EVALUATE_EVERY, EVALUATE_LARGE_EVERY = 10, 50
 _SURNAMES_SHOWN = 12
 
@@ -129,8 +129,8 @@ def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
     kl = comparison.kl_to_prior
     bits = kl / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
     say(
-        f"KL(π‖q)  = {kl:.11f} nats = {bits:.4f} bits (an article prints ≈ {ARTICLE_KL}, which is"
-        " neither)"
+        f"KL(π‖q)  = {kl:.11f} nats = {bits:.4f} bits (article C of `klrl check --claims` prints ≈"
+        f" {ARTICLE_KL}, which is neither)"
     )
     say(
         f"KL(π‖π*) = {comparison.reverse_kl:.11f} nats;  J(π) = {comparison.objective:.11f} = λ log"
