@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import klrl_edu
+from klrl_edu import audit_gradient, compare, posterior
 
 TUTORIALS = Path(klrl_edu.__file__).parents[1] / "tutorials"
 STUB = (Path(klrl_edu.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
@@ -135,6 +136,10 @@ def test_the_code_of_add_your_own_runs_and_says_what_the_page_says(tmp_path, mon
         exec(cell, scope)
     assert "log_variance follows objective, scaled by 0.5" in capsys.readouterr().out
     assert scope["comparison"].reverse_kl < 1e-6
+    at_the_posterior = audit_gradient(scope["dpo"], scope["star"], scope["one_pair"])
+    assert float(at_the_posterior.mean.abs().max()) < 1e-15
+    judged = compare(scope["learner"], posterior(scope["judged"]))
+    assert judged.reverse_kl < 0.01
     assert scope["data"]["expected_reward"] == sorted(
         scope["data"]["expected_reward"], reverse=True
     )
