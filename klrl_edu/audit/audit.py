@@ -37,6 +37,7 @@ from klrl_edu.audit.values import (
     sampled_value,
     value_on_support,
 )
+from klrl_edu.core.arguments import check_arguments, check_function, check_loss_function
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count
@@ -98,6 +99,13 @@ def audit_gradient(
             source whose law is not known.
     """
     started = time.perf_counter()
+    check_arguments(
+        "audit_gradient(loss, policy, source)",
+        loss=(loss, object),
+        policy=(policy, LanguageModel),
+        source=(source, object),
+    )
+    check_loss_function(loss)
     check_monte_carlo(monte_carlo, draw, bound)
     _check_policy(policy)
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
@@ -175,6 +183,13 @@ def audit_value(
         InputError: the estimator returns NaN or another shape, or does what a loss must not do.
     """
     started = time.perf_counter()
+    check_arguments(
+        "audit_value(estimator, policy, problem)",
+        estimator=(estimator, object),
+        policy=(policy, LanguageModel),
+        problem=(problem, Problem),
+    )
+    check_function(estimator, "estimator", "kl_values.k3")
     check_count(batch_size, "batch_size")
     check_monte_carlo(monte_carlo, draw, bound)
     scene = build_scene(

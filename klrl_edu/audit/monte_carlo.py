@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import check_draw
 from klrl_edu.core.errors import InputError
 
 FAILURE_PROBABILITY = 1e-6
@@ -51,6 +52,7 @@ def check_monte_carlo(monte_carlo: int | None, draw: object, bound: float | None
         )
     if draw is None:
         raise InputError("monte_carlo needs its randomness: draw=seeded_draw(0).")
+    check_draw(draw)
     if bound is None:
         raise InputError(
             "monte_carlo needs bound=, the largest |entry| that an estimate can have: without a"

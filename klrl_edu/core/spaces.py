@@ -28,6 +28,10 @@ class SequenceSpace:
         max_length: T, counting the EOS when there is one.
         eos: True for texts of varying length, False for exactly T words.
         separator: between the words of a text; "" makes every character a word.
+
+    Words may hold the separator, or with "" be longer than a character, as byte-pair tokens such as
+    " the" are: the space is then `spelled`, and a text is split by trying which words spell it.
+    Decoding always works; encoding refuses a text that several sequences of words spell.
     """
 
     vocabulary: tuple[str, ...]
@@ -51,10 +55,10 @@ class SequenceSpace:
                     f"vocabulary[{index}] = {word!r} appears twice (after NFC normalisation); list"
                     " each word once."
                 )
-            if self._split(word) != [word]:
+            if not word:
                 raise InputError(
-                    f"vocabulary[{index}] = {word!r} splits at separator {self.separator!r}; choose"
-                    " another separator."
+                    f"vocabulary[{index}] = '' is empty; EOS is no word (eos=True adds it), so"
+                    " remove it."
                 )
             seen.add(word)
 
@@ -94,9 +98,21 @@ class SequenceSpace:
         return length if words == 1 else (words**length - 1) // (words - 1)
 
     @cached_property
+    def spelled(self) -> bool:
+        """Whether words are found by spelling, as the separator alone does not tell them apart."""
+        return any(_split(word, self.separator) != [word] for word in self.vocabulary)
+
+    @cached_property
     def word_ids(self) -> dict[str, int]:
         """Word -> id."""
         return {word: index for index, word in enumerate(self.vocabulary)}
+
+    def in_short(self) -> str:
+        """The numbers of words and tokens, for the line that describes a model."""
+        return (
+            f"{len(self.vocabulary):,} words, T = {self.max_length},"
+            f" {'EOS' if self.eos else 'no EOS'}"
+        )
 
     def __repr__(self) -> str:
         words = ", ".join(map(repr, self.vocabulary[:4])) + (
@@ -129,7 +145,8 @@ class SequenceSpace:
         """A text -> tokens [T], or many -> [N,T].
 
         Raises:
-            InputError: a word outside the vocabulary, or a text of the wrong length.
+            InputError: a word outside the vocabulary, a text of the wrong length, or one that
+                several sequences spell (see `spelled`).
         """
         if isinstance(text, str):
             return torch.tensor(self._ids(text), dtype=torch.long)
@@ -150,6 +167,22 @@ class SequenceSpace:
             )
             for row in rows
         ]
+
+    def encode_prompt(self, text: str) -> Tensor:
+        """A prompt as text -> token ids [S]: its words, of any number, without EOS or padding.
+
+        Raises:
+            InputError: as `encode`, lengths apart.
+        """
+        return torch.tensor(self._word_ids(text, 0, len(text)), dtype=torch.long)
+
+    def decode_prompt(self, prompt: Tensor | Sequence[int]) -> str:
+        """A prompt [S] -> its text, without the padding; an id that is no word is shown as
+        <id>.
+        """
+        ids = [int(token) for token in prompt if token >= 0]
+        words = (self.vocabulary[i] if i < len(self.vocabulary) else f"<{i}>" for i in ids)
+        return self.separator.join(words)
 
     def check_tokens(self, tokens: Tensor, name: str = "tokens") -> Tensor:
         """Returns `tokens` [N,T] if they are sequences of this space; says which entry is not."""
@@ -201,24 +234,68 @@ class SequenceSpace:
             grid, (0, self.max_length - length), value=len(self.vocabulary)
         )
 
-    def _split(self, text: str) -> list[str]:
-        return _split(text, self.separator)
-
     def _ids(self, text: str) -> list[int]:
-        words = self._split(unicodedata.normalize("NFC", text))
+        room = self.max_length - self.eos
+        ids = self._word_ids(text, 0 if self.eos else room, room)
+        return ids + [len(self.vocabulary)] * (self.max_length - len(ids))
+
+    def _word_ids(self, text: str, least: int, most: int) -> list[int]:
+        """The ids of a text of `least` to `most` words."""
+        text = unicodedata.normalize("NFC", text)
+        if self.spelled:
+            return self._spelling(text, least, most)
+        words = _split(text, self.separator)
         unknown = next((word for word in words if word not in self.word_ids), None)
         if unknown is not None:
             raise InputError(
                 f"text {text!r}: word {unknown!r} is not in the vocabulary of {self!r}; add it, or"
                 " remove the text."
             )
-        room = self.max_length - self.eos
-        if len(words) > room or (not self.eos and len(words) < room):
-            wanted = f"at most {room}" if self.eos else f"exactly {room}"
+        if not least <= len(words) <= most:
+            wanted = f"at most {most}" if self.eos else f"exactly {most}"
             raise InputError(f"text {text!r} has {len(words)} words; this space takes {wanted}.")
-        return [self.word_ids[word] for word in words] + [len(self.vocabulary)] * (
-            self.max_length - len(words)
-        )
+        return [self.word_ids[word] for word in words]
+
+    def _spelling(self, text: str, least: int, most: int) -> list[int]:
+        """The only sequence of words that spells a text, and an error where there are more."""
+        found = self._spellings(text, least, most)
+        if not found:
+            wanted = f"at most {most}" if least < most else f"exactly {most}"
+            raise InputError(
+                f"text {text!r} is not spelled by {wanted} words of {self!r}; add words, or remove"
+                " the text."
+            )
+        if len(found) > 1:
+            one, other = ([self.vocabulary[i] for i in ids] for ids in found)
+            raise InputError(
+                f"text {text!r} is ambiguous: {one} and {other} both spell it; give tokens (a"
+                " tokenizer's ids) instead of the text."
+            )
+        return found[0]
+
+    def _spellings(self, text: str, least: int, most: int) -> list[list[int]]:
+        """Up to two sequences of words that spell a text, depth-first; a place from which the end
+        is out of reach is tried once for each number of words.
+        """
+        lengths = sorted({len(word) for word in self.vocabulary}, reverse=True)
+        gap, found = self.separator, list[list[int]]()
+        stack: list[tuple[int, list[int]]] = [(0, [])]
+        visits: dict[tuple[int, int], int] = {}
+        while stack and len(found) < 2:
+            place, ids = stack.pop()
+            if place == len(text) and least <= len(ids):
+                found.append(ids)
+            if len(ids) == most or visits.get((place, len(ids)), 0) > 1:
+                continue
+            visits[place, len(ids)] = visits.get((place, len(ids)), 0) + 1
+            start = place + len(gap) if ids else place
+            if ids and not text.startswith(gap, place):
+                continue
+            for length in lengths:
+                word = text[start : start + length]
+                if len(word) == length and word in self.word_ids:
+                    stack.append((start + length, [*ids, self.word_ids[word]]))
+        return found
 
 
 def _split(text: str, separator: str) -> list[str]:

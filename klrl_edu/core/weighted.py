@@ -3,6 +3,7 @@ its estimate.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class WeightedSequences:
     tokens: Tensor
     log_weights: Tensor
     exact: bool
+
+    in_words: ClassVar[str] = "WeightedSequences"
 
     def __post_init__(self) -> None:
         self.space.check_tokens(self.tokens)

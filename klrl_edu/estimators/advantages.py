@@ -16,11 +16,13 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import any_known
 
 # --- one advantage a sequence, from its group -----------------------------------------------------
 
 
+@takes_numbers
 def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
     """The mean of the other values in each one's group: [N] and group [N] -> [N]; independent of
     the value it is subtracted from, as (1) asks.
@@ -34,6 +36,7 @@ def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
     return (_totals(values, group) - values) / (count - 1)
 
 
+@takes_numbers
 def leave_one_out_advantage(values: Tensor, group: Tensor) -> Tensor:
     """R − leave-one-out mean: [N] and group [N] -> [N], n/(n − 1) times `centred`. RLOO: Ahmadian
     et al. (2024), eq. 8.
@@ -41,6 +44,7 @@ def leave_one_out_advantage(values: Tensor, group: Tensor) -> Tensor:
     return values - leave_one_out_mean(values, group)
 
 
+@takes_numbers
 def centred(values: Tensor, group: Tensor) -> Tensor:
     """R − the group's mean, which contains R itself: [N] and group [N] -> [N]; the gradient shrinks
     to (n − 1)/n of ∇E[R], in the same direction.
@@ -48,6 +52,7 @@ def centred(values: Tensor, group: Tensor) -> Tensor:
     return values - _totals(values, group) / torch.bincount(group)[group]
 
 
+@takes_numbers
 def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> Tensor:
     """(R − mean)/(std + ε) in each group, with the population std (divided by n): [N] and group [N]
     -> [N], without unit.
@@ -65,6 +70,7 @@ def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> T
     return _standardised(deviation, squares / count, epsilon)
 
 
+@takes_numbers
 def sample_z_score(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
     """(R − mean)/(std + ε) in each group, with the sample std (divided by n − 1): [N] and group [N]
     -> [N], without unit.
@@ -79,6 +85,7 @@ def sample_z_score(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tens
     return _standardised(deviation, squares / (count - 1), epsilon)
 
 
+@takes_numbers
 def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Tensor) -> Tensor:
     """b* of (2), the constant that minimises the variance of (R − b)s: a scalar in reward units.
 
@@ -102,6 +109,7 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
 # --- one advantage a token ------------------------------------------------------------------------
 
 
+@takes_numbers
 def to_go(rewards: Tensor) -> Tensor:
     """Σ_{t'≥t} r_t' [N,T] -> [N,T]: what a token can still change, in reward units. A token's
     earlier rewards are a constant b of (1).
@@ -109,6 +117,7 @@ def to_go(rewards: Tensor) -> Tensor:
     return rewards.flip(-1).cumsum(-1).flip(-1)
 
 
+@takes_numbers
 def gae(
     rewards: Tensor, values: Tensor, live: Tensor, *, discount: float = 1.0, decay: float = 0.95
 ) -> Tensor:
@@ -143,6 +152,7 @@ def gae(
 # --- f-DPG: rewards whose policy gradient descends a divergence to a target p ---------------------
 
 
+@takes_numbers
 def fdpg_reverse_kl(log_ratio: Tensor) -> Tensor:
     """−f' = −(log t + 1), f = t log t, of log t = log π/p [...]: the reward of KL(π‖p). Constants
     are baselines, so p need not be normalised.
@@ -150,6 +160,7 @@ def fdpg_reverse_kl(log_ratio: Tensor) -> Tensor:
     return -(log_ratio + 1)
 
 
+@takes_numbers
 def fdpg_forward_kl(log_ratio: Tensor) -> Tensor:
     """−f' = 1/t, f = −log t, of log t = log π/p [...]: the reward p/π of KL(p‖π), which is DPG
     (Khalifa et al., 2021). Needs p normalised.
@@ -157,6 +168,7 @@ def fdpg_forward_kl(log_ratio: Tensor) -> Tensor:
     return torch.exp(-log_ratio)
 
 
+@takes_numbers
 def fdpg_total_variation(log_ratio: Tensor) -> Tensor:
     """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p), which
     only says whether π has too much.
@@ -164,6 +176,7 @@ def fdpg_total_variation(log_ratio: Tensor) -> Tensor:
     return -torch.sign(log_ratio) / 2
 
 
+@takes_numbers
 def fdpg_jensen_shannon(log_ratio: Tensor) -> Tensor:
     """−f' = −½ log 2t/(1 + t), f = ½[t log t − (1 + t) log (1 + t)/2], of log t = log π/p [...]:
     the reward of JS, at least −½ log 2.
@@ -173,11 +186,13 @@ def fdpg_jensen_shannon(log_ratio: Tensor) -> Tensor:
     return -_half_log_twice_share(log_ratio)
 
 
+@takes_numbers
 def fdpg_chi_squared(log_ratio: Tensor) -> Tensor:
     """−f' = 1 − t, f = ½(t − 1)², of log t = log π/p [...]: the reward of ½E_p(t − 1)²."""
     return -torch.expm1(log_ratio)
 
 
+@takes_numbers
 def fdpg_squared_hellinger(log_ratio: Tensor) -> Tensor:
     """−f' = ½(t^{−½} − 1), f = ½(√t − 1)², of log t = log π/p [...]: the reward of ½Σ(√π − √p)²."""
     return torch.expm1(-log_ratio / 2) / 2

@@ -14,7 +14,10 @@ al. (2025), DAPO.
 import torch
 from torch import Tensor
 
+from klrl_edu.core.numbers import takes_numbers
 
+
+@takes_numbers
 def seq_mean_token_sum(values: Tensor, live: Tensor) -> Tensor:
     """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar. A mean over sequences, so unbiased for
     the sequence's expected sum E_π Σ_t x_t.
@@ -22,6 +25,7 @@ def seq_mean_token_sum(values: Tensor, live: Tensor) -> Tensor:
     return _sums(values, live).mean()
 
 
+@takes_numbers
 def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Tensor:
     """(1/NL) Σ_i Σ_t x_it with a constant L, by default T: values and live [N,T] -> scalar. Its
     mean is 1/L of the sum's, whatever the lengths.
@@ -31,6 +35,7 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
     return _sums(values, live).mean() / (values.shape[-1] if length is None else length)
 
 
+@takes_numbers
 def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
     """(1/N) Σ_i (1/L_i) Σ_t x_it: values and live [N,T] -> scalar. Its mean is E_π[Σ_t x_t/L], in
     which a token of a long sequence counts less.
@@ -40,6 +45,7 @@ def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
     return (_sums(values, live) / live.sum(-1)).mean()
 
 
+@takes_numbers
 def token_mean(values: Tensor, live: Tensor) -> Tensor:
     """Σ_i Σ_t x_it / Σ_i L_i: values and live [N,T] -> scalar.
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 
 
+@takes_numbers
 def forward_kl(log_ratio: Tensor) -> Tensor:
     """KL(q‖π) by w log w = −u e^{−u} [...]: unbiased; may be negative. Variance E_q[w u²] −
     KL(q‖π)²; 0 where q = 0.
@@ -25,6 +27,7 @@ def forward_kl(log_ratio: Tensor) -> Tensor:
     return logspace.mul_exp(-log_ratio, -log_ratio)
 
 
+@takes_numbers
 def forward_kl_nonnegative(log_ratio: Tensor) -> Tensor:
     """KL(q‖π) by f = t − 1 − log t: w log w − w + 1 ≥ 0 [...], what k3 is to k1; unbiased, exact to
     the last digits near u = 0, 1 where q = 0.
@@ -39,6 +42,7 @@ def forward_kl_nonnegative(log_ratio: Tensor) -> Tensor:
     )
 
 
+@takes_numbers
 def chi_squared(log_ratio: Tensor) -> Tensor:
     """½E_q(t − 1)² by cosh u − 1 = 2 sinh²(u/2) [...]: unbiased; heavy-tailed upwards, as (2) holds
     E_π[t²].
@@ -46,6 +50,7 @@ def chi_squared(log_ratio: Tensor) -> Tensor:
     return 2 * torch.sinh(log_ratio / 2).square()
 
 
+@takes_numbers
 def reverse_chi_squared(log_ratio: Tensor) -> Tensor:
     """½χ²(q‖π) = ½E_π(w − 1)² by ½(e^{−u} − 1)² [...]: unbiased; twice it is the variance of an
     importance weight w.
@@ -53,6 +58,7 @@ def reverse_chi_squared(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio).square() / 2
 
 
+@takes_numbers
 def total_variation(log_ratio: Tensor) -> Tensor:
     """½Σ|π − q| by ½|1 − e^{−u}| [...]: unbiased; between 0 and ½ where π > q. Variance ¼E_π(w −
     1)² − TV².
@@ -60,11 +66,13 @@ def total_variation(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio).abs() / 2
 
 
+@takes_numbers
 def squared_hellinger(log_ratio: Tensor) -> Tensor:
     """½Σ(√π − √q)² by ½(1 − e^{−u/2})² [...]: unbiased."""
     return torch.expm1(-log_ratio / 2).square() / 2
 
 
+@takes_numbers
 def jensen_shannon(log_ratio: Tensor) -> Tensor:
     """½KL(π‖m) + ½KL(q‖m), m = (π + q)/2, by ½[log 2t/(1+t) + w log 2/(1+t)] [...]: unbiased, at
     least 0; the divergence is at most log 2.
@@ -72,6 +80,7 @@ def jensen_shannon(log_ratio: Tensor) -> Tensor:
     return generalised_jensen_shannon(log_ratio, 0.5)
 
 
+@takes_numbers
 def generalised_jensen_shannon(log_ratio: Tensor, weight: float) -> Tensor:
     """β KL(π‖m) + (1 − β) KL(q‖m), m = βπ + (1 − β)q, by β log π/m + (1 − β) w log q/m [...]:
     unbiased.
@@ -93,6 +102,7 @@ def generalised_jensen_shannon(log_ratio: Tensor, weight: float) -> Tensor:
     return weight * policy + (1 - weight) * logspace.mul_exp(prior, -log_ratio)
 
 
+@takes_numbers
 def alpha_divergence(log_ratio: Tensor, alpha: float = 0.5) -> Tensor:
     """f = (t^α − αt − (1 − α))/(α(α − 1)) by (e^{(α−1)u} − α − (1 − α)e^{−u})/(α(α − 1)) ≥ 0 [...]:
     unbiased for every α but 0 and 1.

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.numbers import takes_numbers
 
 
+@takes_numbers
 def importance_sampling(log_weights: Tensor) -> Tensor:
     """log Ẑ, Ẑ = (1/n) Σ w: [..., n] -> [...] in nats. Ẑ itself is unbiased for Z, with variance
     Z²χ²(π*‖π)/n.
@@ -27,6 +29,7 @@ def importance_sampling(log_weights: Tensor) -> Tensor:
     return logspace.logsumexp(log_weights) - math.log(log_weights.shape[-1])
 
 
+@takes_numbers
 def lower_bound(log_weights: Tensor) -> Tensor:
     """(1/n) Σ log w: [..., n] -> [...] in nats. Its mean is log Z − KL(π‖π*), the ELBO, for every
     n; variance Var_π(log w)/n.
@@ -36,6 +39,7 @@ def lower_bound(log_weights: Tensor) -> Tensor:
     return log_weights.mean(-1)
 
 
+@takes_numbers
 def upper_bound(posterior_log_weights: Tensor) -> Tensor:
     """(1/n) Σ log w at n exact samples of π*: [..., n] -> [...] in nats. Its mean is log Z +
     KL(π*‖π), at least log Z. Source: (2).
@@ -43,6 +47,7 @@ def upper_bound(posterior_log_weights: Tensor) -> Tensor:
     return posterior_log_weights.mean(-1)
 
 
+@takes_numbers
 def reverse_importance_sampling(posterior_log_weight: Tensor, log_weights: Tensor) -> Tensor:
     """log (1/n)(w* + Σ w) with one exact sample of π* among n − 1 of the proposal: [...] and [...,
     n−1] -> [...] in nats.
@@ -54,6 +59,7 @@ def reverse_importance_sampling(posterior_log_weight: Tensor, log_weights: Tenso
     return importance_sampling(torch.cat([posterior_log_weight.unsqueeze(-1), log_weights], -1))
 
 
+@takes_numbers
 def harmonic_mean(posterior_log_weights: Tensor) -> Tensor:
     """−log (1/n) Σ 1/w at n exact samples of π*: [..., n] -> [...] in nats. e^{−result} is unbiased
     for 1/Z where π's support lies in π*'s.
@@ -64,6 +70,7 @@ def harmonic_mean(posterior_log_weights: Tensor) -> Tensor:
     return -importance_sampling(-posterior_log_weights)
 
 
+@takes_numbers
 def self_normalised(values: Tensor, log_weights: Tensor) -> Tensor:
     """Σ w f/Σ w, an estimate of E_π*[f] that needs no Z: values f and log-weights [..., n] -> [...]
     in the unit of f.

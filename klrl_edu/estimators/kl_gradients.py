@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.estimators.kl_values import k2, k3, per_token_kl
 
 # --- in the reward: the first half of (1) ---------------------------------------------------------
 
 
+@takes_numbers
 def reward_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(u) log π, two [N,T] -> scalar: unbiased for ∇KL(π‖q). REINFORCE on −u. Variance
     E[u²‖s‖²] − ‖∇KL‖², over N.
@@ -38,6 +40,7 @@ def reward_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (log_ratio * log_probs.sum(-1)).mean()
 
 
+@takes_numbers
 def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t sg(Σ_{t'≥t} u_t') log π_t, two [N,T] -> scalar: unbiased for ∇KL(π‖q) by (3); a
     token is not charged for what came before it.
@@ -46,6 +49,7 @@ def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (to_go * log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def reward_rao_blackwell_to_go(
     log_probs: Tensor, prior_log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
 ) -> Tensor:
@@ -60,6 +64,7 @@ def reward_rao_blackwell_to_go(
     return ((log_probs.detach() - prior_log_probs + later) * log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def reward_full_kl(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """mean sg(Σ_t KL_t) log π, the exact per-token KL put into the reward, [N,T] and [N,T,V] twice
     -> scalar.
@@ -71,6 +76,7 @@ def reward_full_kl(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
     return (divergence * log_probs.sum(-1)).mean()
 
 
+@takes_numbers
 def reward_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(k3(u)) log π, two [N,T] -> scalar: follows ∇KL(π‖q) − ∇KL(q‖π), as E_π[w s] =
     −∇KL(q‖π).
@@ -79,6 +85,7 @@ def reward_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (value * log_probs.sum(-1)).mean()
 
 
+@takes_numbers
 def reward_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(Σ_t k3(u_t)) log π, two [N,T] -> scalar: follows ∇KL(π‖q) − E_π Σ_t ∇KL(q_t‖π_t)."""
     value = k3(log_probs.detach() - prior_log_probs).sum(-1)
@@ -88,6 +95,7 @@ def reward_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 # --- in the loss: the second half of (1) ----------------------------------------------------------
 
 
+@takes_numbers
 def loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean u, two [N,T] -> scalar: its gradient s has expectation 0; pure noise of variance E‖s‖²
     over N. Per token it is the same.
@@ -95,6 +103,7 @@ def loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (log_probs - prior_log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean u²/2 of the sequence, two [N,T] -> scalar: unbiased for ∇KL(π‖q); the gradient u s is
     that of `reward_k1`, sample by sample.
@@ -102,6 +111,7 @@ def loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return k2((log_probs - prior_log_probs).sum(-1)).mean()
 
 
+@takes_numbers
 def loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean k3(u) of the sequence, two [N,T] -> scalar: unbiased for ∇KL(q‖π), the *forward* KL; the
     gradient is (1 − w)s.
@@ -109,6 +119,7 @@ def loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return k3((log_probs - prior_log_probs).sum(-1)).mean()
 
 
+@takes_numbers
 def loss_absolute_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean |u| of the sequence, two [N,T] -> scalar: follows 2∇TV(π, q) = ∇Σ|π − q|; the gradient
     is sign(u) s.
@@ -116,6 +127,7 @@ def loss_absolute_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (log_probs - prior_log_probs).sum(-1).abs().mean()
 
 
+@takes_numbers
 def loss_k2_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t u_t²/2, two [N,T] -> scalar: unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t), with
     prefixes held fixed; gradient Σ_t u_t s_t.
@@ -123,6 +135,7 @@ def loss_k2_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return k2(log_probs - prior_log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t k3(u_t), two [N,T] -> scalar: unbiased for the per-token *forward* E_π Σ_t
     ∇KL(q_t‖π_t), with prefixes held fixed.
@@ -132,6 +145,7 @@ def loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return k3(log_probs - prior_log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def loss_absolute_k1_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t |u_t|, two [N,T] -> scalar: follows 2 E_π Σ_t ∇TV(π_t, q_t), with prefixes held
     fixed.
@@ -139,6 +153,7 @@ def loss_absolute_k1_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor
     return (log_probs - prior_log_probs).abs().sum(-1).mean()
 
 
+@takes_numbers
 def loss_clamped_k3_token(
     log_probs: Tensor, prior_log_probs: Tensor, bound: float = 10.0
 ) -> Tensor:
@@ -148,6 +163,7 @@ def loss_clamped_k3_token(
     return k3(log_probs - prior_log_probs).clamp(max=bound).sum(-1).mean()
 
 
+@takes_numbers
 def loss_full_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """mean Σ_t KL(π_t‖q_t), two [N,T,V] -> scalar: unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t),
     with the noise of the prefixes only.
@@ -157,6 +173,7 @@ def loss_full_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     return per_token_kl(log_dists, prior_log_dists).sum(-1).mean()
 
 
+@takes_numbers
 def loss_full_forward_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """mean Σ_t KL(q_t‖π_t), two [N,T,V] -> scalar: unbiased for the per-token forward E_π Σ_t
     ∇KL(q_t‖π_t).
@@ -167,6 +184,7 @@ def loss_full_forward_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
 # --- in both: all of (1) --------------------------------------------------------------------------
 
 
+@takes_numbers
 def reward_and_loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(u) log π + u, two [N,T] -> scalar: unbiased for ∇KL(π‖q); the second term adds noise
     only: the gradient is (u + 1)s.
@@ -174,6 +192,7 @@ def reward_and_loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return reward_k1(log_probs, prior_log_probs) + loss_k1(log_probs, prior_log_probs)
 
 
+@takes_numbers
 def reward_and_loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(u²/2) log π + u²/2, two [N,T] -> scalar: follows ∇E_π[u²/2], which is not ∇KL; k2's
     value is biased, and now its gradient is too.
@@ -182,6 +201,7 @@ def reward_and_loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (value.detach() * log_probs.sum(-1) + value).mean()
 
 
+@takes_numbers
 def reward_and_loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(k3(u)) log π + k3(u), two [N,T] -> scalar: unbiased for ∇KL(π‖q); the gradient is (u
     + q/π − q/π)s = u s, that of `reward_k1`.
@@ -190,6 +210,7 @@ def reward_and_loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (value.detach() * log_probs.sum(-1) + value).mean()
 
 
+@takes_numbers
 def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t [sg(Σ_{t'≥t} k3(u_t')) log π_t + k3(u_t)], two [N,T] -> scalar: unbiased for
     ∇KL(π‖q), as E[k3(u_t)|y_<t] = KL_t.
@@ -198,6 +219,7 @@ def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tens
     return (_to_go(values.detach()) * log_probs + values).sum(-1).mean()
 
 
+@takes_numbers
 def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """mean Σ_t [KL_t + sg(Σ_{t'>t} KL_t') log π_t], [N,T] and [N,T,V] twice -> scalar: unbiased for
     ∇KL(π‖q), the right side of (3).
@@ -212,6 +234,7 @@ def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: T
 # --- bias-corrected: a value in front, another gradient behind ------------------------------------
 
 
+@takes_numbers
 def straight_through_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t of k3(u_t) in value and u_t²/2 in gradient (verl's `k3+`), two [N,T] -> scalar:
     unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t).
@@ -221,6 +244,7 @@ def straight_through_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return (k3(log_ratio).detach() + backward - backward.detach()).sum(-1).mean()
 
 
+@takes_numbers
 def live_ratio_k3_token(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -238,6 +262,7 @@ def live_ratio_k3_token(
     )
 
 
+@takes_numbers
 def live_ratio_k3_prefix(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -250,6 +275,7 @@ def live_ratio_k3_prefix(
     return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
 
 
+@takes_numbers
 def live_ratio_k3(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -260,6 +286,7 @@ def live_ratio_k3(
     return (ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
 
 
+@takes_numbers
 def detached_ratio_k3_token(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -274,6 +301,7 @@ def detached_ratio_k3_token(
     return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
 
 
+@takes_numbers
 def detached_ratio_k3(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -287,6 +315,7 @@ def detached_ratio_k3(
 # --- off-policy weights at each level -------------------------------------------------------------
 
 
+@takes_numbers
 def off_policy_unweighted(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(u) log π on samples of μ, two [N,T] -> scalar: `reward_k1` as if they were π's.
     Follows E_μ[u s], which is ∇½E_μ[u²].
@@ -294,6 +323,7 @@ def off_policy_unweighted(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     return reward_k1(log_probs, prior_log_probs)
 
 
+@takes_numbers
 def off_policy_token(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -304,6 +334,7 @@ def off_policy_token(
     return ((ratio * (log_probs - prior_log_probs)).detach() * log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def off_policy_prefix(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
@@ -314,6 +345,7 @@ def off_policy_prefix(
     return (_to_go((ratio * (log_probs - prior_log_probs)).detach()) * log_probs).sum(-1).mean()
 
 
+@takes_numbers
 def off_policy_sequence(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:

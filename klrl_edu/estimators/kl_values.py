@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import any_known
 
 # --- functions of the log-ratio -------------------------------------------------------------------
 
 
+@takes_numbers
 def k1(log_ratio: Tensor) -> Tensor:
     """u [...]: unbiased, variance Var_π(u); may be negative. Schulman (2020)."""
     return log_ratio
 
 
+@takes_numbers
 def k2(log_ratio: Tensor) -> Tensor:
     """u²/2 [...]: biased by ½E[u²] − E[u]; its gradient on-policy is that of KL(π‖q). Variance
     ¼Var_π(u²). Schulman (2020).
@@ -35,6 +38,7 @@ def k2(log_ratio: Tensor) -> Tensor:
     return log_ratio.square() / 2
 
 
+@takes_numbers
 def k3(log_ratio: Tensor) -> Tensor:
     """e^{−u} − 1 + u ≥ 0 [...]: unbiased where q's support lies in π's; exact to the last digits
     near u = 0. Schulman (2020).
@@ -52,11 +56,12 @@ def k3(log_ratio: Tensor) -> Tensor:
             f"k3 overflows {log_ratio.dtype} at log-ratio {lowest:g}: its log is {-lowest:g} nats;"
             " use k1.",
             RuntimeWarning,
-            2,
+            3,  # past `takes_numbers`, to whoever called
         )
     return values
 
 
+@takes_numbers
 def control_variate(log_ratio: Tensor, coefficient: float | Tensor) -> Tensor:
     """k_c = u + c(e^{−u} − 1) [...] of (2): unbiased for every constant c where q's support lies in
     π's, as E_π[e^{−u}] = 1.
@@ -67,6 +72,7 @@ def control_variate(log_ratio: Tensor, coefficient: float | Tensor) -> Tensor:
     return log_ratio + coefficient * torch.expm1(-log_ratio)
 
 
+@takes_numbers
 def best_coefficient(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """c* = −Cov_π(u, w)/Var_π(w), w = e^{−u}, from the log-probabilities [..., K] of every outcome
     under π and q -> [...].
@@ -83,6 +89,7 @@ def best_coefficient(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     )
 
 
+@takes_numbers
 def fitted_coefficient(log_ratio: Tensor) -> Tensor:
     """c* fitted to samples, −Σ(u − ū)(w − w̄)/Σ(w − w̄)², w = e^{−u}: u [n] -> scalar; 1 (k3) where
     all u are equal.
@@ -99,6 +106,7 @@ def fitted_coefficient(log_ratio: Tensor) -> Tensor:
     return torch.where(spread > 0, slope, torch.ones_like(slope))
 
 
+@takes_numbers
 def absolute_k1(log_ratio: Tensor) -> Tensor:
     """|u| [...] (verl's `abs`): biased upwards, E|u| = KL + 2E[max(−u, 0)]. Variance E[u²] −
     (E|u|)².
@@ -106,6 +114,7 @@ def absolute_k1(log_ratio: Tensor) -> Tensor:
     return log_ratio.abs()
 
 
+@takes_numbers
 def opposite_k3(log_ratio: Tensor) -> Tensor:
     """e^u − 1 − u [...], k3 with its ratio upside down, a trap: its mean is E_π[π/q] − 1 − KL =
     χ²(π‖q) − KL(π‖q), χ²(π‖q) = E_q[(π/q − 1)²].
@@ -113,6 +122,7 @@ def opposite_k3(log_ratio: Tensor) -> Tensor:
     return logspace.expm1_minus_identity(log_ratio)
 
 
+@takes_numbers
 def clamped_k1(log_ratio: Tensor, bound: float) -> Tensor:
     """min(max(u, −b), b) [...]: biased by the tails, E[(−b − u)₊] − E[(u − b)₊]; its gradient is 0
     where |u| > b.
@@ -120,6 +130,7 @@ def clamped_k1(log_ratio: Tensor, bound: float) -> Tensor:
     return log_ratio.clamp(-bound, bound)
 
 
+@takes_numbers
 def clamped_k3(log_ratio: Tensor, bound: float = 10.0) -> Tensor:
     """min(k3, b) [...], as verl's `low_var_kl`, NeMo-RL and others clamp the output: biased
     downwards by E[(k3 − b)₊].
@@ -130,6 +141,7 @@ def clamped_k3(log_ratio: Tensor, bound: float = 10.0) -> Tensor:
     return k3(log_ratio).clamp(max=bound)
 
 
+@takes_numbers
 def input_clamped_k3(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
     """k3(min(max(u, −b), b)) [...]: finite for every u, biased by the tails; its gradient is 0
     where |u| > b.
@@ -140,6 +152,7 @@ def input_clamped_k3(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
 # --- over the full vocabulary ---------------------------------------------------------------------
 
 
+@takes_numbers
 def per_token_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """KL_t of (3) at each position, over the full vocabulary.
 
@@ -154,6 +167,7 @@ def per_token_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     return logspace.kl_divergence(log_dists, prior_log_dists)
 
 
+@takes_numbers
 def rao_blackwell(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     """Σ_t KL_t of (3) along each sampled sequence: [N,T,V] twice -> [N] in nats; unbiased for the
     sequence KL.
@@ -166,6 +180,7 @@ def rao_blackwell(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     return per_token_kl(log_dists, prior_log_dists).sum(-1)
 
 
+@takes_numbers
 def kl_per_token(log_ratio: Tensor, live: Tensor) -> Tensor:
     """The masked token mean of u that TRL logs as `kl`: Σ live·u / Σ live for u [N,T] -> scalar,
     nats a token; NaN of nothing.
@@ -180,6 +195,7 @@ def kl_per_token(log_ratio: Tensor, live: Tensor) -> Tensor:
 # --- from samples of another policy μ -------------------------------------------------------------
 
 
+@takes_numbers
 def off_policy_token(
     log_probs: Tensor,
     prior_log_probs: Tensor,
@@ -195,6 +211,7 @@ def off_policy_token(
     return logspace.mul_exp(estimator(log_probs - prior_log_probs), log_weight).sum(-1)
 
 
+@takes_numbers
 def off_policy_prefix(
     log_probs: Tensor,
     prior_log_probs: Tensor,
@@ -210,6 +227,7 @@ def off_policy_prefix(
     return logspace.mul_exp(estimator(log_probs - prior_log_probs), log_weight).sum(-1)
 
 
+@takes_numbers
 def off_policy_sequence(
     log_probs: Tensor,
     prior_log_probs: Tensor,
@@ -225,6 +243,7 @@ def off_policy_sequence(
     return logspace.mul_exp(estimator((log_probs - prior_log_probs).sum(-1)), log_weight)
 
 
+@takes_numbers
 def off_policy_rao_blackwell(
     log_probs: Tensor, behaviour_log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
 ) -> Tensor:

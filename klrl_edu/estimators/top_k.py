@@ -12,8 +12,10 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 
 
+@takes_numbers
 def top_k_truncated(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tensor:
     """The first sum of (1) alone: [N,T,V] twice -> [N,T] in nats.
 
@@ -26,6 +28,7 @@ def top_k_truncated(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tenso
     )
 
 
+@takes_numbers
 def top_k_tail_sampled(
     log_dists: Tensor, prior_log_dists: Tensor, tokens: Tensor, k: int
 ) -> Tensor:
@@ -45,6 +48,7 @@ def top_k_tail_sampled(
     return known + torch.where(in_tail, log_ratio, torch.zeros_like(log_ratio))
 
 
+@takes_numbers
 def top_k_tail_bucket(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tensor:
     """The KL of the distributions that put all the tail into one bucket: [N,T,V] twice -> [N,T] in
     nats.

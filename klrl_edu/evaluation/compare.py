@@ -10,7 +10,7 @@ them. K supported sequences, nats, reward units.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.arguments import check_arguments, check_draw
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
@@ -187,11 +188,22 @@ def compare(
         draw: the randomness for `n`.
 
     Raises:
-        InputError: another space; an exact comparison with a posterior that was not enumerated; `n`
+        InputError: an argument of another kind, another space, or a prompt that the model does not
+            read; an exact comparison with a posterior that was not enumerated; `n`
             without `draw`.
     """
-    if not isinstance(target, Posterior):
-        return Comparisons(tuple(compare(approximation, one, n=n, draw=draw) for one in target))
+    if isinstance(target, Iterable):
+        rows = tuple(compare(approximation, one, n=n, draw=draw) for one in target)
+        if not rows:
+            raise InputError("compare(policy, target): target is empty; give at least one.")
+        return Comparisons(rows)
+    check_arguments(
+        "compare(policy, target)",
+        policy=(approximation, (LanguageModel, WeightedSequences)),
+        target=(target, Posterior),
+    )
+    if isinstance(approximation, LanguageModel):
+        approximation.check_prompt(target.problem.prompt)
     check_same_space(approximation.space, target.problem.space, "approximation and target")
     if n is None:
         if (
@@ -206,6 +218,7 @@ def compare(
             "compare by samples takes a model, n= and draw=, e.g. draw=seeded_draw(0); weighted"
             " sequences are compared exactly."
         )
+    check_draw(draw)
     return _sampled(approximation, target, check_count(n, "n", 2), draw)
 
 

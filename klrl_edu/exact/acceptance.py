@@ -21,6 +21,7 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import check_count
 from klrl_edu.exact.enumeration import tilt
 
@@ -35,12 +36,14 @@ class QuasiRejection(NamedTuple):
     total_variation: float
 
 
+@takes_numbers
 def rejection_acceptance(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
     """(1), a probability: log_prior and rewards [K]; the mean of e^{(r − max r)/λ} under q."""
     log_star = tilt(log_prior, rewards, kl_coef).log_posterior
     return math.exp(-float(_log_weights(log_prior, log_star).amax()))
 
 
+@takes_numbers
 def quasi_rejection(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, log_beta: float
 ) -> QuasiRejection:
@@ -61,6 +64,7 @@ def quasi_rejection(
     return QuasiRejection(log_probs, math.exp(float(log_mass) - log_beta), distance)
 
 
+@takes_numbers
 def metropolis_matrix(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tensor:
     """The transition matrix [K,K] of (3) on the supported outcomes (rows sum to one); where π* has
     none a row moves as q.
@@ -76,6 +80,7 @@ def metropolis_matrix(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Ten
     return moves + torch.diag(1 - moves.sum(-1))
 
 
+@takes_numbers
 def metropolis_second_eigenvalue(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
     """1 − 1/max a of (3): log_prior and rewards [K]; the rate at which the chain forgets
     its start.
@@ -83,6 +88,7 @@ def metropolis_second_eigenvalue(log_prior: Tensor, rewards: Tensor, kl_coef: fl
     return 1 - rejection_acceptance(log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def effective_sample_size(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
     """1/E_q[(π*/q)²] in (0, 1]: the limit of the effective sample size a draw; log_prior and
     rewards [K].
@@ -92,6 +98,7 @@ def effective_sample_size(log_prior: Tensor, rewards: Tensor, kl_coef: float) ->
     return math.exp(-float(logspace.logsumexp(2 * log_star[covered] - log_prior[covered])))
 
 
+@takes_numbers
 def importance_sampling_mean(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, values: Tensor, n: int
 ) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import SUM_TOLERANCE, check_count
 
 
@@ -33,6 +34,7 @@ class BestOfN(NamedTuple):
     win_rate: float
 
 
+@takes_numbers
 def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
     """The exact law (1) of the best of n draws: log_prior and rewards [K].
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import check_count, check_kl_coef
 from klrl_edu.exact.enumeration import Tilted, tilt
 
@@ -35,6 +36,7 @@ class Frontier(NamedTuple):
     value: Tensor
 
 
+@takes_numbers
 def frontier(log_prior: Tensor, rewards: Tensor, kl_coefs: Sequence[float]) -> Frontier:
     """E[r] and KL of the posteriors of log_prior and rewards [K] at each λ; no policy lies above
     the curve that they trace.
@@ -58,6 +60,7 @@ def _kl(log_prior: Tensor, tilted: Tilted) -> float:
     return float(logspace.kl_divergence(tilted.log_posterior, log_prior))
 
 
+@takes_numbers
 def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> float:
     """The λ at which KL(π*‖q) = budget: log_prior and rewards [K], budget in nats. A budget of 0
     gives inf where nothing is forbidden.
@@ -82,6 +85,7 @@ def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> flo
     return _solve(log_prior, rewards, budget, least, most, lambda tilted: _kl(log_prior, tilted))
 
 
+@takes_numbers
 def kl_coef_for_reward(log_prior: Tensor, rewards: Tensor, target: float) -> float:
     """The λ at which E_{π*}[r] = target: log_prior and rewards [K], target in reward units.
 

@@ -20,6 +20,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.numbers import takes_numbers
 
 
 class Moments(NamedTuple):
@@ -58,6 +59,7 @@ def k3(kl: float | Tensor) -> Moments:
     return Moments(d, d, logspace.expm1_minus_identity(2 * d))
 
 
+@takes_numbers
 def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> Moments:
     """Of u + c(w − 1), at d = `kl` [...] and c [...]: (2)."""
     d = torch.as_tensor(kl, dtype=torch.float64)

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.exact.decision_process import MAX_ENTRIES, DecisionProcess
 from klrl_edu.exact.soft_control import value_iteration
 
 
+@takes_numbers
 def simulation_bound(
     process: DecisionProcess, model: DecisionProcess, model_values: Tensor
 ) -> float:

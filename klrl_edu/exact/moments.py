@@ -16,6 +16,7 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.core.numbers import takes_numbers
 
 _STEPS, _TOLERANCE = 200, 1e-13
 _MARGIN = (
@@ -32,6 +33,7 @@ class MomentMatch(NamedTuple):
     covariance: Tensor
 
 
+@takes_numbers
 def match_moments(log_prior: Tensor, features: Tensor, targets: Tensor) -> MomentMatch:
     """(1).
 

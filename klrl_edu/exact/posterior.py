@@ -6,23 +6,26 @@ Korbak, Perez & Buckley (2022), eq. 3; Levine (2018).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.enumeration import Support, problem_support, tilt
 from klrl_edu.exact.forward_backward import backward, build_lattice
 from klrl_edu.exact.soft_bellman import edge_log_prior, soft_bellman
 from klrl_edu.exact.structured import StructuredPosterior
+from klrl_edu.models.by_prompt import PromptedModels
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.automata import as_automaton_reward
-from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.problem import Problem, check_problems
 
 METHODS = ("auto", "enumeration", "soft_bellman", "forward_backward")
 Method = Literal["auto", "enumeration", "soft_bellman", "forward_backward"]
@@ -50,6 +53,8 @@ class Posterior:
     log_evidence: Tensor
     method: str
     support: Support | None = None
+
+    in_words: ClassVar[str] = "a posterior, which posterior(problem) gives"
 
     @property
     def log_probs(self) -> Tensor:
@@ -93,6 +98,9 @@ class Posterior:
     def __str__(self) -> str:
         return self.text()
 
+    def __repr__(self) -> str:
+        return f"Posterior({self.problem!r}, method={self.method!r}, value={float(self.value):.6g})"
+
     def text(self, count: int = _SHOWN) -> str:
         """The value, log Z and the `count` most probable sequences as plain text."""
         head = (
@@ -134,6 +142,7 @@ def posterior(
         InfeasibleError: every supported sequence has reward −inf.
         InputError: an unknown method, one that does not apply, a NaN or +inf reward on the support.
     """
+    check_arguments("posterior(problem)", problem=(problem, Problem))
     if method not in METHODS:
         raise InputError(f"method = {method!r} is not known; choose from {', '.join(METHODS)}.")
     if method == "auto":
@@ -145,6 +154,7 @@ def posterior(
     if method == "soft_bellman":
         return _by_soft_bellman(problem, support)
     model = SequenceTable(problem.space, support.tokens, tilted.log_posterior)
+    model.for_prompt(problem.prompt)
     return Posterior(problem, model, tilted.value, tilted.log_evidence, "enumeration", support)
 
 
@@ -163,7 +173,7 @@ def _choose(problem: Problem, max_sequences: int) -> Method:
 
 def _by_forward_backward(problem: Problem) -> Posterior:
     lattice = build_lattice(problem)
-    model = StructuredPosterior(lattice, backward(lattice))
+    model = StructuredPosterior(lattice, backward(lattice)).for_prompt(problem.prompt)
     if problem.kl_coef == math.inf:
         value = (
             model.log_mass.new_tensor(-math.inf) if model.forbids() else model.reward_moments()[0]
@@ -179,11 +189,15 @@ def _by_forward_backward(problem: Problem) -> Posterior:
     )
 
 
-def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> LanguageModel:
+def feasible_prior(
+    problem: Problem | Sequence[Problem], max_sequences: int = MAX_SEQUENCES
+) -> LanguageModel:
     """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ
     > 0, and its limit at λ = inf.
 
-    A SequenceTable, or a StructuredPosterior where `posterior` takes forward–backward.
+    A SequenceTable, or a StructuredPosterior where `posterior` takes forward–backward; it belongs
+    to the problem's prompt. Of several problems, of different prompts: PromptedModels, which pick
+    the problem's own by the prompt and refuse others.
 
     Hard rewards leave the policy gradient undefined elsewhere:
     `restrict_to_support(policy, feasible_prior(problem))`.
@@ -191,11 +205,15 @@ def feasible_prior(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Lang
     Raises:
         As `posterior`.
     """
+    if not isinstance(problem, Problem):
+        listed = check_problems(problem)
+        return PromptedModels([feasible_prior(one, max_sequences) for one in listed])
     if _choose(problem, max_sequences) == "forward_backward":
         return _by_forward_backward(replace(problem, kl_coef=math.inf)).model
     support = problem_support(problem, max_sequences)
     feasible = support.rewards > -math.inf
-    return SequenceTable(problem.space, support.tokens[feasible], support.log_prior[feasible])
+    model = SequenceTable(problem.space, support.tokens[feasible], support.log_prior[feasible])
+    return model.for_prompt(problem.prompt)
 
 
 @dataclass(frozen=True)
@@ -210,18 +228,20 @@ class _EnumeratedReward:
 
 
 def looked_up(target: Posterior) -> Problem:
-    """The same problem with log q and r read from the enumerated support: the same numbers, without
-    computing them again at each training step.
+    """The same problem, prompt included, with log q and r read from the enumerated support: the
+    same numbers, without computing them again at each training step.
 
     Raises:
         InputError: the support was not enumerated.
     """
+    check_arguments("looked_up(target)", target=(target, Posterior))
     support, problem = target.enumerated(), target.problem
     trie = support.trie
     logits = support.log_prior.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
     logits[trie.parent, trie.token] = edge_log_prior(support)
     prior = PrefixTable(problem.space, support.tokens, logits).requires_grad_(False)
-    return Problem(prior, _EnumeratedReward(support), problem.kl_coef)
+    prior.for_prompt(problem.prompt)
+    return Problem(prior, _EnumeratedReward(support), problem.kl_coef, problem.prompt)
 
 
 def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
@@ -229,7 +249,7 @@ def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
     trie = values.trie
     logits = values.log_policy.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
     logits[trie.parent, trie.token] = values.log_policy
-    model = PrefixTable(problem.space, support.tokens, logits)
+    model = PrefixTable(problem.space, support.tokens, logits).for_prompt(problem.prompt)
     return Posterior(
         problem,
         model,

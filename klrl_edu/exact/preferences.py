@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.exact.enumeration import tilt
 
 _STEPS = 100_000
@@ -32,11 +33,13 @@ class Equilibrium(NamedTuple):
     iterations: int
 
 
+@takes_numbers
 def bradley_terry(rewards: Tensor) -> Tensor:
     """P(i ≻ j) [K,K] for rewards [K]."""
     return torch.sigmoid(rewards[:, None] - rewards[None, :])
 
 
+@takes_numbers
 def check_preferences(preferences: Tensor) -> Tensor:
     """A square matrix in [0, 1] with P + Pᵀ = 1 within 1e-12.
 
@@ -58,6 +61,7 @@ def check_preferences(preferences: Tensor) -> Tensor:
     return preferences
 
 
+@takes_numbers
 def dpo_loss(
     log_policy: Tensor,
     log_prior: Tensor,
@@ -83,6 +87,7 @@ def dpo_loss(
     ).sum()
 
 
+@takes_numbers
 def ipo_loss(
     log_policy: Tensor,
     log_prior: Tensor,
@@ -103,6 +108,7 @@ def ipo_loss(
     ).sum()
 
 
+@takes_numbers
 def ipo_optimum(
     log_prior: Tensor, preferences: Tensor, tau: float, log_behaviour: Tensor | None = None
 ) -> Tensor:
@@ -115,6 +121,7 @@ def ipo_optimum(
     return tilt(log_prior, check_preferences(preferences) @ behaviour, tau).log_posterior
 
 
+@takes_numbers
 def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau: float) -> Tensor:
     """What both players of (3) could gain at π by their best responses, in preference units: a
     scalar ≥ 0, 0 at the equilibrium.
@@ -126,6 +133,7 @@ def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau:
     return 2 * tau * logspace.kl_divergence(log_policy, best.log_posterior)
 
 
+@takes_numbers
 def nash_equilibrium(
     log_prior: Tensor, preferences: Tensor, tau: float, tolerance: float = 1e-13
 ) -> Equilibrium:

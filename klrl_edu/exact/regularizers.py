@@ -25,6 +25,7 @@ from scipy.special import lambertw
 from torch import Tensor
 
 from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.validation import check_kl_coef
 from klrl_edu.exact.enumeration import tilt
 
@@ -58,12 +59,14 @@ class _Divergence(NamedTuple):
     at_one: float
 
 
+@takes_numbers
 def reverse_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """The posterior π* ∝ q e^{r/λ}: log_prior and rewards [K] -> Optimum; ν = λ log Z."""
     tilted = tilt(log_prior, rewards, kl_coef)
     return Optimum(tilted.log_posterior, float(tilted.value), float(tilted.value))
 
 
+@takes_numbers
 def forward_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """π = λq/(ν − r), ν > max r: log_prior and rewards [K] -> Optimum. A supported outcome of
     reward −inf makes every objective −inf.
@@ -74,6 +77,7 @@ def forward_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     return _optimum(_FORWARD, log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """π = q[1 + (r − ν)/λ]₊ with D = ½E_q(t − 1)²: log_prior and rewards [K] -> Optimum; truly zero
     where r ≤ ν − λ.
@@ -81,6 +85,7 @@ def chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     return _optimum(_CHI_SQUARED, log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def kl_plus_chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """π = q W₀(e^{(r − ν)/λ}) with D = KL(π‖q) + ½E_q(t − 1)²: log_prior and rewards [K] ->
     Optimum.
@@ -88,6 +93,7 @@ def kl_plus_chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> O
     return _optimum(_KL_CHI_SQUARED, log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def alpha_divergence(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, alpha: float = 0.5
 ) -> Optimum:
@@ -104,11 +110,13 @@ def alpha_divergence(
     return _optimum(_alpha(alpha), log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def jensen_shannon(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """π = q/(2e^{−2(r − ν)/λ} − 1): log_prior and rewards [K] -> Optimum."""
     return _optimum(_JENSEN_SHANNON, log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def squared_hellinger(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """π = q(1 − 2(r − ν)/λ)^{−2} with D = ½Σ(√π − √q)²: log_prior and rewards [K] -> Optimum."""
     return _optimum(_HELLINGER, log_prior, rewards, kl_coef)
@@ -125,6 +133,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Optimum]] = {
 }
 
 
+@takes_numbers
 def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """The optimum for a divergence by its name: log_prior and rewards [K].
 
@@ -138,6 +147,7 @@ def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float)
     return DIVERGENCES[divergence](log_prior, rewards, kl_coef)
 
 
+@takes_numbers
 def density_ratio(divergence: str, x: Tensor) -> Tensor:
     """t = π/q [K] at x = (r − ν)/λ [K], the right column of (1): what the optimum multiplies q by,
     for a divergence by its name (α = ½).

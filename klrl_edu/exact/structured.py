@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.arguments import check_draw
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InfeasibleError, InputError, TooLargeError
 from klrl_edu.core.validation import check_count
@@ -132,6 +133,9 @@ class StructuredPosterior(LanguageModel):
 
     # --- as a language model ---
 
+    def facts(self) -> list[str]:
+        return [f"{self.lattice.contexts:,} contexts × {self.lattice.states:,} states"]
+
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         logits, state = self.start(len(tokens))
         columns = [logits]
@@ -141,6 +145,7 @@ class StructuredPosterior(LanguageModel):
         return torch.stack(columns, 1)
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, LatticeState]:
+        self.check_prompt(prompt)
         lattice = self.lattice
         context = (
             lattice.log_initial.expand(n, -1)
@@ -255,6 +260,8 @@ class StructuredPosterior(LanguageModel):
         (c,s) that are in use.
         """
         check_count(n, "n")
+        check_draw(draw)
+        self.check_prompt(prompt)
         lattice, states = self.lattice, self.lattice.states
         context = draw(
             self.log_start[None], torch.zeros(n, dtype=torch.long, device=self.log_start.device)

@@ -8,11 +8,12 @@ prompts; log-probabilities in nats.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from klrl_edu.core.arguments import check_arguments, check_draw
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
@@ -37,9 +38,20 @@ class LanguageModel(nn.Module):
     """A distribution over the sequences of `space`, given token by token.
 
     Write `forward`, and the rest works; override `start`, `step` and `select` together for speed.
+
+    Attributes:
+        space: where it lives.
+        reads_prompt: whether `forward` and `start` read prompts. A model that does not refuses
+            them, but for the one it is bound to (`for_prompt`).
     """
 
+    in_words: ClassVar[str] = (
+        "a model (a LanguageModel such as SequenceTable.from_texts(texts, probs) or"
+        " RecurrentModel(space))"
+    )
     space: SequenceSpace
+    reads_prompt: bool = False
+    own_prompt: tuple[int, ...] = ()
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may
@@ -54,6 +66,7 @@ class LanguageModel(nn.Module):
         """The first logits [n,V] of n sequences, and a state. Tensors in a state have the sequences
         as their first axis.
         """
+        self.check_prompt(prompt)
         tokens = torch.empty(n, 0, dtype=torch.long, device=device_of(self))
         return self._read(tokens, prompt), PrefixState(tokens, prompt)
 
@@ -78,6 +91,43 @@ class LanguageModel(nn.Module):
         logits, state = self.step(self.select(state, parents), tokens.reshape(-1))
         return logits.reshape(n, k, -1), state
 
+    def for_prompt(self, prompt: Tensor | None) -> Self:
+        """Binds a model that reads no prompts to the one it belongs to, [S] (None: to none), as a
+        posterior's table is; returns the model itself.
+        """
+        self.own_prompt = () if prompt is None else prompt_ids(prompt.reshape(1, -1))[0]
+        return self
+
+    def check_prompt(self, prompt: Tensor | None) -> None:
+        """Refuses prompts [N,S] or [S] that the model would pass over; no prompt, or one of
+        padding only, is always taken.
+
+        Raises:
+            InputError: the model reads no prompts, and is bound to none or to another one.
+        """
+        if self.reads_prompt:
+            return
+        for ids in prompt_ids(prompt):
+            if ids not in ((), self.own_prompt):
+                raise InputError(_unread(self, ids))
+
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether a prompt says anything to it: it reads them, or is bound to one."""
+        return self.reads_prompt or bool(self.own_prompt)
+
+    def __repr__(self) -> str:
+        parts = self.facts()
+        if isinstance(getattr(self, "space", None), SequenceSpace):
+            parts = [*parts, self.space.in_short()]
+            if self.own_prompt:
+                parts = [*parts, f"prompt {self.space.decode_prompt(self.own_prompt)!r}"]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def facts(self) -> list[str]:
+        """What `print(model)` says of it besides its space and the prompt it is bound to."""
+        return [f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters"]
+
     def token_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables override it to skip the V
         columns.
@@ -100,6 +150,29 @@ class LanguageModel(nn.Module):
         t = prefix.shape[1]
         filled = torch.nn.functional.pad(prefix, (0, self.space.max_length - t))
         return self(filled, prompt)[:, t]
+
+
+def prompt_ids(prompt: Tensor | None) -> list[tuple[int, ...]]:
+    """The prompts of [N,S] or [S], each without its left padding; () for None."""
+    if prompt is None:
+        return [()]
+    rows = prompt.reshape(-1, prompt.shape[-1]).tolist()
+    return [tuple(token for token in row if token >= 0) for row in rows]
+
+
+def _unread(model: LanguageModel, ids: tuple[int, ...]) -> str:
+    """Why a model refuses a prompt, and what to do."""
+    name, asked = type(model).__name__, model.space.decode_prompt(ids)
+    if model.own_prompt:
+        return (
+            f"this {name} belongs to the prompt {model.space.decode_prompt(model.own_prompt)!r},"
+            f" and was given {asked!r}; take the one that belongs to that prompt."
+        )
+    return (
+        f"{name} reads no prompt, and was given {asked!r}; take a model that does (RecurrentModel,"
+        " TransformerModel, or one's own with reads_prompt = True), or bind this one to the prompt"
+        " it belongs to: model.for_prompt(prompt)."
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -159,8 +232,10 @@ def conditional_log_probs(
     Returns:
         [N,T,V] float64 in nats, normalised over V; rows after the first EOS give EOS probability 1.
     """
+    check_arguments("conditional_log_probs(model, tokens)", model=(model, LanguageModel))
     space = model.space
     space.check_tokens(tokens)
+    model.check_prompt(prompt)
     logits = model(tokens, batch_prompt(prompt, len(tokens)))
     if logits.shape != (*tokens.shape, space.vocab_size):
         raise InputError(
@@ -182,7 +257,9 @@ def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None 
     """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS; prompt
     as in `conditional_log_probs`.
     """
+    check_arguments("token_log_probs(model, tokens)", model=(model, LanguageModel))
     model.space.check_tokens(tokens)
+    model.check_prompt(prompt)
     return model.token_log_prob(tokens, batch_prompt(prompt, len(tokens)))
 
 
@@ -229,10 +306,13 @@ def sample_scored(
 
     A prefix that several samples share is read, and differentiated, once.
     """
+    check_arguments("sample(model, n)", model=(model, LanguageModel))
     check_count(n, "n")
+    check_draw(draw)
     space = model.space
     if prompts is not None and prompts.ndim != 2:
         raise InputError(f"prompts has shape {list(prompts.shape)}; expected [M, S].")
+    model.check_prompt(prompts)
     distinct = 1 if prompts is None else len(prompts)
     logits, state = model.start(distinct, prompts)
     row = torch.arange(distinct, device=logits.device).repeat_interleave(
@@ -303,7 +383,9 @@ def enumerate_support(
         TooLargeError: the support is larger, with the count of the whole space and what to do.
         InputError: the model gives NaN.
     """
+    check_arguments("enumerate_support(model)", model=(model, LanguageModel))
     check_count(max_sequences, "max_sequences")
+    model.check_prompt(prompt)
     space = model.space
     device = device_of(model)
     root = torch.zeros(1, dtype=torch.long, device=device)

@@ -22,7 +22,7 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_count
 from klrl_edu.models.contract import check_room
 from klrl_edu.models.finite_state import FiniteStateModel
-from klrl_edu.models.ngram import check_weights, evidence
+from klrl_edu.models.ngram import check_weights, chosen_tokens
 
 
 class FilterState(NamedTuple):
@@ -42,7 +42,7 @@ class Fit(NamedTuple):
 
 
 class HiddenMarkovModel(FiniteStateModel):
-    """A hidden Markov model; prompts are not read.
+    """A hidden Markov model; it reads no prompts.
 
     Args:
         space: where it lives; where it has EOS, that is one of the tokens emitted.
@@ -117,7 +117,7 @@ class HiddenMarkovModel(FiniteStateModel):
         check_count(steps, "steps", 0)
         model = cls.random(space, states, seed=seed)
         weight = torch.tensor(check_weights(texts, weights), dtype=torch.float64)
-        tokens, chosen = evidence(space, texts)
+        tokens, chosen = chosen_tokens(space, texts)
         history = []
         for _ in range(steps):
             laws = [law.detach().requires_grad_(True) for law in model._laws()]
@@ -141,6 +141,9 @@ class HiddenMarkovModel(FiniteStateModel):
             history.append(float(weight @ _log_likelihood(model._laws(), tokens, chosen)))
         return Fit(model, history)
 
+    def facts(self) -> list[str]:
+        return [f"{len(self.initial):,} hidden contexts"]
+
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         logits, state = self.start(len(tokens))
         columns = [logits]
@@ -150,6 +153,7 @@ class HiddenMarkovModel(FiniteStateModel):
         return torch.stack(columns, 1)
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, FilterState]:
+        self.check_prompt(prompt)
         filtered = self.initial_log_probs().expand(n, -1)
         return self._emit(filtered), FilterState(filtered, 0)
 

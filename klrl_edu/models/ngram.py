@@ -37,7 +37,7 @@ class NGramState(NamedTuple):
 
 
 class NGramModel(FiniteStateModel):
-    """A table with a row of logits for each context; prompts are not read.
+    """A table with a row of logits for each context; it reads no prompts.
 
     Args:
         space: where it lives.
@@ -137,6 +137,9 @@ class NGramModel(FiniteStateModel):
         model._set(space, order, _sparse_successor(contexts, order, len(space.vocabulary)), logits)
         return model
 
+    def facts(self) -> list[str]:
+        return [f"order {self.order}", f"{len(self.logits):,} contexts"]
+
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         context = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         contexts = [context]
@@ -146,6 +149,7 @@ class NGramModel(FiniteStateModel):
         return self.logits[torch.stack(contexts, 1)]
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, NGramState]:
+        self.check_prompt(prompt)
         context = torch.zeros(n, dtype=torch.long, device=self.logits.device)
         return self.logits[context], NGramState(context, 0)
 
@@ -192,7 +196,7 @@ def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list
     return listed
 
 
-def evidence(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def chosen_tokens(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to EOS, but for an EOS
     that is forced at T.
     """
@@ -208,7 +212,7 @@ def _count(space: SequenceSpace, texts: Sequence[str], order: int, weights: list
     counts: Counts = defaultdict(lambda: defaultdict(float))
     counts[(_BEGIN,) * (order - 1)]
     counts[()]
-    tokens, chosen = evidence(space, texts)
+    tokens, chosen = chosen_tokens(space, texts)
     for row, length, weight in zip(tokens.tolist(), chosen.sum(-1).tolist(), weights, strict=True):
         padded = (_BEGIN,) * (order - 1) + tuple(row[:length])
         for i in range(length if weight else 0):

@@ -7,7 +7,7 @@ count-threes' prior, exact over its 262,144 sequences. On a CPU it is 8.9e-5 nat
 bfloat16 and 1.7e-6 in float16: a policy trained to less than that is judged in float32.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,21 @@ class AutocastModel(LanguageModel):
     def __init__(self, model: LanguageModel, dtype: torch.dtype):
         super().__init__()
         self.space, self.model, self.dtype = model.space, model, dtype
+        self.reads_prompt = model.reads_prompt
+
+    @property
+    def knows_prompts(self) -> bool:
+        return self.model.knows_prompts
+
+    def check_prompt(self, prompt: Tensor | None) -> None:
+        self.model.check_prompt(prompt)
+
+    def for_prompt(self, prompt: Tensor | None) -> Self:
+        self.model.for_prompt(prompt)
+        return self
+
+    def facts(self) -> list[str]:
+        return [repr(self.model), str(self.dtype).removeprefix("torch.")]
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         with self._autocast():

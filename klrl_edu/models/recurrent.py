@@ -40,6 +40,8 @@ class RecurrentModel(LanguageModel):
         dtype: of the weights; float64 by default, float32 for speed.
     """
 
+    reads_prompt = True
+
     def __init__(
         self,
         space: SequenceSpace,
@@ -78,6 +80,10 @@ class RecurrentModel(LanguageModel):
                 parameter.normal_(generator=generator)
             else:
                 parameter.uniform_(-bound, bound, generator=generator)
+
+    def facts(self) -> list[str]:
+        layers, width = self.recurrent.num_layers, self.recurrent.hidden_size
+        return [self.cell, f"{layers} × {width} units", *super().facts()]
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         state = self._read_prompt(len(tokens), prompt)

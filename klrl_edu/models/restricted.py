@@ -6,12 +6,15 @@ A softmax gives mass to every sequence, so KL(π‖q) is infinite where q has ze
 0 there. N sequences, T tokens, V columns.
 """
 
+import copy
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_same_space
 from klrl_edu.models.contract import LanguageModel, ended_and_last, force_eos
@@ -36,9 +39,14 @@ class RestrictedModel(LanguageModel):
 
     def __init__(self, policy: LanguageModel, reference: LanguageModel):
         super().__init__()
+        check_arguments(
+            "restrict_to_support(policy, reference)",
+            policy=(policy, LanguageModel),
+            reference=(reference, LanguageModel),
+        )
         check_same_space(policy.space, reference.space, "policy and reference")
         self.space = policy.space
-        self.policy = policy
+        self.policy, self.reads_prompt = policy, policy.reads_prompt
         # outside the module tree: the reference is fixed, belongs to the problem and not to this
         # policy's parameters
         self._reference = (reference,)
@@ -48,10 +56,43 @@ class RestrictedModel(LanguageModel):
         """The model whose support this policy keeps to."""
         return self._reference[0]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves (`.to`, `.float`) take the reference along: a copy of it where anything moves, as
+        the problem and other policies may share the original.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        held = [*self.reference.parameters(), *self.reference.buffers()]
+        stays = bool(held) and all(fn(tensor) is tensor for tensor in held)
+        if not stays:
+            self._reference = (copy.deepcopy(self.reference)._apply(fn),)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def knows_prompts(self) -> bool:
+        return self.policy.knows_prompts or self.reference.knows_prompts
+
+    def check_prompt(self, prompt: Tensor | None) -> None:
+        self.policy.check_prompt(prompt)
+        self.reference.check_prompt(self._for_reference(prompt))
+
+    def _for_reference(self, prompt: Tensor | None) -> Tensor | None:
+        """A reference to which prompts say nothing restricts the policy under every prompt."""
+        return prompt if self.reference.knows_prompts else None
+
+    def for_prompt(self, prompt: Tensor | None) -> Self:
+        self.policy.for_prompt(prompt)
+        return self
+
+    def facts(self) -> list[str]:
+        return [repr(self.policy), f"on the support of {self.reference!r}"]
+
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        self.check_prompt(prompt)
         with torch.no_grad():
             allowed_log_probs = force_eos(
-                self.reference(tokens, prompt), *ended_and_last(self.space, tokens), self.space
+                self.reference(tokens, self._for_reference(prompt)),
+                *ended_and_last(self.space, tokens),
+                self.space,
             )
             taken = allowed_log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
             reached = (
@@ -62,7 +103,7 @@ class RestrictedModel(LanguageModel):
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, RestrictedState]:
         logits, state = self.policy.start(n, prompt)
-        reference_logits, reference_state = self.reference.start(n, prompt)
+        reference_logits, reference_state = self.reference.start(n, self._for_reference(prompt))
         reachable = torch.ones(n, dtype=torch.bool, device=logits.device)
         return self._restrict(logits, state, reference_logits, reference_state, reachable, 0)
 
@@ -124,11 +165,12 @@ def restrict_to_support(policy: LanguageModel, reference: LanguageModel) -> Rest
 
     Args:
         policy: the model to restrict, logits [N,T,V].
-        reference: the prior, or `feasible_prior(problem)` for hard rewards, on the same space; its
-            gradient is not followed.
+        reference: the prior, or `feasible_prior(problem)` for hard rewards (of a list of problems
+            where their prompts differ: it picks the support by prompt), on the same space; its
+            gradient is not followed. One to which prompts say nothing restricts under every prompt.
 
     Raises:
-        InputError: another space; or, when a prefix is read after which the two have no next token
-            in common.
+        InputError: another space, a prompt that the reference does not know; or, when a prefix is
+            read after which the two have no next token in common.
     """
     return RestrictedModel(policy, reference)

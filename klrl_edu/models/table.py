@@ -67,6 +67,14 @@ class SequenceTable(LanguageModel):
 
     tokens: Tensor
 
+    @torch.no_grad()
+    def facts(self) -> list[str]:
+        log_p = torch.log_softmax(self.logits, 0)
+        return [
+            f"{len(self.tokens):,} sequences",
+            f"H = {float(logspace.entropy(log_p)):.4g} nats",
+        ]
+
     @classmethod
     def from_texts(
         cls,
@@ -152,6 +160,7 @@ class SequenceTable(LanguageModel):
         return torch.where(forced, zero, log_probs)
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, SequenceState]:
+        self.check_prompt(prompt)
         node = torch.zeros(n, dtype=torch.long, device=self.logits.device)
         mass = self.edge_log_mass()
         return self._rows(node, mass), SequenceState(node, 0, mass)
@@ -224,6 +233,9 @@ class PrefixTable(LanguageModel):
         self._check(logits.detach())
         self.logits = nn.Parameter(logits.detach().double().clone())
 
+    def facts(self) -> list[str]:
+        return [f"{int((self.trie.leaf >= 0).sum()):,} sequences", f"{self.trie.nodes:,} prefixes"]
+
     def _check(self, logits: Tensor) -> None:
         bad = torch.isnan(logits) | (logits == torch.inf)
         if bool(bad.any()):
@@ -273,6 +285,7 @@ class PrefixTable(LanguageModel):
         return self._rows(self.trie.find(tokens)[0])
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, PrefixState]:
+        self.check_prompt(prompt)
         node = torch.zeros(n, dtype=torch.long, device=self.logits.device)
         return self._rows(node), PrefixState(node, 0)
 

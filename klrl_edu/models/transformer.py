@@ -99,6 +99,8 @@ class TransformerModel(LanguageModel):
         dtype: of the weights; float64 by default, float32 for speed.
     """
 
+    reads_prompt = True
+
     def __init__(
         self,
         space: SequenceSpace,
@@ -150,6 +152,11 @@ class TransformerModel(LanguageModel):
                     gain=depth if "project" in name or "contract" in name else 1,
                     generator=generator,
                 )
+
+    def facts(self) -> list[str]:
+        width = self.token_embedding.embedding_dim
+        prompt = f"prompts of at most {self.max_prompt}"
+        return [f"{len(self.blocks)} layers of width {width}", prompt, *super().facts()]
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         n, length = len(tokens), self.space.max_length

@@ -5,15 +5,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import check_arguments
+from klrl_edu.core.arguments import describe as in_words
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_kl_coef
-from klrl_edu.models.contract import LanguageModel, batch_prompt
-from klrl_edu.problems.rewards import Reward, describe
+from klrl_edu.models.contract import LanguageModel, batch_prompt, device_of
+from klrl_edu.problems.rewards import Reward, check_reward, describe
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,14 @@ class Problem:
         reward: r(tokens [N,T], prompt) -> [N] or [N,T], in reward units; see `rewards`.
         kl_coef: λ ≥ 0 in reward units per nat (TRL's β). 0 and inf are limits: q restricted to
             argmax r, and q.
-        prompt: [S] token ids, or None. Several prompts are a sequence of problems that share a
-            prior.
+        prompt: [S] token ids, or a text, which the space's words encode, or None. Several prompts
+            are a sequence of problems that share a prior.
+
+    Raises:
+        InputError: an argument of another kind, or a prompt that the prior does not read.
     """
+
+    in_words: ClassVar[str] = "a Problem(prior, reward, kl_coef)"
 
     prior: LanguageModel
     reward: Reward
@@ -36,21 +44,33 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kl_coef", check_kl_coef(self.kl_coef))
-        if not isinstance(self.prior, LanguageModel):
+        check_arguments("Problem(prior, reward, kl_coef)", prior=(self.prior, LanguageModel))
+        check_reward(self.reward)
+        prompt: object = self.prompt
+        if isinstance(prompt, str):
+            ids = self.space.encode_prompt(prompt).to(device_of(self.prior))
+            object.__setattr__(self, "prompt", ids)
+        if self.prompt is not None:
+            self._check_prompt(self.prompt)
+
+    def _check_prompt(self, prompt: Tensor) -> None:
+        if not isinstance(prompt, Tensor) or prompt.is_floating_point():
             raise InputError(
-                f"prior is a {type(self.prior).__name__}; expected a LanguageModel such as"
-                " SequenceTable.from_texts(texts, probs)."
+                f"prompt is {in_words(prompt)}; expected token ids [S], whole numbers, or a text."
             )
-        if not callable(self.reward):
+        if prompt.ndim != 1:
             raise InputError(
-                f"reward is a {type(self.reward).__name__}; expected a function of (tokens,"
-                " prompt), or text_reward(fn, space)."
-            )
-        if self.prompt is not None and self.prompt.ndim != 1:
-            raise InputError(
-                f"prompt has shape {list(self.prompt.shape)}; a problem has one prompt [S]; use a"
+                f"prompt has shape {list(prompt.shape)}; a problem has one prompt [S]; use a"
                 " sequence of problems for several."
             )
+        self.prior.check_prompt(prompt)
+
+    def __repr__(self) -> str:
+        parts = [f"prior={self.prior!r}", f"reward={describe(self.reward)!r}"]
+        parts.append(f"kl_coef={self.kl_coef:g}")
+        if self.prompt is not None:
+            parts.append(f"prompt={self.space.decode_prompt(self.prompt)!r}")
+        return f"Problem({', '.join(parts)})"
 
     @property
     def space(self) -> SequenceSpace:
@@ -106,11 +126,16 @@ class Problem:
 
 def check_problems(problems: Problem | Sequence[Problem]) -> list[Problem]:
     """One problem or several as a list; several must share one prior."""
-    listed = [problems] if isinstance(problems, Problem) else list(problems)
-    if not listed or not all(isinstance(problem, Problem) for problem in listed):
-        raise InputError("problem must be a Problem, or a sequence of at least one Problem.")
+    listed: object = [problems] if isinstance(problems, Problem) else problems
+    if not isinstance(listed, Sequence) or not listed:
+        raise InputError(
+            f"problem is {in_words(problems)}; expected {Problem.in_words}, or a list"
+            " of at least one Problem."
+        )
+    for problem in listed:
+        check_arguments("problem, or a list of problems", problem=(problem, Problem))
     if any(problem.prior is not listed[0].prior for problem in listed):
         raise InputError(
             "problems must share one prior object (they differ in prompt, reward and kl_coef)."
         )
-    return listed
+    return list(listed)

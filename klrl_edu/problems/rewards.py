@@ -8,6 +8,7 @@
 a reward is ignored.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import describe as in_words
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 
@@ -228,6 +230,30 @@ def scale(reward: Reward, factor: float) -> SumReward:
 
 def _scaled(values: Tensor, weight: float) -> Tensor:
     return torch.zeros_like(values) if weight == 0 else weight * values
+
+
+def check_reward(reward: Reward) -> None:
+    """A reward can be called as reward(tokens, prompt).
+
+    Raises:
+        InputError: it cannot; with the remedy.
+    """
+    if isinstance(reward, type) or not callable(reward):
+        raise InputError(
+            f"reward is {in_words(reward)}; expected a function of (tokens, prompt), or"
+            " text_reward(fn, space)."
+        )
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:  # a builtin may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise InputError(
+            f"reward {describe(reward)!r} takes {signature}; expected (tokens, prompt). A function"
+            " of the text: text_reward(fn, space). A function of the tokens: add prompt=None."
+        ) from None
 
 
 def describe(reward: Reward) -> str:

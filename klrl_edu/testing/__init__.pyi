@@ -14,6 +14,7 @@ from klrl_edu.testing.laws import check_decoding_gradient as check_decoding_grad
 from klrl_edu.testing.laws import check_eos_absorbs as check_eos_absorbs
 from klrl_edu.testing.laws import check_language_model as check_language_model
 from klrl_edu.testing.laws import check_normalised as check_normalised
+from klrl_edu.testing.laws import check_prompts as check_prompts
 from klrl_edu.testing.laws import check_refuses_past_end as check_refuses_past_end
 from klrl_edu.testing.laws import check_rows_independent as check_rows_independent
 from klrl_edu.testing.laws import check_samples_belong as check_samples_belong

@@ -12,6 +12,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,6 +91,7 @@ def check_language_model(
     check_decoding_gradient(model, first, tolerance=tolerance)
     check_state_dict(model, prompt, tokens=tokens, fresh=fresh, tolerance=tolerance)
     check_refuses_past_end(model, prompt, tokens=tokens)
+    check_prompts(model, tokens=tokens)
 
 
 assert_is_language_model = (
@@ -368,6 +370,40 @@ def check_refuses_past_end(
         f"stepping past T = {model.space.max_length} must raise InputError (call check_room in"
         " step)"
     )
+
+
+def check_prompts(model: LanguageModel, *, tokens: Tensor | None = None) -> None:
+    """Law: a prompt is read or refused, never passed over: a model that reads none refuses all but
+    the one it is bound to, and `start` and all that score and sample refuse what `check_prompt`
+    does.
+    """
+    tokens = example_tokens(model.space)[:1] if tokens is None else tokens[:1]
+    some = [torch.zeros(1, length, dtype=torch.long, device=tokens.device) for length in (1, 2)]
+    refused = [prompt for prompt in some if _refuses(model.check_prompt, prompt)]
+    assert refused or model.reads_prompt, (
+        f"prompts are read or refused: {type(model).__name__} reads none, and check_prompt takes"
+        f" {[prompt[0].tolist() for prompt in some]}"
+    )
+    for prompt in refused:
+        asked: dict[str, Callable[[Tensor], object]] = {
+            "start": partial(model.start, 1),
+            "token_log_probs": partial(token_log_probs, model, tokens),
+            "conditional_log_probs": partial(conditional_log_probs, model, tokens),
+            "sample": lambda prompt: model.sample(1, draw=seeded_draw(0), prompt=prompt[0]),
+        }
+        for name, ask in asked.items():
+            assert _refuses(ask, prompt), (
+                f"prompts are read or refused: {name} of {type(model).__name__} takes the prompt"
+                f" {prompt[0].tolist()}, which check_prompt refuses (call it there)"
+            )
+
+
+def _refuses(ask: Callable[[Tensor], object], prompt: Tensor) -> bool:
+    try:
+        ask(prompt)
+    except InputError:
+        return True
+    return False
 
 
 def check_causal_reward(

@@ -1,6 +1,8 @@
 """Sequence spaces against plain Python: counting, texts, liveness, checks."""
 
+import ast
 import itertools
+import re
 
 import pytest
 import torch
@@ -80,10 +82,81 @@ def test_from_texts_normalises_before_it_splits_into_characters():
     assert space.vocabulary == ("\u00e9", "a")
 
 
-@pytest.mark.parametrize(("word", "separator"), [("a b", " "), ("", " "), ("ab", ""), ("a,b", ",")])
-def test_a_word_that_its_separator_would_split_is_refused(word, separator):
-    with pytest.raises(InputError, match="splits at separator"):
-        SequenceSpace((word,), 2, separator=separator)
+@pytest.mark.parametrize("separator", [" ", "", ","])
+def test_an_empty_word_is_refused(separator):
+    with pytest.raises(InputError, match=r"vocabulary\[1\] = '' is empty"):
+        SequenceSpace(("a", ""), 2, separator=separator)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "separator"),
+    [
+        ((" the", " th", "e", "a"), ""),  # byte-pair tokens
+        (("ab", "a", "b"), ""),
+        (("a b", "a", "b"), " "),
+        (("a,b", "a", "b"), ","),
+    ],
+)
+def test_words_that_run_together_decode_always_and_encode_where_one_sequence_spells_the_text(
+    vocabulary, separator
+):
+    """Every sequence of the space: a text to which two sequences decode is ambiguous, and two are
+    named; any other comes back.
+    """
+    space = SequenceSpace(vocabulary, 4, separator=separator)
+    tokens = space.all_tokens()
+    texts = space.decode(tokens)
+    assert space.spelled
+    assert len(set(texts)) < len(texts)
+    for row, text in zip(tokens.tolist(), texts, strict=True):
+        if texts.count(text) == 1:
+            assert space.encode(text).tolist() == row
+            continue
+        with pytest.raises(InputError, match=r"is ambiguous: .* both spell it") as refused:
+            space.encode(text)
+        named = re.findall(r"\['[^\]]*\]", str(refused.value).partition("ambiguous")[2])
+        first, second = map(ast.literal_eval, named)
+        assert first != second
+        assert separator.join(first) == separator.join(second) == text
+    with pytest.raises(InputError, match="is not spelled by at most 3 words"):
+        space.encode("xyz")
+
+
+def test_tokens_of_a_tokenizer_are_a_vocabulary_with_the_separator_that_words_have_by_default():
+    space = SequenceSpace((" the", "a"), 2)
+    assert space.decode(space.all_tokens()) == ["", " the", "a"]
+    assert space.encode([" the", "a"]).tolist() == [[0, 2], [1, 2]]
+    with pytest.raises(InputError, match="not spelled by at most 1 words"):
+        space.encode("the")
+
+
+def test_exactly_t_words_spell_a_text_where_there_is_no_end():
+    space = SequenceSpace(("a", "aa"), 2, eos=False, separator="")
+    assert space.encode("aaaa").tolist() == [1, 1]
+    assert space.encode("aa").tolist() == [0, 0]
+    with pytest.raises(InputError, match=r"'aaa' is ambiguous"):
+        space.encode("aaa")
+    with pytest.raises(InputError, match="not spelled by exactly 2 words"):
+        space.encode("a")
+
+
+def test_a_long_text_of_repeated_tokens_is_answered_at_once():
+    """Tried one by one, its 2^100 spellings would take for ever."""
+    space = SequenceSpace(("a", "aa"), 201, separator="")
+    with pytest.raises(InputError, match="ambiguous"):
+        space.encode("a" * 150)
+    with pytest.raises(InputError, match="not spelled"):
+        space.encode("a" * 150 + "b")
+
+
+def test_a_prompt_as_text_has_any_length_and_comes_back():
+    space = SequenceSpace(("a", "b"), 2)
+    assert space.encode_prompt("a b b a b").tolist() == [0, 1, 1, 0, 1]
+    assert space.encode_prompt("").tolist() == []
+    assert space.decode_prompt(torch.tensor([-1, -1, 0, 1])) == "a b"
+    assert space.decode_prompt([1, 2]) == "b <2>"
+    with pytest.raises(InputError, match="word 'c' is not in the vocabulary"):
+        space.encode_prompt("a c")
 
 
 def test_an_empty_vocabulary_and_a_length_of_zero_are_refused():

@@ -131,6 +131,8 @@ def test_a_hard_reward_is_learnt_on_the_posteriors_support():
 class Prompted(LanguageModel):
     """A bigram whose rows of logits belong to the prompt's last word."""
 
+    reads_prompt = True
+
     def __init__(self, space, seed=0):
         super().__init__()
         self.space = space

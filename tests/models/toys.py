@@ -38,6 +38,8 @@ class PromptedToy(BigramToy):
     each occurs.
     """
 
+    reads_prompt = True
+
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         logits = super().forward(tokens)
         if prompt is None:

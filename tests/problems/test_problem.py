@@ -1,5 +1,6 @@
 """What a problem accepts, and where its rewards stand."""
 
+import copy
 import math
 
 import pytest
@@ -104,7 +105,8 @@ def test_a_prompt_reaches_the_reward_once_a_row():
         seen.append(prompt)
         return torch.zeros(len(tokens))
 
-    problem(reward, prompt=torch.tensor([1, 0])).rewards(TOKENS)
+    prior = copy.deepcopy(PRIOR).for_prompt(torch.tensor([1, 0]))
+    Problem(prior, reward, 1.0, prompt=torch.tensor([1, 0])).rewards(TOKENS)
     problem(reward).rewards(TOKENS)
     assert seen[0].tolist() == [[1, 0]] * 3
     assert seen[1] is None
@@ -112,11 +114,14 @@ def test_a_prompt_reaches_the_reward_once_a_row():
 
 def test_arguments_are_checked_by_name():
     for arguments, message in (
-        ((None, constant([0.0]), 1.0), "prior is a NoneType; expected a LanguageModel"),
-        ((PRIOR, 3.0, 1.0), "reward is a float; expected a function"),
+        (
+            (None, constant([0.0]), 1.0),
+            r"prior is None; expected a model \(a LanguageModel such as",
+        ),
+        ((PRIOR, 3.0, 1.0), "reward is the number 3.0; expected a function"),
         ((PRIOR, constant([0.0]), -1.0), "kl_coef = -1.0 must be at least 0"),
         ((PRIOR, constant([0.0]), math.nan), "kl_coef = nan"),
-        ((PRIOR, constant([0.0]), 1.0, torch.zeros(1, 2)), r"prompt has shape \[1, 2\]"),
+        ((PRIOR, constant([0.0]), 1.0, torch.zeros(1, 2).long()), r"prompt has shape \[1, 2\]"),
     ):
         with pytest.raises(InputError, match=message):
             Problem(*arguments)
@@ -134,5 +139,5 @@ def test_several_problems_must_share_the_prior_object():
     with pytest.raises(InputError, match="share one prior"):
         check_problems([one, four_sentences()])
     for bad in ([], [one, "two"]):
-        with pytest.raises(InputError, match="at least one Problem"):
+        with pytest.raises(InputError, match=r"expected a Problem\(prior, reward, kl_coef\)"):
             check_problems(bad)

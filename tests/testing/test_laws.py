@@ -156,6 +156,27 @@ class DetachedDecoding(DetachedStep):
         return super().start(n, prompt)
 
 
+class SilentStart(BigramToy):
+    """Drops a prompt where decoding starts."""
+
+    def start(self, n, prompt=None):
+        return super().start(n)
+
+
+class SilentSample(BigramToy):
+    """Drops a prompt where it samples."""
+
+    def sample(self, n, *, draw, prompt=None):
+        return super().sample(n, draw=draw)
+
+
+class TakesAnyPrompt(BigramToy):
+    """Takes any prompt, and reads none."""
+
+    def check_prompt(self, prompt):
+        pass
+
+
 class UnrestrictedStep(RestrictedModel):
     """Restricts in forward and not in decoding, as a training script might."""
 
@@ -199,6 +220,9 @@ BROKEN = [
         "gradient of step ≡ forward: entry|gradient of step ≡ forward'",
     ),
     (DetachedDecoding, testing.check_decoding_gradient, "carry no gradient"),
+    (SilentStart, testing.check_prompts, "start of SilentStart takes the prompt"),
+    (SilentSample, testing.check_prompts, "sample of SilentSample takes the prompt"),
+    (TakesAnyPrompt, testing.check_prompts, "TakesAnyPrompt reads none"),
     (StepsOn, testing.check_refuses_past_end, "stepping past T = 4 must raise InputError"),
 ]
 

@@ -1,0 +1,81 @@
+"""Functions of numbers take what `torch.as_tensor` takes: arrays, lists, integers, tensors.
+
+A tensor of floats passes as it is, gradient and dtype included; everything else becomes float64.
+Groups and tokens are whole numbers, and masks are truth values, by their names.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from klrl_edu.core.arguments import describe
+from klrl_edu.core.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_DTYPES = {"group": torch.long, "tokens": torch.long, "live": torch.bool}
+
+
+def takes_numbers(function: Function) -> Function:
+    """Every argument that is annotated as a Tensor may be given as numbers; see `as_numbers`."""
+    parameters = inspect.signature(function).parameters
+    order = list(parameters)
+    numbers = {name for name, one in parameters.items() if _is_tensor(one.annotation)}
+
+    @functools.wraps(function)
+    def with_tensors(*args: Any, **options: Any) -> Any:
+        given = [*args, *options.values()]
+        device = next((value.device for value in given if isinstance(value, Tensor)), None)
+
+        def ready(name: str, value: Any) -> Any:
+            return as_numbers(value, name, device) if name in numbers else value
+
+        names = [*order, *[""] * len(args)]  # as many as it takes for Python's own complaint
+        return function(
+            *map(ready, names, args), **{name: ready(name, one) for name, one in options.items()}
+        )
+
+    return with_tensors  # type: ignore[return-value]
+
+
+def _is_tensor(annotation: Any) -> bool:
+    """Tensor, or a union with it."""
+    return annotation is Tensor or (
+        isinstance(annotation, UnionType) and Tensor in get_args(annotation)
+    )
+
+
+def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Any:
+    """A tensor [...] of what `torch.as_tensor` takes; None, where a default is meant, passes.
+
+    Args:
+        name: of the argument; "group", "tokens" and "live" have dtypes of their own.
+        device: where numbers that are no tensor yet go.
+
+    Raises:
+        InputError: no numbers, or rows of different lengths.
+    """
+    if value is None:
+        return value
+    if isinstance(value, Tensor):
+        floats = value.is_floating_point() or name in _DTYPES
+        return value if floats else value.double()
+    if _holds_tensors(value):  # torch.tensor would cut their gradients off
+        return torch.stack([as_numbers(one, name, device) for one in value])
+    try:
+        return torch.tensor(value, dtype=_DTYPES.get(name, torch.float64), device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is {describe(value)}; expected numbers, as a tensor, an array or a list"
+            f" ({error})."
+        ) from None
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(
+        isinstance(one, Tensor) or _holds_tensors(one) for one in value
+    )
