@@ -71,8 +71,8 @@ class SequenceTable(LanguageModel):
     def facts(self) -> list[str]:
         log_p = torch.log_softmax(self.logits, 0)
         return [
-            f"{len(self.tokens):,} sequences",
-            f"H = {float(logspace.entropy(log_p)):.4g} nats",
+            f"{len(self.tokens):,} sequence{'s' * (len(self.tokens) != 1)}",
+            f"H = {float(logspace.entropy(log_p)) + 0.0:.4g} nats",  # no −0
         ]
 
     @classmethod

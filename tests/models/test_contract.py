@@ -23,6 +23,8 @@ from klrl_edu.models.contract import (
     sequence_log_probs,
     token_log_probs,
 )
+from klrl_edu.models.hmm import HiddenMarkovModel
+from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
@@ -508,3 +510,36 @@ def test_sharing_prefixes_changes_no_token(space, name, n):
             if t < space.max_length - 1:
                 logits, state = model.step(state, token)
         assert torch.equal(sample(model, n, draw=seeded_draw(seed)), torch.stack(columns, 1))
+
+
+SHOWN = SequenceSpace(("a", "b"), 3)
+TABLE = SequenceTable.from_texts({"a": 0.5, "a b": 0.5}, space=SHOWN)
+PRINTED = {
+    "SequenceTable(2 sequences, H = 0.6931 nats, 2 words, T = 3, EOS)": TABLE,
+    "PrefixTable(2 sequences, 3 prefixes, 2 words, T = 3, EOS)": PrefixTable(SHOWN, TABLE.tokens),
+    "NGramModel(order 2, 3 contexts, 2 words, T = 3, EOS)": NGramModel(SHOWN, 2),
+    "HiddenMarkovModel(4 hidden contexts, 2 words, T = 3, EOS)": HiddenMarkovModel.random(SHOWN, 4),
+    "RecurrentModel(gru, 1 × 4 units, 151 parameters, 2 words, T = 3, EOS)": RecurrentModel(
+        SHOWN, cell="gru", hidden_size=4
+    ),
+    "BigramToy(12 parameters, 2 words, T = 3, EOS)": BigramToy(SHOWN),
+    "SequenceTable(1 sequence, H = 0 nats, 2 words, T = 3, EOS, prompt 'b a')": (
+        SequenceTable.from_texts({"a": 1.0}, space=SHOWN).for_prompt(torch.tensor([-1, 1, 0]))
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "model"), PRINTED.items(), ids=[*map(repr, PRINTED.values())])
+def test_a_printed_model_says_what_it_is(text, model):
+    assert repr(model) == str(model) == text
+
+
+def test_wrapped_models_name_what_they_wrap_and_a_model_without_space_prints_too():
+    policy = restrict_to_support(BigramToy(SHOWN), TABLE)
+    assert repr(policy) == (
+        f"RestrictedModel({BigramToy(SHOWN)!r}, on the support of {TABLE!r}, 2 words, T = 3, EOS)"
+    )
+    assert repr(LanguageModel()) == "LanguageModel(0 parameters)"
+    broken = SequenceTable(SHOWN, TABLE.tokens, torch.zeros(2, dtype=torch.float64))
+    broken.logits.data.fill_(math.nan)
+    assert "H = nan nats" in repr(broken)

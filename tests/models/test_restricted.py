@@ -7,15 +7,19 @@ import torch
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.exact.posterior import feasible_prior
 from klrl_edu.models.contract import (
     LanguageModel,
     conditional_log_probs,
     enumerate_support,
     sequence_log_probs,
 )
+from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems import automata
+from klrl_edu.problems.problem import Problem
 
 SPACE = SequenceSpace(("a", "b"), max_length=2, eos=False)
 
@@ -57,3 +61,43 @@ def test_a_forced_row_never_sends_nan_into_the_gradient():
     sequence_log_probs(model, model.space.encode(["a"])).sum().backward()
     p = torch.softmax(model.logits.detach(), 0)
     assert model.logits.grad.tolist() == pytest.approx([1 - p[0].item(), -p[1].item()])
+
+
+def test_a_move_takes_the_reference_along_and_leaves_the_priors_own_weights():
+    """Two policies share a prior; one of them moves, and neither the prior nor the other does."""
+    prior = NGramModel(SPACE, 2)
+    moved, other = (restrict_to_support(RecurrentModel(SPACE, hidden_size=4), prior) for _ in "ab")
+    mine = dict(moved.named_parameters())
+    assert moved.to("cpu").reference is prior  # nothing moves
+    assert moved.to("meta").reference.logits.device.type == "meta"
+    assert moved.reference.successor.device.type == "meta"
+    assert prior.logits.device.type == prior.successor.device.type == "cpu"
+    assert other.reference is prior
+    assert dict(moved.named_parameters()).keys() == mine.keys()  # the prior's are not among them
+    assert other.float().reference.logits.dtype == torch.float32
+    assert prior.logits.dtype == torch.float64
+    assert enumerate_support(other).tokens.tolist() == SPACE.all_tokens().tolist()
+
+
+def test_a_reference_that_moved_by_itself_is_still_shared():
+    prior = NGramModel(SPACE, 2)
+    policy = restrict_to_support(RecurrentModel(SPACE, hidden_size=4), prior)
+    prior.float()
+    assert policy.float().reference is prior
+
+
+def test_the_support_of_a_structured_posterior_moves_too():
+    space = SequenceSpace(("a", "b"), max_length=6)
+    reward = automata.accept_reward(automata.at_least("a", 2, space), 0.0, -math.inf)
+    problem = Problem(NGramModel(space, 2), reward, 1.0)
+    reference = feasible_prior(problem, max_sequences=3)
+    policy = restrict_to_support(RecurrentModel(space, hidden_size=4), reference)
+    policy.to("meta")
+    assert policy.reference.log_start.device.type == "meta"
+    assert reference.log_start.device.type == "cpu"
+
+
+def test_a_module_that_holds_the_policy_moves_its_reference():
+    prior = NGramModel(SPACE, 2)
+    both = torch.nn.ModuleList([restrict_to_support(RecurrentModel(SPACE, hidden_size=4), prior)])
+    assert both.to("meta")[0].reference.logits.device.type == "meta"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from klrl_edu.core.errors import InputError
+from klrl_edu.exact.posterior import posterior
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences
 from klrl_edu.problems.problem import Problem, check_problems
@@ -141,3 +142,14 @@ def test_several_problems_must_share_the_prior_object():
     for bad in ([], [one, "two"]):
         with pytest.raises(InputError, match=r"expected a Problem\(prior, reward, kl_coef\)"):
             check_problems(bad)
+
+
+def test_a_printed_problem_says_what_it_is_of():
+    course = four_sentences()
+    assert repr(course) == (
+        "Problem(prior=SequenceTable(4 sequences, H = 1.28 nats, 4 words, T = 2, no EOS),"
+        " reward='table reward', kl_coef=1)"
+    )
+    assert repr(posterior(course)) == (
+        f"Posterior({course!r}, method='enumeration', value=0.844244)"
+    )
