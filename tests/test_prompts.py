@@ -113,11 +113,29 @@ def test_a_posteriors_table_belongs_to_its_prompt(method):
 
 def test_a_table_of_one_prompt_is_not_compared_with_the_posterior_of_another():
     mine, other = (klrl.posterior(asked(prompt)[0]) for prompt in ("b b", "a"))
-    for model in (mine.model, klrl.looked_up(mine).prior):
+    sequences = klrl.posterior(asked("b b")[0], "enumeration").model
+    for model in (mine.model, sequences, klrl.looked_up(mine).prior):
         with pytest.raises(klrl.InputError, match="belongs to the prompt 'b b', and was given 'a'"):
             klrl.compare(model, other)
     with pytest.raises(klrl.InputError, match="reads no prompt"):
         klrl.compare(BigramToy(SPACE), other)
+
+
+class SilentStart(BigramToy):
+    """Drops a prompt where decoding starts, as a model of one's own may."""
+
+    def start(self, n, prompt=None):
+        return super().start(n)
+
+
+def test_a_model_of_ones_own_that_forgets_to_ask_is_asked_by_the_functions_of_the_contract():
+    for ask in (
+        lambda model: model.sample(2, draw=klrl.seeded_draw(0), prompt=PROMPT),
+        lambda model: klrl.enumerate_support(model, prompt=PROMPT),
+        lambda model: trained(model, asked()[0], steps=1),
+    ):
+        with pytest.raises(klrl.InputError, match="SilentStart reads no prompt"):
+            ask(SilentStart(SPACE))
 
 
 def test_looking_up_keeps_the_prompt_and_trains_to_the_posterior_of_the_problem():
