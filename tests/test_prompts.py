@@ -9,7 +9,6 @@ import torch
 
 import klrl_edu as klrl
 from klrl_edu import testing
-from klrl_edu.models.by_prompt import PromptedModels
 from tests.models.toys import BigramToy, PromptedToy, words
 
 SPACE = words(2, 3)
@@ -71,7 +70,7 @@ def test_the_posterior_is_that_of_the_prompt_and_compares_both_ways(method):
 
 
 def test_forward_backward_keeps_the_prompt_of_a_prior_that_is_bound_to_it():
-    prior = klrl.NGramModel(SPACE, 2).for_prompt(PROMPT)
+    prior = klrl.NGramModel(SPACE, 2).for_prompt("b b")
     problem = klrl.Problem(
         prior, klrl.automata.accept_reward(klrl.automata.at_least("a", 1, SPACE)), 1.0, PROMPT
     )
@@ -245,15 +244,15 @@ def test_a_reference_to_which_prompts_say_nothing_restricts_under_every_prompt()
 
 def test_models_by_prompt_are_each_their_own():
     tables = [klrl.posterior(asked(prompt)[0]).model for prompt in ("a", "b b")]
-    model = PromptedModels(tables)
+    model = klrl.PromptedModels(tables)
     tokens = SPACE.all_tokens()
     rows = torch.tensor([[-1, 0], [1, 1]])[torch.arange(len(tokens)) % 2]
     expected = torch.where(rows[:, 0] < 0, *(table.log_prob(tokens) for table in tables))
     assert torch.allclose(model.log_prob(tokens, rows), expected, rtol=0, atol=1e-14)
     with pytest.raises(klrl.InputError, match="two of the models belong to one prompt"):
-        PromptedModels([tables[0], tables[0]])
+        klrl.PromptedModels([tables[0], tables[0]])
     with pytest.raises(klrl.InputError, match="models is empty"):
-        PromptedModels([])
+        klrl.PromptedModels([])
     testing.check_language_model(model, torch.tensor([0]))
     testing.check_language_model(model, rows, tokens=tokens)
 
@@ -268,3 +267,19 @@ def test_a_prompt_as_text_is_its_words():
         asked(torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(klrl.InputError, match=r"prompt is a tensor \[2\]; expected token ids"):
         asked(torch.zeros(2))
+
+
+def test_a_prompt_without_words_is_none():
+    """For models that read prompts and for those that read none; so is one of padding only."""
+    tokens = SPACE.all_tokens()
+    for model in (PromptedToy(SPACE), BigramToy(SPACE), klrl.RecurrentModel(SPACE, hidden_size=4)):
+        problem, without = klrl.Problem(model, REWARD, 1.0, ""), klrl.Problem(model, REWARD, 1.0)
+        assert klrl.posterior(problem).value == klrl.posterior(without).value
+        alone = model.log_prob(tokens)
+        for prompt in (problem.prompt, torch.full((2,), -1), torch.full((len(tokens), 2), -1)):
+            assert torch.equal(model.log_prob(tokens, prompt), alone)
+    tables = klrl.PromptedModels([BigramToy(SPACE), BigramToy(SPACE, 1).for_prompt("a")])
+    assert torch.equal(tables.log_prob(tokens), BigramToy(SPACE).log_prob(tokens))
+    assert torch.equal(
+        tables.log_prob(tokens, torch.empty(len(tokens), 0)), BigramToy(SPACE).log_prob(tokens)
+    )

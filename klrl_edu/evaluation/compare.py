@@ -188,9 +188,8 @@ def compare(
         draw: the randomness for `n`.
 
     Raises:
-        InputError: an argument of another kind, another space, or a prompt that the model does not
-            read; an exact comparison with a posterior that was not enumerated; `n`
-            without `draw`.
+        InputError: an argument of another kind; another space; a prompt that the model does not
+            read; an exact comparison with a posterior that was not enumerated; `n` without `draw`.
     """
     if isinstance(target, Iterable):
         rows = tuple(compare(approximation, one, n=n, draw=draw) for one in target)

@@ -91,11 +91,12 @@ class LanguageModel(nn.Module):
         logits, state = self.step(self.select(state, parents), tokens.reshape(-1))
         return logits.reshape(n, k, -1), state
 
-    def for_prompt(self, prompt: Tensor | None) -> Self:
-        """Binds a model that reads no prompts to the one it belongs to, [S] (None: to none), as a
-        posterior's table is; returns the model itself.
+    def for_prompt(self, prompt: Tensor | str | None) -> Self:
+        """Binds a model that reads no prompts to the one it belongs to, [S] or its text (None: to
+        none), as a posterior's table is; returns the model itself.
         """
-        self.own_prompt = () if prompt is None else prompt_ids(prompt.reshape(1, -1))[0]
+        ids = self.space.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        self.own_prompt = prompt_ids(ids)[0]
         return self
 
     def check_prompt(self, prompt: Tensor | None) -> None:
@@ -156,8 +157,8 @@ def prompt_ids(prompt: Tensor | None) -> list[tuple[int, ...]]:
     """The prompts of [N,S] or [S], each without its left padding; () for None."""
     if prompt is None:
         return [()]
-    rows = prompt.reshape(-1, prompt.shape[-1]).tolist()
-    return [tuple(token for token in row if token >= 0) for row in rows]
+    rows = torch.atleast_2d(prompt).flatten(0, -2)
+    return [tuple(token for token in row if token >= 0) for row in rows.tolist()]
 
 
 def _unread(model: LanguageModel, ids: tuple[int, ...]) -> str:

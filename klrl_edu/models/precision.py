@@ -33,7 +33,7 @@ class AutocastModel(LanguageModel):
     def check_prompt(self, prompt: Tensor | None) -> None:
         self.model.check_prompt(prompt)
 
-    def for_prompt(self, prompt: Tensor | None) -> Self:
+    def for_prompt(self, prompt: Tensor | str | None) -> Self:
         self.model.for_prompt(prompt)
         return self
 

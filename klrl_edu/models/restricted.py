@@ -79,7 +79,7 @@ class RestrictedModel(LanguageModel):
         """A reference to which prompts say nothing restricts the policy under every prompt."""
         return prompt if self.reference.knows_prompts else None
 
-    def for_prompt(self, prompt: Tensor | None) -> Self:
+    def for_prompt(self, prompt: Tensor | str | None) -> Self:
         self.policy.for_prompt(prompt)
         return self
 
