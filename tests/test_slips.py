@@ -104,7 +104,7 @@ SLIPS = {
     "audit_gradient(loss, problem, policy)": (
         lambda: klrl.audit_gradient(klrl.losses.rloo, PROBLEM, policy()),
         "policy is a Problem; expected a model",
-        "Did you swap policy and problem",
+        "Did you swap policy and source",
     ),
     "audit_gradient('rloo')": (
         lambda: klrl.audit_gradient("rloo", policy(), PROBLEM),
@@ -214,7 +214,7 @@ TRAINING_SLIPS = {
     "train(problem, policy)": (
         lambda: train(PROBLEM, policy(), klrl.losses.rloo),
         "policy is a Problem; expected a model",
-        "Did you swap policy and problem",
+        "Did you swap policy and (problem|source)",
     ),
     "train(policy, target)": (
         lambda: train(policy(), TARGET, klrl.losses.rloo),
