@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_same_space
-from klrl_edu.exact.enumeration import scaled_advantage
 from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.problems.automata import AutomatonReward, as_automaton_reward, check_same_vocabulary
 from klrl_edu.problems.problem import Problem

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact.enumeration import Support, problem_support, tilt
+from klrl_edu.exact.enumeration import Support, problem_support
 from klrl_edu.exact.forward_backward import backward, build_lattice
 from klrl_edu.exact.soft_bellman import edge_log_prior, soft_bellman
 from klrl_edu.exact.structured import StructuredPosterior

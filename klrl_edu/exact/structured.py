@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InfeasibleError, InputError, TooLargeError
 from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
-from klrl_edu.exact.enumeration import scaled_advantage
 from klrl_edu.exact.forward_backward import MAX_MESSAGES, Lattice, Messages
 from klrl_edu.models.contract import LanguageModel, check_room
 from klrl_edu.models.ngram import NGramModel

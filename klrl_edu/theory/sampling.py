@@ -13,11 +13,11 @@ import math
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms import acceptance
+from klrl_edu.closed_forms.best_of_n import best_of_n, kl_bound
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, enumerate_executions
-from klrl_edu.exact import acceptance
-from klrl_edu.exact.best_of_n import best_of_n, kl_bound
-from klrl_edu.exact.enumeration import tilt
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 

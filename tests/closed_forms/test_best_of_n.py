@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from klrl_edu.closed_forms.best_of_n import best_of_n, kl_bound
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact.best_of_n import best_of_n, kl_bound
-from tests.exact.closed_forms import Q, R, random_problem
+from tests.closed_forms.vectors import Q, R, random_problem
 
 INF = math.inf
 

@@ -24,9 +24,9 @@ from scipy.optimize import brentq
 from scipy.special import lambertw
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.validation import check_kl_coef
-from klrl_edu.exact.enumeration import tilt
 
 
 class Optimum(NamedTuple):

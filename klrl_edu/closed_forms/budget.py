@@ -18,10 +18,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import Tilted, tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count, check_kl_coef
-from klrl_edu.exact.enumeration import Tilted, tilt
 
 
 class Frontier(NamedTuple):

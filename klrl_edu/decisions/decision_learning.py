@@ -29,9 +29,9 @@ from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count, check_kl_coef
-from klrl_edu.exact.decision_process import DecisionProcess
-from klrl_edu.exact.model_error import simulation_bound
-from klrl_edu.exact.soft_control import SoftSolution, objective_gap, policy_iteration, visits
+from klrl_edu.decisions.decision_process import DecisionProcess
+from klrl_edu.decisions.model_error import simulation_bound
+from klrl_edu.decisions.soft_control import SoftSolution, objective_gap, policy_iteration, visits
 
 
 class Transitions(NamedTuple):

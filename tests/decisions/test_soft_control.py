@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
-from klrl_edu.exact.decision_process import DecisionProcess, token_process
-from klrl_edu.exact.enumeration import problem_support
-from klrl_edu.exact.soft_control import (
+from klrl_edu.decisions.decision_process import DecisionProcess, token_process
+from klrl_edu.decisions.soft_control import (
     objective_gap,
     policy_evaluation,
     policy_gradient,
@@ -24,9 +23,9 @@ from klrl_edu.exact.soft_control import (
     value_iteration,
     visits,
 )
+from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
-from tests.exact.dictionaries import INF, assert_close
-from tests.exact.processes import (
+from tests.decisions.processes import (
     loop,
     paths,
     policies,
@@ -34,6 +33,7 @@ from tests.exact.processes import (
     soft_values_by_recursion,
     softmax_policy,
 )
+from tests.exact.dictionaries import INF, assert_close
 
 KL_COEFS = st.sampled_from((0.05, 0.5, 1.0, 10.0))
 FINITE = st.sampled_from((0.0, 0.05, 0.5, 1.0, 10.0))

@@ -8,8 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from klrl_edu.exact.dialogue import ACTIONS, STATES, compare_plans, dialogue, most_likely_replies
-from klrl_edu.exact.soft_control import policy_evaluation, policy_iteration, value_iteration
+from klrl_edu.decisions.dialogue import (
+    ACTIONS,
+    STATES,
+    compare_plans,
+    dialogue,
+    most_likely_replies,
+)
+from klrl_edu.decisions.soft_control import policy_evaluation, policy_iteration, value_iteration
 
 KL_COEF = 0.1
 ANSWER, ASK, GUESS = (ACTIONS.index(name) for name in ("answer", "ask", "guess"))

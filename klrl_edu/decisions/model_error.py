@@ -18,8 +18,8 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.exact.decision_process import MAX_ENTRIES, DecisionProcess
-from klrl_edu.exact.soft_control import value_iteration
+from klrl_edu.decisions.decision_process import MAX_ENTRIES, DecisionProcess
+from klrl_edu.decisions.soft_control import value_iteration
 
 
 def simulation_bound(

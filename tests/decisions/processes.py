@@ -7,7 +7,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from klrl_edu.exact.decision_process import DecisionProcess
+from klrl_edu.decisions.decision_process import DecisionProcess
 
 REWARDS = st.sampled_from((0.0, 1.0, -1.0)) | st.floats(-2, 2)
 

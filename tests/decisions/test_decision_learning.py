@@ -11,15 +11,7 @@ import torch
 
 from klrl_edu.core.draws import enumerate_executions, seeded_draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact.decision_process import DecisionProcess
-from klrl_edu.exact.dialogue import dialogue
-from klrl_edu.exact.soft_control import (
-    objective_gap,
-    policy_evaluation,
-    policy_gradient,
-    policy_iteration,
-)
-from klrl_edu.learning.decision_learning import (
+from klrl_edu.decisions.decision_learning import (
     SoftQTable,
     estimated_process,
     plan_on_estimate,
@@ -29,7 +21,15 @@ from klrl_edu.learning.decision_learning import (
     sampling_bound,
     soft_q_learning,
 )
-from tests.exact.processes import loop, paths, softmax_policy
+from klrl_edu.decisions.decision_process import DecisionProcess
+from klrl_edu.decisions.dialogue import dialogue
+from klrl_edu.decisions.soft_control import (
+    objective_gap,
+    policy_evaluation,
+    policy_gradient,
+    policy_iteration,
+)
+from tests.decisions.processes import loop, paths, softmax_policy
 
 INF = math.inf
 LEARNERS = [soft_q_learning, plan_on_estimate, policy_gradient_learning]

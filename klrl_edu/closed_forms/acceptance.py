@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.validation import check_count
-from klrl_edu.exact.enumeration import tilt
 
 MAX_MULTISETS = 1_000_000
 

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from klrl_edu.closed_forms import regularizers
+from klrl_edu.closed_forms.regularizers import DIVERGENCES, alpha_divergence, optimum
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.errors import InfeasibleError, InputError
-from klrl_edu.exact import regularizers
-from klrl_edu.exact.enumeration import tilt
-from klrl_edu.exact.regularizers import DIVERGENCES, alpha_divergence, optimum
-from tests.exact.closed_forms import Q, R, random_problem
+from tests.closed_forms.vectors import Q, R, random_problem
 
 INF = math.inf
 GENERATORS = {  # f(t), written independently of the package

@@ -8,25 +8,25 @@ from hypothesis import given
 
 from klrl_edu.core.errors import InfeasibleError, InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.evaluation.compare import compare
-from klrl_edu.exact.decision_process import (
+from klrl_edu.decisions.decision_process import (
     DecisionProcess,
     expected_next,
     token_policy,
     token_process,
 )
+from klrl_edu.decisions.soft_control import policy_iteration, value_iteration
+from klrl_edu.evaluation.compare import compare
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.exact.soft_bellman import soft_bellman
-from klrl_edu.exact.soft_control import policy_iteration, value_iteration
 from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward
 from klrl_edu.testing import problems
+from tests.decisions.processes import loop
 from tests.exact.dictionaries import INF, assert_close
-from tests.exact.processes import loop
 
 NAN = math.nan
 

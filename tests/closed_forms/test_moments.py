@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from klrl_edu.closed_forms.moments import match_moments
 from klrl_edu.core.errors import InfeasibleError, InputError
-from klrl_edu.exact.moments import match_moments
-from tests.exact.closed_forms import Q, random_problem
+from tests.closed_forms.vectors import Q, random_problem
 
 DOG = torch.tensor([[0.0], [1.0], [0.0], [1.0]], dtype=torch.float64)
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from klrl_edu.closed_forms import acceptance
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.exact import acceptance
-from klrl_edu.exact.enumeration import tilt
-from tests.exact.closed_forms import Q, R, random_problem
+from tests.closed_forms.vectors import Q, R, random_problem
 
 INF = math.inf
 SEEDS = pytest.mark.parametrize("seed", range(5))

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.exact.decision_process import DecisionProcess, token_process
-from klrl_edu.exact.model_error import simulation_bound, trajectory_value
-from klrl_edu.exact.soft_control import policy_evaluation, policy_iteration
+from klrl_edu.decisions.decision_process import DecisionProcess, token_process
+from klrl_edu.decisions.model_error import simulation_bound, trajectory_value
+from klrl_edu.decisions.soft_control import policy_evaluation, policy_iteration
 from klrl_edu.problems.examples import four_sentences
+from tests.decisions.processes import loop, normalised, paths, processes
 from tests.exact.dictionaries import INF, assert_close
-from tests.exact.processes import loop, normalised, paths, processes
 
 KL_COEFS = st.sampled_from((0.05, 0.5, 1.0, 10.0))
 

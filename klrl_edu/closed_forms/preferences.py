@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact.enumeration import tilt
 
 _STEPS = 100_000
 

@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError
-from klrl_edu.exact.budget import (
+from klrl_edu.closed_forms.budget import (
     frontier,
     kl_coef_for_budget,
     kl_coef_for_reward,
     mirror_descent_kl_coefs,
     proximal_kl_coefs,
 )
-from klrl_edu.exact.enumeration import tilt
-from tests.exact.closed_forms import Q, R, random_problem
+from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
+from tests.closed_forms.vectors import Q, R, random_problem
 
 INF = math.inf
 

@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 
-from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError
-from klrl_edu.exact.enumeration import tilt
-from klrl_edu.exact.preferences import (
+from klrl_edu.closed_forms.preferences import (
     bradley_terry,
     dpo_loss,
     duality_gap,
@@ -16,7 +13,10 @@ from klrl_edu.exact.preferences import (
     ipo_optimum,
     nash_equilibrium,
 )
-from tests.exact.closed_forms import Q, R, random_problem
+from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
+from tests.closed_forms.vectors import Q, R, random_problem
 
 CYCLE = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
 UNIFORM = torch.full((3,), -math.log(3), dtype=torch.float64)

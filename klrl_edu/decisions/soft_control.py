@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
 from klrl_edu.core.validation import SUM_TOLERANCE, check_kl_coef
-from klrl_edu.exact.decision_process import DecisionProcess, expected_next, spread
-from klrl_edu.exact.enumeration import scaled_advantage
+from klrl_edu.decisions.decision_process import DecisionProcess, expected_next, spread
 
 _MAX_SWEEPS = 1_000_000
 _MAX_IMPROVEMENTS = 1_000

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core.display import Cell, html_table, text_table
-from klrl_edu.exact.decision_process import DecisionProcess
-from klrl_edu.exact.model_error import trajectory_value
-from klrl_edu.exact.soft_control import policy_evaluation, value_iteration
+from klrl_edu.decisions.decision_process import DecisionProcess
+from klrl_edu.decisions.model_error import trajectory_value
+from klrl_edu.decisions.soft_control import policy_evaluation, value_iteration
 
 STATES = ("vague", "puzzled", "clear", "delighted", "annoyed", "over")
 ACTIONS = ("answer", "ask", "guess", "close")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klrl_edu.closed_forms import gaussian_kl
 from klrl_edu.estimators import kl_values
-from klrl_edu.exact import gaussian_kl
 
 
 def by_quadrature(estimator, kl):
