@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from klrl_edu.core.errors import InfeasibleError
+from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.models.contract import MAX_SEQUENCES, enumerate_support
 from klrl_edu.problems.problem import Problem
@@ -56,4 +56,12 @@ def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Sup
         )
     return Support(
         weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens)
+    )
+
+
+def not_enumerated(method: str) -> InputError:
+    """What to raise where a support is asked for that the method did not enumerate."""
+    return InputError(
+        f"this posterior was computed by {method}, without enumerating its support;"
+        " ask its `model`, or compare(..., n=, draw=)."
     )

@@ -15,7 +15,8 @@ from klrl_edu.core.errors import InfeasibleError, InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.evaluation.compare import compare
 from klrl_edu.exact import forward_backward
-from klrl_edu.exact.forward_backward import Lattice, backward, build_lattice
+from klrl_edu.exact.forward_backward import backward
+from klrl_edu.exact.lattice import Lattice, build_lattice
 from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
 from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.learning import losses
