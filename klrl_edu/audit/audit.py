@@ -19,7 +19,7 @@ from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name
 from klrl_edu.audit.checks import no_global_randomness, probe
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
 from klrl_edu.audit.differentiation import LossOnSupport
-from klrl_edu.audit.executions import check_executions, multisets
+from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.moments import (
     Contributions,
     contributions_of,
@@ -39,6 +39,7 @@ from klrl_edu.audit.values import (
 )
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.multisets import multisets
 from klrl_edu.core.validation import check_count
 from klrl_edu.learning.batches import Loss, needs_of
 from klrl_edu.learning.sources import Source

@@ -12,7 +12,6 @@ Eikema et al. (2022) for (2); Liu (1996), Theorem 2.1, for (3). K outcomes; log 
 in reward units.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.multisets import count_multisets, multisets
 from klrl_edu.core.validation import check_count
 
 MAX_MULTISETS = 1_000_000
@@ -104,24 +104,22 @@ def importance_sampling_mean(
             does not exist.
     """
     check_count(n, "n")
-    supported = (log_prior > -math.inf).nonzero().squeeze(-1)
-    log_w = _log_weights(log_prior, tilt(log_prior, rewards, kl_coef).log_posterior)[supported]
-    if bool((log_w == -math.inf).any()):
+    supported = log_prior > -math.inf
+    log_w = _log_weights(log_prior, tilt(log_prior, rewards, kl_coef).log_posterior)
+    if bool((log_w[supported] == -math.inf).any()):
         raise InputError(
             "a supported outcome has no weight (reward -inf, or λ = 0): n draws may all be such,"
             " and the estimate is 0/0."
         )
-    size = math.comb(len(supported) + n - 1, n)
+    outcomes = int(supported.sum())
+    size = count_multisets(outcomes, n)
     if size > MAX_MULTISETS:
         raise TooLargeError(
-            f"{n} draws of {len(supported)} outcomes make {size:,} multisets, more than"
+            f"{n} draws of {outcomes} outcomes make {size:,} multisets, more than"
             f" {MAX_MULTISETS:,}; take a smaller n."
         )
-    draws = torch.tensor(list(itertools.combinations_with_replacement(range(len(supported)), n)))
-    counts = torch.nn.functional.one_hot(draws, len(supported)).sum(1)
-    orders = math.lgamma(n + 1) - torch.lgamma(counts.double() + 1).sum(-1)
-    log_p = orders + log_prior[supported][draws].sum(-1)
-    estimates = (torch.softmax(log_w[draws], -1) * values[supported][draws]).sum(-1)
+    draws, log_p = multisets(log_prior, n)
+    estimates = (torch.softmax(log_w[draws], -1) * values[draws]).sum(-1)
     return float(log_p.exp() @ estimates)
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
@@ -32,6 +33,7 @@ from klrl_edu.core.validation import check_count, check_kl_coef
 from klrl_edu.decisions.decision_process import DecisionProcess
 from klrl_edu.decisions.model_error import simulation_bound
 from klrl_edu.decisions.soft_control import SoftSolution, objective_gap, policy_iteration, visits
+from klrl_edu.estimators.advantages import to_go
 
 
 class Transitions(NamedTuple):
@@ -196,7 +198,7 @@ def policy_gradient_learning(
         batch = sample_transitions(process, log_policy, episodes, draw)
         gradient, baseline = reinforce_gradient(process, log_policy, kl_coef, batch, baseline)
         raised = log_policy + learning_rate * gradient
-        log_policy = raised - torch.where(process.terminal, 0, torch.logsumexp(raised, -1))[:, None]
+        log_policy = logspace.log_normalize_alive(raised)
         consumed += len(batch.state)
         if consumed >= waiting[0]:
             waiting = [checkpoint for checkpoint in waiting if checkpoint > consumed]
@@ -215,10 +217,10 @@ def sample_transitions(
     transition with probability 1 − γ.
     """
     A, terminal = len(process.actions), process.terminal
-    choices = torch.where(
-        terminal[:, None], 0, log_policy
-    )  # rows never drawn from, but every row of a Draw needs mass
-    replies = torch.where(process.available[:, :, None], process.transitions.log(), 0).flatten(0, 1)
+    # rows never drawn from, but every row of a Draw needs mass
+    choices = logspace.uniform_where_dead(log_policy, terminal)
+    replies = logspace.uniform_where_dead(process.transitions.log(), ~process.available)
+    replies = replies.flatten(0, 1)
     survival = torch.tensor([[1 - process.discount, process.discount]], dtype=torch.float64).log()
     index = torch.arange(episodes)
     state = draw(process.initial.log()[None], torch.zeros_like(index))
@@ -282,7 +284,7 @@ class SoftQTable:
             self.process.log_prior
             + torch.tensor(self.action_values, dtype=torch.float64) / self.kl_coef
         )
-        return lifted - torch.where(self.process.terminal, 0, torch.logsumexp(lifted, -1))[:, None]
+        return logspace.log_normalize_alive(lifted)
 
 
 def estimated_process(process: DecisionProcess, counts: Tensor) -> DecisionProcess:
@@ -345,18 +347,17 @@ def reinforce_gradient(
     paid = (
         process.rewards[state, action] - kl_coef * (log_policy - process.log_prior)[state, action]
     )
-    total = (
-        paid.flip(0).cumsum(0).flip(0)
-    )  # from here to the end of the batch; less what stands after the episode
+    # from here to the end of the batch, less what stands after the episode
+    total = to_go(paid)
     after = torch.searchsorted(batch.episode, batch.episode, right=True)
-    to_go = total - torch.cat([total, total.new_zeros(1)])[after]
-    advantage = to_go - baseline[state]
+    followed = total - torch.cat([total, total.new_zeros(1)])[after]
+    advantage = followed - baseline[state]
     gradient = torch.zeros_like(log_policy).index_put((state, action), advantage, accumulate=True)
     gradient = gradient - log_policy.exp() * gradient.sum(
         -1, keepdim=True
     )  # ∇log π(a|s) = e_a − π(·|s)
     visited = torch.bincount(state, minlength=len(baseline))
-    mean = torch.zeros_like(baseline).index_add(0, state, to_go) / visited
+    mean = torch.zeros_like(baseline).index_add(0, state, followed) / visited
     return gradient / float(batch.episode[-1] + 1), torch.where(visited > 0, mean, baseline)
 
 

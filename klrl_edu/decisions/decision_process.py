@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klrl_edu.core import logspace
 from klrl_edu.core.display import format_number
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.validation import SUM_TOLERANCE
@@ -281,7 +282,7 @@ def _clean_prior(process: DecisionProcess) -> Tensor:
             f"the prior's actions in {process.place(state)} sum to {float(total[state]):.12g}, not"
             " 1; divide the row by its sum, in float64."
         )
-    return log_prior - torch.where(process.terminal, 0, torch.logsumexp(log_prior, -1))[:, None]
+    return logspace.log_normalize_alive(log_prior)
 
 
 def _clean_rewards(process: DecisionProcess) -> Tensor:

@@ -283,8 +283,7 @@ def _policy(process: DecisionProcess, feasible: Tensor, lifted: Tensor) -> Tenso
     """[S,A] log-masses normalised; even over the available actions where none is feasible."""
     even = torch.where(process.available, 0.0, -math.inf)
     lifted = torch.where(feasible.any(-1, keepdim=True), lifted, even)
-    total = logspace.logsumexp(lifted)
-    return lifted - torch.where(process.terminal, 0, total)[:, None]
+    return logspace.log_normalize_alive(lifted)
 
 
 def _solution(
@@ -466,7 +465,7 @@ def _check_policy(process: DecisionProcess, log_policy: Tensor) -> Tensor:
             f"the policy gives mass {mass:.3g} to {process.place(state, action)}, where the prior"
             " has none, so KL is infinite; give the action log_policy -inf, or prior mass."
         )
-    return log_policy - torch.where(process.terminal, 0, torch.logsumexp(log_policy, -1))[:, None]
+    return logspace.log_normalize_alive(log_policy)
 
 
 def _evaluate(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor | None:
