@@ -49,6 +49,11 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
         plain = _tilt_plain(log_prior, rewards, kl_coef)
         if bool(torch.isfinite(plain.log_evidence)):
             return plain
+    return _tilt_below_the_best(log_prior, rewards, kl_coef)
+
+
+def _tilt_below_the_best(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
+    """(1) and (2) as they stand, with the limits of λ."""
     supported = log_prior > -math.inf
     rewards = torch.where(supported, rewards, torch.full_like(rewards, -math.inf))
     feasible = rewards > -math.inf
@@ -67,6 +72,27 @@ def tilt(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
         value = top + kl_coef * residual
         log_evidence = residual + (top / kl_coef if kl_coef > 0 else _infinite_unless_zero(top))
     return Tilted(lifted - residual, value, log_evidence)
+
+
+def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
+    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf;
+    −inf where r = −inf.
+    """
+    feasible = rewards > -math.inf
+    below = torch.where(feasible, rewards, top) - top
+    forbidden = torch.full_like(below, -math.inf)
+    if kl_coef == 0:
+        return torch.where(feasible & (below == 0), below, forbidden)
+    # r − m itself overflows where rewards lie at both ends of the range of floats
+    scaled = torch.where(torch.isinf(below), rewards / kl_coef - top / kl_coef, below / kl_coef)
+    return torch.where(feasible, scaled, forbidden)
+
+
+def _infinite_unless_zero(top: Tensor) -> Tensor:
+    return torch.where(top == 0, top, torch.sign(top) * math.inf)
+
+
+# --- the fast path: no gradient and moderate rewards ----------------------------------------------
 
 
 def _is_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> bool:
@@ -91,21 +117,3 @@ def _tilt_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
     log_posterior = torch.log_softmax(lifted, 0, out=lifted)
     log_evidence = top - log_posterior.amax()
     return Tilted(log_posterior, kl_coef * log_evidence, log_evidence)
-
-
-def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
-    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf;
-    −inf where r = −inf.
-    """
-    feasible = rewards > -math.inf
-    below = torch.where(feasible, rewards, top) - top
-    forbidden = torch.full_like(below, -math.inf)
-    if kl_coef == 0:
-        return torch.where(feasible & (below == 0), below, forbidden)
-    # r − m itself overflows where rewards lie at both ends of the range of floats
-    scaled = torch.where(torch.isinf(below), rewards / kl_coef - top / kl_coef, below / kl_coef)
-    return torch.where(feasible, scaled, forbidden)
-
-
-def _infinite_unless_zero(top: Tensor) -> Tensor:
-    return torch.where(top == 0, top, torch.sign(top) * math.inf)
