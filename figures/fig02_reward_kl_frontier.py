@@ -35,7 +35,7 @@ from scipy.optimize import brentq
 
 import klrl_edu as klrl
 from klrl_edu import plots
-from klrl_edu.exact.enumeration import tilt
+from klrl_edu.closed_forms.tilt import tilt
 
 LETTER_SCORES = {1: "aeilnorstu", 2: "dg", 3: "bcmp", 4: "fhvwy", 5: "k", 8: "jx", 10: "qz"}
 

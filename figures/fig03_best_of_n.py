@@ -7,7 +7,7 @@ Seen: for every prior the exact KL follows the formula while n is small against 
 then stops at (2), where the formula grows without end; at one KL, best-of-n earns almost what the
 posterior, the most that can be had, earns.
 
-Source: Beirami et al. (2024), Theorem 1 and figure 2; (1) with ties is exact/best_of_n.py
+Source: Beirami et al. (2024), Theorem 1 and figure 2; (1) with ties is closed_forms/best_of_n.py
 
 Data:
     n                 draws [N]

@@ -6,8 +6,8 @@ Seen: all six move mass to the reward, each by its own curve of π/q against r: 
 reverse KL, a pole for forward KL, Jensen–Shannon and Hellinger, a straight line for χ², which alone
 gives outcomes up (a mass of exactly 0, drawn as hollow marks).
 
-Source: Wang et al. (2023), f-DPO, Table 1; KL + χ² is Huang et al. (2024); exact/regularizers.py
-derives each
+Source: Wang et al. (2023), f-DPO, Table 1; KL + χ² is Huang et al. (2024);
+closed_forms/regularizers.py derives each
 
 Data:
     prior, rewards       q [K] and r [K] in reward units

@@ -35,10 +35,10 @@ import torch
 from matplotlib.figure import Figure
 
 from klrl_edu import plots, seeded_draw
-from klrl_edu.exact.decision_process import DecisionProcess
-from klrl_edu.exact.soft_control import policy_evaluation, value_iteration
-from klrl_edu.learning import decision_learning
-from klrl_edu.learning.decision_learning import LearningCurve
+from klrl_edu.decisions import decision_learning
+from klrl_edu.decisions.decision_learning import LearningCurve
+from klrl_edu.decisions.decision_process import DecisionProcess
+from klrl_edu.decisions.soft_control import policy_evaluation, value_iteration
 
 PLANNING, Q_LEARNING, POLICY_GRADIENT = (
     "planning on the estimated model",

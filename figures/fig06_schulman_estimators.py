@@ -10,7 +10,7 @@ k3's noise then explodes as e^d, and from 0.628 nats on k1 is the better unbiase
 k2 pays with a bias of d/2 of the KL. The best control variate is never above k1 or k3. Squares: the
 two rows of the published table.
 
-Source: Schulman (2020), table; (2) and (3) are exact/gaussian_kl.py
+Source: Schulman (2020), table; (2) and (3) are closed_forms/gaussian_kl.py
 
 Data:
     kl                   d [M] in nats

@@ -7,7 +7,7 @@ Seen: with a small advantage Δr of the major mode the minor one vanishes under 
 λ falls, exponentially in 1/λ under reverse KL, in proportion to λ under forward KL; where both earn
 the same, both keep q's ratio at any λ, and no choice of direction restores balance.
 
-Source: GX-Chen et al. (2025), figures 1 and 3; exact/regularizers.py
+Source: GX-Chen et al. (2025), figures 1 and 3; closed_forms/regularizers.py
 
 Data:
     kl_coef              λ [M] in reward units a nat

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from klrl_edu import exercises, reference
+from klrl_edu.closed_forms import regularizers
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact import regularizers
 from klrl_edu.exercises import EXERCISES, check, judging, t01
 from klrl_edu.exercises.judging import Exercise, Mistake, judge
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES

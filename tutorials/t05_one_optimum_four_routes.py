@@ -36,16 +36,16 @@ from klrl_edu import (
     train,
 )
 from klrl_edu.core.display import text_table
-from klrl_edu.exact.decision_process import token_process
-from klrl_edu.exact.dialogue import compare_plans, dialogue
-from klrl_edu.exact.model_error import trajectory_value
-from klrl_edu.exact.soft_control import objective_gap, value_iteration
-from klrl_edu.exercises import check
-from klrl_edu.learning.decision_learning import (
+from klrl_edu.decisions.decision_learning import (
     plan_on_estimate,
     policy_gradient_learning,
     soft_q_learning,
 )
+from klrl_edu.decisions.decision_process import token_process
+from klrl_edu.decisions.dialogue import compare_plans, dialogue
+from klrl_edu.decisions.model_error import trajectory_value
+from klrl_edu.decisions.soft_control import objective_gap, value_iteration
+from klrl_edu.exercises import check
 from klrl_edu.learning.training import cosine
 from klrl_edu.problems.examples import FOUR_POLICY, FOUR_REWARDS, FOUR_SENTENCES
 from klrl_edu.reference import kl, objective

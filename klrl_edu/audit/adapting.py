@@ -42,8 +42,8 @@ def _one_kl_coef(batch: Batch) -> Tensor:
     """λ, where the whole batch has one."""
     if bool((batch.kl_coef != batch.kl_coef[0]).any()):
         raise InputError(
-            f"beta is one number, and the batch has several, {batch.kl_coef.unique().tolist()}; take"
-            " kl_coef [N] in its place."
+            f"beta is one number, and the batch has several, {batch.kl_coef.unique().tolist()};"
+            " take kl_coef [N] in its place."
         )
     return batch.kl_coef[0]
 

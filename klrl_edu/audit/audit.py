@@ -19,7 +19,7 @@ from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name
 from klrl_edu.audit.checks import no_global_randomness, probe
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
 from klrl_edu.audit.differentiation import LossOnSupport
-from klrl_edu.audit.executions import check_executions, multisets
+from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.moments import (
     Contributions,
     contributions_of,
@@ -40,6 +40,7 @@ from klrl_edu.audit.values import (
 from klrl_edu.core.arguments import check_arguments, check_function, check_loss_function
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.multisets import multisets
 from klrl_edu.core.validation import check_count
 from klrl_edu.learning.batches import Loss, needs_of
 from klrl_edu.learning.sources import Source

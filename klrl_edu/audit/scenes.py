@@ -19,7 +19,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError, UnsupportedPolicyError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_same_space
-from klrl_edu.evaluation.compare import support_log_mass
+from klrl_edu.exact.support_sums import support_log_mass
 from klrl_edu.learning.batches import Batch, score_batch
 from klrl_edu.learning.sources import Table
 from klrl_edu.models.contract import (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from klrl_edu.audit.tree import SupportTree
 from klrl_edu.core import logspace
-from klrl_edu.evaluation.compare import support_log_mass
+from klrl_edu.exact.support_sums import support_log_mass
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import LanguageModel
 

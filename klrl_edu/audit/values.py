@@ -23,7 +23,7 @@ from klrl_edu.audit.adapting import (
     takes_a_log_ratio,
 )
 from klrl_edu.audit.checks import probe
-from klrl_edu.audit.executions import check_executions, count_multisets, multisets
+from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, sampled_moments
 from klrl_edu.audit.report import total_variance
 from klrl_edu.audit.scenes import Scene
@@ -31,6 +31,7 @@ from klrl_edu.audit.subjects import SHARED, Subject
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.multisets import count_multisets, multisets
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import readable_count
 

@@ -64,6 +64,24 @@ def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
     return shifted - logsumexp(shifted, dim).unsqueeze(dim)
 
 
+def log_normalize_alive(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """`log_normalize` where some rows may have no mass: those stay −inf throughout."""
+    total = logsumexp(log_weights, dim).unsqueeze(dim)
+    return log_weights - torch.where(total > -math.inf, total, 0.0)
+
+
+def uniform_where_dead(log_weights: Tensor, dead: Tensor | None = None) -> Tensor:
+    """Log-weights [..., K] with 0 throughout in rows that nothing can reach, where any law will do
+    and a row of −inf would be none (its softmax is NaN, and nothing can be drawn from it).
+
+    Args:
+        dead: which rows [...]; by default those without mass.
+    """
+    if dead is None:
+        dead = (log_weights.detach() == -math.inf).all(-1)
+    return torch.where(dead.unsqueeze(-1), torch.zeros_like(log_weights), log_weights)
+
+
 def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
     """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 ->
     [segments]; −inf where a segment has no mass.

@@ -105,12 +105,10 @@ def any_known(condition: Tensor) -> bool | None:
     """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`, where one tensor
     stands for many and no branch can be taken.
     """
-    try:
-        return bool(condition.any())
-    except RuntimeError as error:
-        if "vmap" in str(error):
-            return None
-        raise
+    # under vmap a tensor hides the dimension along which it stands for many; under grad it does not
+    if torch.func.debug_unwrap(condition).ndim > condition.ndim:
+        return None
+    return bool(condition.any())
 
 
 def _refuse(bad: Tensor, values: Tensor, name: str, why: str) -> None:

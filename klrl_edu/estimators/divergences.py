@@ -3,7 +3,7 @@
     D_f(π‖q) = E_q[f(t)] = E_π[f(t)/t],    t = π/q = e^u,    w = 1/t                             (1)
     Var_π[f(t)/t] = E_q[f(t)²/t] − D_f²                                                          (2)
 
-The generators f are those of `exact.regularizers`. Each estimator is f(t)/t: its mean is the
+The generators f are those of `closed_forms.regularizers`. Each estimator is f(t)/t: its mean is the
 divergence and its variance (2), both only where every sequence of q has mass under π (E_π[w] = 1).
 Any shape, in nats; sum per-token log-ratios over a sequence first. They are values: the gradient of
 one of them is not, on average, that of its divergence. Csiszár (1967); Rubenstein et al. (2019).

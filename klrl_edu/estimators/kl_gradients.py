@@ -24,6 +24,7 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.estimators.advantages import to_go
 from klrl_edu.estimators.kl_values import k2, k3, per_token_kl
 
 # --- in the reward: the first half of (1) ---------------------------------------------------------
@@ -45,8 +46,8 @@ def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t sg(Σ_{t'≥t} u_t') log π_t, two [N,T] -> scalar: unbiased for ∇KL(π‖q) by (3); a
     token is not charged for what came before it.
     """
-    to_go = _to_go(log_probs.detach() - prior_log_probs)
-    return (to_go * log_probs).sum(-1).mean()
+    penalty = to_go(log_probs.detach() - prior_log_probs)
+    return (penalty * log_probs).sum(-1).mean()
 
 
 @takes_numbers
@@ -59,7 +60,7 @@ def reward_rao_blackwell_to_go(
     The sampled u_t is kept for the token itself: KL_t depends on the prefix alone, so E[KL_t s_t] =
     0 and it would carry no signal there.
     """
-    later = _to_go(per_token_kl(log_dists, prior_log_dists).detach())
+    later = to_go(per_token_kl(log_dists, prior_log_dists).detach())
     later = torch.cat([later[..., 1:], torch.zeros_like(later[..., :1])], -1)
     return ((log_probs.detach() - prior_log_probs + later) * log_probs).sum(-1).mean()
 
@@ -216,7 +217,7 @@ def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tens
     ∇KL(π‖q), as E[k3(u_t)|y_<t] = KL_t.
     """
     values = k3(log_probs - prior_log_probs)
-    return (_to_go(values.detach()) * log_probs + values).sum(-1).mean()
+    return (to_go(values.detach()) * log_probs + values).sum(-1).mean()
 
 
 @takes_numbers
@@ -227,7 +228,7 @@ def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: T
     Source: Amini et al. (2025).
     """
     divergence = per_token_kl(log_dists, prior_log_dists)
-    later = _to_go(divergence.detach()) - divergence.detach()
+    later = to_go(divergence.detach()) - divergence.detach()
     return (divergence + later * log_probs).sum(-1).mean()
 
 
@@ -342,7 +343,7 @@ def off_policy_prefix(
     π's support lies in μ's; by (3).
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))
-    return (_to_go((ratio * (log_probs - prior_log_probs)).detach()) * log_probs).sum(-1).mean()
+    return (to_go((ratio * (log_probs - prior_log_probs)).detach()) * log_probs).sum(-1).mean()
 
 
 @takes_numbers
@@ -355,8 +356,3 @@ def off_policy_sequence(
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1))
     log_ratio = (log_probs - prior_log_probs).sum(-1)
     return ((ratio * log_ratio).detach() * log_probs.sum(-1)).mean()
-
-
-def _to_go(values: Tensor) -> Tensor:
-    """Σ_{t'≥t} of values [N,T] -> [N,T]."""
-    return values.flip(-1).cumsum(-1).flip(-1)

@@ -2,11 +2,9 @@
 
     J(π) = E_π[r] − λ KL(π‖q),    gap = λ log Z − J(π) = λ KL(π‖π*)                              (1)
 
-Exact: both distributions on the prior's support, and one outcome more for whatever mass the
-approximation has elsewhere. The mass elsewhere is summed edge by edge along the trie, so it is
-exactly 0 for a restricted policy and exact for a tiny one. By samples: unbiased means over n
-sequences of the approximation and n of the posterior, the KLs taken exactly at each step along
-them. K supported sequences, nats, reward units.
+Exact: the sums over all sequences that the posterior gives (`Posterior.against`). By samples:
+unbiased means over n sequences of the approximation and n of the posterior, the KLs taken exactly
+at each step along them. Nats, reward units.
 """
 
 import math
@@ -22,22 +20,14 @@ from klrl_edu.core.arguments import check_arguments, check_draw
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_same_space
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.posterior import Posterior
-from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.models.contract import (
     LanguageModel,
-    advance,
-    batch_prompt,
-    block_size,
     conditional_log_probs,
-    force_eos,
     sequence_log_probs,
 )
-from klrl_edu.models.ngram import NGramModel
-from klrl_edu.models.table import SequenceTable
 
 
 @dataclass(frozen=True)
@@ -205,12 +195,6 @@ def compare(
         approximation.check_prompt(target.problem.prompt)
     check_same_space(approximation.space, target.problem.space, "approximation and target")
     if n is None:
-        if (
-            target.support is None
-            and isinstance(approximation, NGramModel)
-            and isinstance(target.model, StructuredPosterior)
-        ):
-            return _by_context(approximation, target, target.model)
         return _exact(approximation, target)
     if draw is None or isinstance(approximation, WeightedSequences):
         raise InputError(
@@ -222,64 +206,35 @@ def compare(
 
 
 def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) -> Comparison:
-    support, kl_coef = target.enumerated(), target.problem.kl_coef
-    on_support, elsewhere = support_log_mass(
-        approximation, support.tokens, support.trie, target.problem.prompt
-    )
-    none = elsewhere.new_full((1,), -math.inf)
-    log_pi = torch.cat([on_support, elsewhere.reshape(1)])
-    log_star, log_q = torch.cat([target.log_probs, none]), torch.cat([support.log_prior, none])
-    rewards = torch.cat([support.rewards, torch.zeros_like(none)])
-    middle = torch.logaddexp(log_pi, log_star) - math.log(2)
-    reverse_kl, kl_to_prior = (
-        logspace.kl_divergence(log_pi, log_star),
-        logspace.kl_divergence(log_pi, log_q),
-    )
-    expected_reward = logspace.expectation(log_pi, rewards)
-    objective = float(expected_reward) - _product(kl_coef, float(kl_to_prior))
-    violating, uncovered = log_star == -math.inf, log_pi == -math.inf
-    particles = isinstance(approximation, WeightedSequences) and not approximation.exact
-    return Comparison(
-        reverse_kl=float(reverse_kl),
-        forward_kl=float(logspace.kl_divergence(log_star, log_pi)),
-        total_variation=float((log_pi.exp() - log_star.exp()).abs().sum()) / 2,
-        jensen_shannon=float(
-            logspace.kl_divergence(log_pi, middle) + logspace.kl_divergence(log_star, middle)
-        )
-        / 2,
-        expected_reward=float(expected_reward),
-        kl_to_prior=float(kl_to_prior),
-        objective=objective,
-        objective_gap=_gap(float(reverse_kl), kl_coef, float(target.value), objective),
-        log_evidence_error=_evidence_error(approximation, target),
-        effective_sample_size=(
-            _particle_ess(approximation) if particles else _proposal_ess(log_pi, log_star)
-        ),
-        uncovered_mass=float(log_star[uncovered].exp().sum()),
-        violating_mass=float(log_pi[violating].exp().sum()),
-    )
-
-
-def _by_context(policy: NGramModel, target: Posterior, star: StructuredPosterior) -> Comparison:
-    """Every sum over sequences as a sweep over the triples (policy's context, prior's context,
-    automaton's state) that are reached.
+    """Every number from the posterior's exact sums; weighted particles know log Z and their own
+    effective sample size.
     """
-    kl_coef, sums = target.problem.kl_coef, star.against(policy)
-    objective = float(sums.expected_reward) - _product(kl_coef, float(sums.kl_to_prior))
+    sums, kl_coef = target.against(approximation), target.problem.kl_coef
+    reverse_kl, kl_to_prior = float(sums.reverse_kl), float(sums.kl_to_prior)
+    objective = float(sums.expected_reward) - _product(kl_coef, kl_to_prior)
+    log_evidence_error, sample_size = None, math.exp(-float(sums.log_second_moment))
+    if isinstance(approximation, WeightedSequences):
+        log_evidence_error = float(approximation.log_evidence - target.log_evidence)
+        if not approximation.exact:
+            sample_size = float(approximation.effective_sample_size) / len(approximation)
     return Comparison(
-        reverse_kl=float(sums.reverse_kl),
+        reverse_kl=reverse_kl,
         forward_kl=float(sums.forward_kl),
-        total_variation=None,
-        jensen_shannon=None,
+        total_variation=_or_none(sums.total_variation),
+        jensen_shannon=_or_none(sums.jensen_shannon),
         expected_reward=float(sums.expected_reward),
-        kl_to_prior=float(sums.kl_to_prior),
+        kl_to_prior=kl_to_prior,
         objective=objective,
-        objective_gap=_gap(float(sums.reverse_kl), kl_coef, float(target.value), objective),
-        log_evidence_error=None,
-        effective_sample_size=math.exp(-float(sums.log_second_moment)),
+        objective_gap=_gap(reverse_kl, kl_coef, float(target.value), objective),
+        log_evidence_error=log_evidence_error,
+        effective_sample_size=sample_size,
         uncovered_mass=float(sums.uncovered_mass),
         violating_mass=float(sums.violating_mass),
     )
+
+
+def _or_none(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _product(kl_coef: float, kl: float) -> float:
@@ -298,99 +253,6 @@ def _gap(reverse_kl: float, kl_coef: float, value: float, objective: float) -> f
     if kl_coef > 0 and math.isfinite(reverse_kl):
         return _product(kl_coef, reverse_kl)
     return value - objective
-
-
-def _evidence_error(
-    approximation: LanguageModel | WeightedSequences, target: Posterior
-) -> float | None:
-    if not isinstance(approximation, WeightedSequences):
-        return None
-    return float(approximation.log_evidence - target.log_evidence)
-
-
-def _particle_ess(approximation: LanguageModel | WeightedSequences) -> float:
-    assert isinstance(approximation, WeightedSequences)
-    return float(approximation.effective_sample_size) / len(approximation)
-
-
-def _proposal_ess(log_pi: Tensor, log_star: Tensor) -> float:
-    """1/Σ π*²/π; 0 where π misses mass of π*."""
-    covered = log_star > -math.inf
-    return math.exp(-float(logspace.logsumexp(2 * log_star[covered] - log_pi[covered])))
-
-
-def support_log_mass(
-    approximation: LanguageModel | WeightedSequences,
-    tokens: Tensor,
-    trie: PrefixTrie,
-    prompt: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """log-mass of an approximation on each of the sequences [K,T] of a trie, and (a scalar)
-    everywhere else.
-    """
-    if isinstance(approximation, SequenceTable):
-        approximation = WeightedSequences(
-            approximation.space, approximation.tokens, approximation.log_probs.detach(), exact=True
-        )
-    if isinstance(approximation, WeightedSequences):
-        return _table_log_mass(approximation, len(tokens), trie)
-    return _walk(approximation, trie, len(tokens), prompt)
-
-
-def _walk(
-    model: LanguageModel, trie: PrefixTrie, rows: int, prompt: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """log-mass [K] of a trie's sequences and of all else, reading each node once, depth-first in
-    blocks.
-    """
-    space = model.space
-    on_support = torch.full((rows,), -math.inf, dtype=torch.float64, device=trie.key.device)
-    elsewhere = []
-    root = torch.zeros(1, dtype=torch.long, device=trie.key.device)
-    stack = [
-        (0, root, root, root.double(), None, root)
-    ]  # depth, nodes, rows of the parents' state, log-masses, that state, tokens
-    while stack:
-        depth, node, row, before, state, token = stack.pop()
-        logits, state = (
-            model.start(1, batch_prompt(prompt, 1))
-            if depth == 0
-            else advance(model, state, row, token)
-        )
-        last = depth == space.max_length - 1
-        log_probs = before[:, None] + force_eos(
-            logits, torch.zeros_like(node, dtype=torch.bool), last, space
-        )
-        on_edge = trie.scatter_edges(torch.ones_like(trie.key, dtype=torch.bool), node, False)
-        elsewhere.append(logspace.logsumexp(log_probs.masked_fill(on_edge, -math.inf).reshape(-1)))
-        row, token = on_edge.nonzero(as_tuple=True)
-        edge, child = trie.follow(node[row], token)
-        mass = log_probs[row, token]
-        ends, goes_on = child < 0, child >= 0
-        on_support[trie.leaf[edge[ends]]] = mass[ends]
-        pieces = (
-            part[goes_on].split(block_size(space.vocab_size)) for part in (child, row, mass, token)
-        )
-        stack.extend(
-            (depth + 1, *piece[:3], state, piece[3])
-            for piece in zip(*pieces, strict=True)
-            if len(piece[0])
-        )
-    return on_support, logspace.logsumexp(torch.stack(elsewhere))
-
-
-def _table_log_mass(
-    weighted: WeightedSequences, rows: int, trie: PrefixTrie
-) -> tuple[Tensor, Tensor]:
-    _, edges = trie.find(weighted.tokens)
-    last = edges.gather(1, weighted.space.live(weighted.tokens).sum(-1, keepdim=True) - 1).squeeze(
-        -1
-    )
-    row = torch.where(
-        last >= 0, trie.leaf[last.clamp(min=0)], rows
-    )  # the row after the last one gathers what lies elsewhere
-    masses = logspace.segment_logsumexp(weighted.log_probs, row, rows + 1)
-    return masses[:-1], masses[-1]
 
 
 def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw) -> Comparison:

@@ -1,14 +1,12 @@
-"""The posterior by forward–backward: a prior with C contexts times an automaton with S states, in
-time linear in T.
+"""The messages of forward–backward: the evidence of a lattice, and of all that may follow each of
+its pairs, in time linear in T.
 
     β_L(c,s) = e^{f(s)/λ},
     β_t(c,s) = q(EOS|c) e^{f(s)/λ} + Σ_k q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k))      (1)
     Z = Σ_c q(c) β_0(c, s₀),
     π*(k|c,s) = q(k|c) e^{w(s,k)/λ} E_{c'|c,k} β_{t+1}(c', δ(s,k)) / β_t(c,s)                    (2)
 
-Rabiner (1989) for the recursion; Mohri (2009) for the product with an automaton. The reward is r(y)
-= Σ_t w(s_t, y_t) + f(s_end). K words, V = K + 1 columns with EOS, L = T − 1 words at most there
-(EOS is forced at T), V = K and L = T without. All logs in nats.
+Rabiner (1989). The lattice and its letters are those of `lattice.py`. All logs in nats.
 
 Two ways to compute the messages, with the same answer: as numbers, one matrix product a step, where
 a bound shows that nothing can underflow; otherwise as logarithms beside the best return still in
@@ -17,71 +15,18 @@ reach (as in `soft_bellman`), for any reward and any λ ≥ 0.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_same_space
-from klrl_edu.exact.enumeration import scaled_advantage
-from klrl_edu.models.finite_state import FiniteStateModel
-from klrl_edu.problems.automata import AutomatonReward, as_automaton_reward, check_same_vocabulary
-from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import describe
+from klrl_edu.exact.lattice import Lattice
 
-MAX_MESSAGES = 200_000_000  # entries of all messages, or of one step's products C·K·S
 _MODERATE = 1e3  # T·max|r|/λ up to here rounds to 1e-13 nats when written into the messages
 _SAFE = 1e-290  # the smallest product that a message made of numbers may contain
 _RESCALE_EVERY = 16
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """A finite-state prior times an automaton: what the recursion (1) runs on.
-
-    Attributes:
-        space: of the sequences; `words` is L, the most words of a text.
-        log_initial: log q(c) [C].
-        log_emission: log q(v|c) [C,V].
-        successor: [C,K], the context after each word; where `log_transition` is given, the context
-            itself, which is drawn from afterwards.
-        log_transition: log q(c'|c) [C,C], or None where the word determines the next context.
-        next_state: δ [S,K]; `start` is s₀.
-        word_rewards, final_rewards: w [S,K] and f [S] in reward units; −inf forbids.
-        kl_coef: λ.
-        text: the reward's, for errors.
-    """
-
-    space: SequenceSpace
-    log_initial: Tensor
-    log_emission: Tensor
-    successor: Tensor
-    log_transition: Tensor | None
-    next_state: Tensor
-    start: int
-    word_rewards: Tensor
-    final_rewards: Tensor
-    kl_coef: float
-    text: str
-
-    @property
-    def words(self) -> int:
-        """L."""
-        return self.space.max_length - self.space.eos
-
-    @property
-    def contexts(self) -> int:
-        """C."""
-        return len(self.log_initial)
-
-    @property
-    def states(self) -> int:
-        """S."""
-        return len(self.final_rewards)
 
 
 class Messages(NamedTuple):
@@ -97,86 +42,8 @@ class Messages(NamedTuple):
     best_ahead: Tensor | None = None
 
 
-def build_lattice(problem: Problem) -> Lattice:
-    """The lattice of a problem.
-
-    Raises:
-        InputError: the prior or the reward is of another kind, or the prior's laws do not sum to
-            one.
-        TooLargeError: more than MAX_MESSAGES numbers.
-    """
-    prior, reward = problem.prior, as_automaton_reward(problem.reward, problem.space)
-    if not isinstance(prior, FiniteStateModel):
-        raise InputError(
-            f"the prior is a {type(prior).__name__}; forward-backward needs an n-gram or hidden"
-            " Markov model (a FiniteStateModel)."
-        )
-    if reward is None:
-        name = describe(problem.reward)
-        raise InputError(
-            f"no automaton is known for the reward {name!r}; build one (problems/automata.py), or"
-            " use method='enumeration'."
-        )
-    check_same_vocabulary(prior.space, reward.space)
-    if prior.space.eos != reward.space.eos:
-        check_same_space(
-            prior.space, reward.space, "prior and reward"
-        )  # how long texts may be is the prior's matter
-    return _lattice(prior, reward, problem.kl_coef)
-
-
-@torch.no_grad()
-def _lattice(prior: FiniteStateModel, reward: AutomatonReward, kl_coef: float) -> Lattice:
-    initial, emission = prior.initial_log_probs().double(), prior.emission_log_probs().double()
-    transition = prior.transition_log_probs()
-    successor = prior.successors()
-    _check_normalised("initial_log_probs", initial[None])
-    _check_normalised("emission_log_probs", emission)
-    if transition is not None:
-        transition = transition.double()
-        _check_normalised("transition_log_probs", transition)
-    if (successor is None) == (transition is None):
-        raise InputError(
-            f"{type(prior).__name__} must give either successors or transition_log_probs."
-        )
-    words = len(prior.space.vocabulary)
-    if successor is None:
-        successor = torch.arange(len(initial), device=initial.device)[:, None].expand(-1, words)
-    count = len(initial) * len(reward.final_rewards) * max(prior.space.max_length, words)
-    if count > MAX_MESSAGES:
-        raise TooLargeError(
-            f"{len(initial):,} contexts × {len(reward.final_rewards):,} automaton states ×"
-            f" {max(prior.space.max_length, words):,} make {count:,} numbers, more than"
-            f" {MAX_MESSAGES:,}; lower the order of the prior, or simplify the automaton."
-        )
-    automaton = (
-        reward.transitions.to(initial.device),
-        reward.start,
-        reward.word_rewards.to(initial.device),
-        reward.final_rewards.to(initial.device),
-    )
-    return Lattice(
-        prior.space, initial, emission, successor, transition, *automaton, kl_coef, reward.text
-    )
-
-
-def _check_normalised(name: str, log_probs: Tensor) -> None:
-    total = torch.logsumexp(log_probs, -1).exp()
-    bad = ~((total - 1).abs() <= 1e-9)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise InputError(
-            f"the prior's {name} sum to {float(total[row]):.12g} in row {row}, not 1, so it has no"
-            " posterior; normalise the row."
-        )
-
-
 def backward(lattice: Lattice) -> Messages:
-    """The messages of (1).
-
-    Raises:
-        InfeasibleError: no sequence with prior mass satisfies the reward's constraint.
-    """
+    """The messages of (1); all −inf at the start where no sequence with prior mass is allowed."""
     messages = _backward_in_numbers(lattice)
     return _backward_in_logs(lattice) if messages is None else messages
 

@@ -13,13 +13,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
-from klrl_edu.exact.enumeration import Support, problem_support, tilt
-from klrl_edu.exact.forward_backward import backward, build_lattice
+from klrl_edu.core.weighted import WeightedSequences
+from klrl_edu.exact.enumeration import Support, not_enumerated, problem_support
+from klrl_edu.exact.forward_backward import backward
+from klrl_edu.exact.lattice import build_lattice
 from klrl_edu.exact.soft_bellman import edge_log_prior, soft_bellman
 from klrl_edu.exact.structured import StructuredPosterior
+from klrl_edu.exact.support_sums import ExactSums, sums_on_support
 from klrl_edu.models.by_prompt import PromptedModels
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.models.finite_state import FiniteStateModel
@@ -69,11 +73,23 @@ class Posterior:
     def enumerated(self) -> Support:
         """The support, or an error where there is none."""
         if self.support is None:
-            raise InputError(
-                f"this posterior was computed by {self.method}, without enumerating its support;"
-                " ask its `model`, or compare(..., n=, draw=)."
-            )
+            raise not_enumerated(self.method)
         return self.support
+
+    @torch.no_grad()
+    def against(self, approximation: LanguageModel | WeightedSequences) -> ExactSums:
+        """Exact sums over all sequences of an approximation π against π*: on the support where it
+        was enumerated, by contexts for an n-gram policy where it was not.
+
+        Raises:
+            InputError: the support was not enumerated, and the approximation is no n-gram policy or
+                the prior's contexts are hidden; compare by samples.
+        """
+        if self.support is None and isinstance(self.model, StructuredPosterior):
+            return self.model.against(approximation)
+        return sums_on_support(
+            approximation, self.enumerated(), self.log_probs, self.problem.prompt
+        )
 
     def rows(self, count: int | None = None) -> list[tuple[str, float, float, float]]:
         """(text, prior, reward, posterior) of the `count` most probable sequences, all by

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_kl_coef
-from klrl_edu.exact.enumeration import Support, scaled_advantage
+from klrl_edu.exact.enumeration import Support
 
 
 class SoftValues(NamedTuple):

@@ -13,10 +13,11 @@ import torch
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, text_table
 from klrl_edu.core.draws import seeded_draw
-from klrl_edu.evaluation.compare import compare, support_log_mass
+from klrl_edu.evaluation.compare import compare
 from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.posterior import Posterior, looked_up, posterior
 from klrl_edu.exact.structured import StructuredPosterior
+from klrl_edu.exact.support_sums import support_log_mass
 from klrl_edu.experiments import plots
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import comparison_metrics, copy_of_prior, cosine, train_steps

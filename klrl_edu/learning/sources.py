@@ -25,8 +25,8 @@ from klrl_edu.core.errors import InputError, UnsupportedPolicyError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_kl_coef, check_same_space
-from klrl_edu.evaluation.compare import support_log_mass
 from klrl_edu.exact.enumeration import problem_support
+from klrl_edu.exact.support_sums import support_log_mass
 from klrl_edu.learning.batches import (
     Batch,
     absent,

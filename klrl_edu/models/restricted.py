@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from klrl_edu.core import logspace
 from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_same_space
@@ -151,7 +152,7 @@ def _mask(logits: Tensor, reference_log_probs: Tensor, reachable: Tensor) -> Ten
             "restrict_to_support: after some prefix that both can reach, policy and reference have"
             " no next token in common."
         )
-    return torch.where(reachable.unsqueeze(-1), kept, torch.zeros_like(logits))
+    return logspace.uniform_where_dead(kept, ~reachable)
 
 
 def restrict_to_support(policy: LanguageModel, reference: LanguageModel) -> RestrictedModel:

@@ -178,8 +178,7 @@ class SequenceTable(LanguageModel):
     def _rows(self, node: Tensor, edge_log_mass: Tensor) -> Tensor:
         """Logits [M,V] of nodes [M]; uniform off the trie and where a node has no mass."""
         logits = self.trie.scatter_edges(edge_log_mass, node, -torch.inf)
-        dead = (logits.detach() == -torch.inf).all(-1, keepdim=True)
-        return torch.where(dead, torch.zeros_like(logits), logits)
+        return logspace.uniform_where_dead(logits)
 
     def get_extra_state(self) -> Tensor:
         """The sequences, so that logits are never loaded onto others."""
@@ -296,8 +295,8 @@ class PrefixTable(LanguageModel):
 
     def _rows(self, node: Tensor) -> Tensor:
         rows = self.logits[node.clamp(min=0)]
-        known = (node >= 0).unsqueeze(-1) & (rows.detach() != -torch.inf).any(-1, keepdim=True)
-        return torch.where(known, rows, torch.zeros_like(rows))
+        dead = (node < 0) | (rows.detach() == -torch.inf).all(-1)
+        return logspace.uniform_where_dead(rows, dead)
 
 
 def _first_duplicate(space: SequenceSpace, tokens: Tensor) -> str:

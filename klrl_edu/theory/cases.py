@@ -15,12 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import Tilted, tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count
-from klrl_edu.exact.enumeration import Support, Tilted, problem_support, tilt
+from klrl_edu.exact.enumeration import Support, problem_support
 from klrl_edu.exact.posterior import Posterior, posterior
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem

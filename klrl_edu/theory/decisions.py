@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.exact.decision_process import DecisionProcess, token_process
-from klrl_edu.exact.model_error import simulation_bound, trajectory_value
-from klrl_edu.exact.soft_control import (
+from klrl_edu.decisions.decision_process import DecisionProcess, token_process
+from klrl_edu.decisions.model_error import simulation_bound, trajectory_value
+from klrl_edu.decisions.soft_control import (
     policy_evaluation,
     policy_gradient,
     policy_iteration,

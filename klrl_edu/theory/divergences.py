@@ -9,11 +9,11 @@ import math
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms import regularizers
+from klrl_edu.closed_forms.acceptance import effective_sample_size
+from klrl_edu.closed_forms.moments import match_moments
 from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_values
-from klrl_edu.exact import regularizers
-from klrl_edu.exact.acceptance import effective_sample_size
-from klrl_edu.exact.moments import match_moments
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 

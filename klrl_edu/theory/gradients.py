@@ -7,7 +7,6 @@ Losses are run on every batch of a few outcomes, each weighed by its probability
 group.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.multisets import every_order
 from klrl_edu.estimators import kl_values
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch
@@ -283,8 +283,8 @@ placements_add_up.broken(
 
 def batches(case: Case, size: int) -> tuple[Tensor, Tensor]:
     """Every batch [M,size] of outcomes, and its probability [M] under π."""
-    rows = torch.tensor(list(itertools.product(range(len(case.rewards)), repeat=size)))
-    return rows, case.log_policy[rows].sum(-1).exp()
+    rows, log_p = every_order(case.log_policy, size)
+    return rows, log_p.exp()
 
 
 def bandit_batch(case: Case, log_policy: Tensor, rows: Tensor) -> Batch:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.budget import mirror_descent_kl_coefs
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
-from klrl_edu.exact.budget import mirror_descent_kl_coefs
-from klrl_edu.exact.enumeration import tilt
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 

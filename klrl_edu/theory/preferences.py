@@ -6,9 +6,15 @@ P(i ≻ j) = σ(r_i − r_j),    DPO: −E log σ(λΔu),    IPO: E(Δu − 1/2�
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.preferences import (
+    bradley_terry,
+    dpo_loss,
+    duality_gap,
+    ipo_loss,
+    ipo_optimum,
+)
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
-from klrl_edu.exact.enumeration import tilt
-from klrl_edu.exact.preferences import bradley_terry, dpo_loss, duality_gap, ipo_loss, ipo_optimum
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.gradients import gradient
 from klrl_edu.theory.statements import Sides, bound, identity

@@ -7,27 +7,21 @@ Every random choice is enumerated: each set of draws of a few outcomes, each wei
 probability. K outcomes, n draws.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms import acceptance
+from klrl_edu.closed_forms.best_of_n import best_of_n, kl_bound
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, enumerate_executions
-from klrl_edu.exact import acceptance
-from klrl_edu.exact.best_of_n import best_of_n, kl_bound
-from klrl_edu.exact.enumeration import tilt
+from klrl_edu.core.multisets import every_order
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
 kl, mean = logspace.kl_divergence, logspace.expectation
-
-
-def tuples(case: Case, n: int) -> tuple[Tensor, Tensor]:
-    """Every n draws [M,n] from q, and their log-probabilities [M]."""
-    rows = torch.tensor(list(itertools.product(range(len(case.rewards)), repeat=n)))
-    return rows, case.log_prior[rows].sum(-1)
 
 
 @identity(
@@ -49,7 +43,7 @@ def _best_by_hand(case: Case, n: int, *, shared: bool) -> Tensor:
     """The mass that each outcome gets [K]: the first best draw, or, not shared, the best outcome of
     lowest index.
     """
-    rows, log_p = tuples(case, n)
+    rows, log_p = every_order(case.log_prior, n)
     mass = torch.zeros_like(case.rewards)
     order = rows if shared else rows.sort(-1).values
     chosen = order.gather(1, case.rewards[order].argmax(-1, keepdim=True)).squeeze(1)
@@ -170,13 +164,13 @@ def _flat(case: Case) -> Tensor:
 
 
 def _mean_evidence(case: Case) -> Tensor:
-    rows, log_p = tuples(case, 3)
+    rows, log_p = every_order(case.log_prior, 3)
     return log_p.exp() @ _flat(case)[rows].exp().mean(-1)
 
 
 def _exponential_of_mean(case: Case) -> Sides:
     small = case.small(4)
-    rows, log_p = tuples(small, 3)
+    rows, log_p = every_order(small.log_prior, 3)
     return log_p.exp() @ _flat(small)[rows].mean(-1).exp(), importance_sampling.sides(case)[1]
 
 
@@ -197,7 +191,7 @@ def evidence_sandwich(case: Case) -> Sides:
 
 def _sandwich(case: Case, *, posterior_sample: bool) -> Sides:
     small = case.small(4)
-    rows, log_p = tuples(small, 3)
+    rows, log_p = every_order(small.log_prior, 3)
     log_estimate = torch.logsumexp(_flat(small)[rows], -1) - math.log(3)
     target = tilt(small.log_prior, _flat(small), 1.0)
     swap = (target.log_posterior - small.log_prior)[rows[:, 0]] if posterior_sample else 0.0
@@ -220,7 +214,7 @@ def more_samples_are_tighter(case: Case) -> Sides:
     small = case.small(4)
     bounds = []
     for n in (3, 2):
-        rows, log_p = tuples(small, n)
+        rows, log_p = every_order(small.log_prior, n)
         bounds.append(-(log_p.exp() @ (torch.logsumexp(_flat(small)[rows], -1) - math.log(n))))
     return bounds[0], bounds[1]
 

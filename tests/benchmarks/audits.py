@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.audit import audit_gradient
-from klrl_edu.audit.executions import multisets
+from klrl_edu.core.multisets import multisets
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch, score_batch

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.claims.catalogue import markdown_table
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.evaluation.compare import compare
-from klrl_edu.exact.enumeration import tilt
 from klrl_edu.exact.posterior import Posterior, looked_up, posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.optimizers import MuonWithAdam

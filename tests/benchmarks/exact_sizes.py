@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import klrl_edu as klrl
-from klrl_edu.exact.acceptance import metropolis_second_eigenvalue
+from klrl_edu.closed_forms.acceptance import metropolis_second_eigenvalue
 from klrl_edu.problems.automata import at_least, constraint, exactly
 from tests.benchmarks import bench
 from tests.benchmarks.measure import cpu_seconds

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from klrl_edu.core.draws import seeded_draw
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.exact.forward_backward import Lattice, backward, build_lattice
+from klrl_edu.exact.forward_backward import backward
+from klrl_edu.exact.lattice import Lattice, build_lattice
 from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.problems.automata import AutomatonReward

@@ -55,6 +55,25 @@ def test_logsumexp_of_all_minus_inf_is_minus_inf_with_a_zero_gradient():
     assert x.grad.tolist() == [0.0, 0.0]
 
 
+def test_rows_without_mass_stay_so_beside_others_that_are_normalised():
+    rows = torch.stack([vector(1.0, 1.0, -INF), vector(-INF, -INF, -INF)])
+    seen = logspace.log_normalize_alive(rows)
+    assert seen[0].tolist() == pytest.approx([-math.log(2), -math.log(2), -INF])
+    assert seen[1].tolist() == [-INF, -INF, -INF]
+    torch.testing.assert_close(seen[0], logspace.log_normalize(rows[0]), rtol=1e-15, atol=0)
+
+
+def test_a_row_that_nothing_reaches_becomes_uniform_and_no_other():
+    rows = torch.stack([vector(1.0, -INF), vector(-INF, -INF), vector(-2.0, 3.0)]).requires_grad_()
+    alive = logspace.uniform_where_dead(rows)
+    assert alive.tolist() == [[1.0, -INF], [0.0, 0.0], [-2.0, 3.0]]
+    torch.log_softmax(alive, -1)[:, 0].sum().backward()
+    assert bool(torch.isfinite(rows.grad).all())
+    assert rows.grad[1].tolist() == [0.0, 0.0]
+    told = logspace.uniform_where_dead(rows, torch.tensor([False, False, True]))
+    assert told.tolist() == [[1.0, -INF], [-INF, -INF], [0.0, 0.0]]
+
+
 def test_nan_stays_nan_and_is_never_zero_mass():
     x = vector(0.0, math.nan, -INF)
     assert logspace.logsumexp(x).isnan()

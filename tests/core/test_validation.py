@@ -15,6 +15,7 @@ from klrl_edu.core.errors import (
     UnsupportedPolicyError,
 )
 from klrl_edu.core.validation import (
+    any_known,
     check_count,
     check_finite_vector,
     check_kl_coef,
@@ -106,3 +107,27 @@ def test_every_error_is_a_klrl_error_and_the_input_ones_are_value_errors():
         assert issubclass(kind, ValueError)
     assert issubclass(CheckpointError, RuntimeError)
     assert DivergedError("NaN", step=7).step == 7
+
+
+def test_whether_a_condition_holds_is_unknown_inside_vmap_only():
+    seen = []
+    aside = torch.tensor([False, True])
+
+    def look(x):
+        seen.append(any_known(x > 0))
+        return x.sum()
+
+    points = torch.tensor([[1.0], [-1.0]])
+    torch.func.vmap(look)(points)
+    torch.func.vmap(torch.func.grad(look))(points)
+    torch.func.grad(lambda x: torch.func.vmap(look)(x).sum())(points)
+    assert seen == [None, None, None]
+    torch.func.grad(look)(points)
+    torch.func.vmap(lambda x: (seen.append(any_known(aside)), x)[1])(points)  # not what is mapped
+    assert seen[3:] == [True, True]
+    assert any_known(points[1] > 0) is False
+
+
+def test_an_error_of_looking_is_no_answer():
+    with pytest.raises(RuntimeError, match="meta"):
+        any_known(torch.zeros(2, dtype=torch.bool, device="meta"))

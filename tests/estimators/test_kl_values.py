@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from klrl_edu.core import logspace
-from klrl_edu.core.validation import any_known
 from klrl_edu.estimators import kl_values
 from klrl_edu.estimators.kl_values import k1, k2, k3, kl_per_token, per_token_kl
 from klrl_edu.testing import log_probs
@@ -103,16 +102,6 @@ def test_inside_vmap_k3_overflows_without_a_warning_and_its_gradients_are_those_
     assert torch.func.grad(lambda x: k3(x).sum())(u[1:]).tolist() == pytest.approx(
         slopes.tolist(), rel=1e-15
     )
-
-
-def test_whether_a_condition_holds_is_unknown_inside_vmap_only():
-    seen = []
-    torch.func.vmap(lambda x: (seen.append(any_known(x > 0)), x)[1])(vector(1.0, -1.0))
-    torch.func.grad(lambda x: (seen.append(any_known(x > 0)), x)[1])(vector(1.0)[0])
-    assert seen == [None, True]
-    assert any_known(vector(-1.0) > 0) is False
-    with pytest.raises(RuntimeError, match="meta"):
-        any_known(torch.zeros(2, dtype=torch.bool, device="meta"))
 
 
 def test_where_mass_is_zero_k1_and_k2_and_k3_are_infinite_without_a_warning():

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klrl_edu import reference
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError, InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.estimators.kl_values import per_token_kl
-from klrl_edu.exact.enumeration import problem_support, tilt
+from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.models.contract import LanguageModel, conditional_log_probs, sequence_log_probs
 from klrl_edu.models.table import SequenceTable
@@ -304,34 +305,3 @@ def test_the_limit_on_sequences_is_the_callers():
     assert len(problem_support(four_sentences(), max_sequences=4).tokens) == 4
     with pytest.raises(TooLargeError, match="max_sequences = 3"):
         posterior(four_sentences(), max_sequences=3)
-
-
-def test_rewards_at_both_ends_of_the_floats_are_weighed_without_overflow():
-    # (r − m)/λ = (−1.5e308 − 1.5e308)/1e308 = −3, though r − m itself overflows
-    tilted = tilt(
-        torch.tensor([0.5, 0.5], dtype=torch.float64).log(),
-        torch.tensor([1.5e308, -1.5e308], dtype=torch.float64),
-        1e308,
-    )
-    odds = float(tilted.log_posterior[0] - tilted.log_posterior[1])
-    assert odds == pytest.approx(3, rel=1e-12)
-
-
-def test_many_outcomes_written_over_their_own_sums_are_those_of_a_fresh_softmax():
-    generator = torch.Generator().manual_seed(0)
-    log_prior = torch.log_softmax(torch.randn(200_003, generator=generator, dtype=torch.float64), 0)
-    rewards = torch.randn(200_003, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(
-        tilt(log_prior, rewards, 0.5).log_posterior,
-        torch.log_softmax(log_prior + rewards / 0.5, 0),
-        rtol=0,
-        atol=0,
-    )
-
-
-@pytest.mark.parametrize("kl_coef", [5e-324, 1e-305, 0.5, 1e300])
-def test_zero_rewards_leave_the_prior_whatever_the_coefficient(kl_coef):
-    log_prior = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64).log()
-    tilted = tilt(log_prior, torch.zeros(3, dtype=torch.float64), kl_coef)
-    torch.testing.assert_close(tilted.log_posterior, log_prior, rtol=1e-15, atol=0)
-    assert float(tilted.log_evidence) == pytest.approx(0, abs=1e-15)

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.posterior import Posterior, feasible_prior, looked_up, posterior
 from klrl_edu.models.contract import conditional_log_probs, enumerate_support
+from klrl_edu.models.ngram import NGramModel
+from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.table import PrefixTable, SequenceTable
+from klrl_edu.problems.automata import at_least, constraint
 from klrl_edu.problems.examples import four_sentences, surnames
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import table_reward
+from klrl_edu.problems.rewards import count_reward, table_reward, text_reward
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,27 @@ def test_it_says_which_method_it_took(method, taken, kind):
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(InputError, match=r"'magic'.*enumeration, soft_bellman"):
         posterior(four_sentences(), "magic")
+
+
+def test_auto_says_the_prefix_trie_for_a_network_with_an_automatons_reward():
+    space = SequenceSpace(("a", "b"), 3)
+    network = RecurrentModel(space, hidden_size=4)
+    assert posterior(Problem(network, count_reward("a", space), 1.0)).method == "soft_bellman"
+    assert (
+        posterior(Problem(network, constraint(at_least("a", 1, space)), 1.0)).method
+        == "soft_bellman"
+    )
+    assert posterior(Problem(network, text_reward(len, space), 1.0)).method == "enumeration"
+    assert (
+        posterior(Problem(NGramModel(space, 2), count_reward("a", space), 1.0)).method
+        == "enumeration"
+    )
+    assert (
+        posterior(
+            Problem(NGramModel(space, 2), count_reward("a", space), 1.0), max_sequences=3
+        ).method
+        == "forward_backward"
+    )
 
 
 @pytest.mark.parametrize("method", ["enumeration", "soft_bellman"])

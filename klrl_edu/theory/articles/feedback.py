@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.preferences import bradley_terry
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.exact.enumeration import tilt
-from klrl_edu.exact.preferences import bradley_terry
 from klrl_edu.exact.soft_bellman import soft_bellman
 from klrl_edu.models.contract import token_log_probs
 from klrl_edu.models.table import PrefixTable

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klrl_edu.closed_forms.budget import mirror_descent_kl_coefs
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.estimators.kl_values import per_token_kl
-from klrl_edu.exact.budget import mirror_descent_kl_coefs
-from klrl_edu.exact.enumeration import tilt
 from klrl_edu.models.contract import conditional_log_probs
 from klrl_edu.theory.articles.examples import (
     TwoSteps,

@@ -1,0 +1,291 @@
+"""Optima of rewards regularised by f-divergences.
+
+    max_π E_π[r] − λ D_f(π‖q),    D_f(π‖q) = E_q f(t), t = π/q;
+    optimum: f'(t) = (r − ν)/λ where t > 0                                                       (1)
+    reverse KL  f = t log t            t = e^{(r−ν)/λ}           never zero
+    forward KL  f = −log t             t = λ/(ν − r)             never zero
+    χ²          f = ½(t − 1)²          t = [1 + (r − ν)/λ]₊      zero where r ≤ ν − λ
+    KL + χ²     f = t log t + ½(t−1)²  t = W₀(e^{(r−ν)/λ})       never zero (ν absorbs the constant)
+    α (0<α<1)   f = (t^α − αt − (1−α))/(α(α−1))   t = (1 − (1−α)(r − ν)/λ)^{1/(α−1)}   never zero
+    Jensen–Shannon  f = ½[t log t − (1+t) log((1+t)/2)]   t = 1/(2e^{−2(r−ν)/λ} − 1)   never zero
+    Hellinger²  f = ½(√t − 1)²         t = (1 − 2(r − ν)/λ)^{−2}   never zero
+
+ν is the multiplier of Σπ = 1: one root in one variable. Wang et al. (2023), f-DPO, Table 1 for the
+derivatives; Huang et al. (2024), χPO, for KL + χ². K outcomes; log q in nats, rewards and ν in
+reward units.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import brentq
+from scipy.special import lambertw
+from torch import Tensor
+
+from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.validation import check_kl_coef
+
+
+class Optimum(NamedTuple):
+    """A regularised optimum: log π [K] in nats (−inf is zero mass), ν and the objective in reward
+    units.
+    """
+
+    log_probs: Tensor
+    normaliser: float
+    objective: float
+
+
+class _Divergence(NamedTuple):
+    """What (1) needs of f, all as functions of vectors.
+
+    Attributes:
+        log_ratio: log t at x = (r − ν)/λ [K], −inf where t = 0.
+        generator: f(t) at log t [K].
+        ceiling: the x at which t becomes infinite (the largest x allowed is below it); inf where
+            there is none.
+        at_zero: f(0), infinite where zero mass is not allowed.
+        at_one: f'(1), the x at which t = 1.
+    """
+
+    log_ratio: Callable[[Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+    ceiling: float
+    at_zero: float
+    at_one: float
+
+
+@takes_numbers
+def reverse_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """The posterior π* ∝ q e^{r/λ}: log_prior and rewards [K] -> Optimum; ν = λ log Z."""
+    tilted = tilt(log_prior, rewards, kl_coef)
+    return Optimum(tilted.log_posterior, float(tilted.value), float(tilted.value))
+
+
+@takes_numbers
+def forward_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """π = λq/(ν − r), ν > max r: log_prior and rewards [K] -> Optimum. A supported outcome of
+    reward −inf makes every objective −inf.
+
+    Raises:
+        InfeasibleError: a supported outcome is forbidden.
+    """
+    return _optimum(_FORWARD, log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """π = q[1 + (r − ν)/λ]₊ with D = ½E_q(t − 1)²: log_prior and rewards [K] -> Optimum; truly zero
+    where r ≤ ν − λ.
+    """
+    return _optimum(_CHI_SQUARED, log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def kl_plus_chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """π = q W₀(e^{(r − ν)/λ}) with D = KL(π‖q) + ½E_q(t − 1)²: log_prior and rewards [K] ->
+    Optimum.
+    """
+    return _optimum(_KL_CHI_SQUARED, log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def alpha_divergence(
+    log_prior: Tensor, rewards: Tensor, kl_coef: float, alpha: float = 0.5
+) -> Optimum:
+    """π = q(1 − (1−α)(r − ν)/λ)^{1/(α−1)}, 0 < α < 1, between forward KL (α → 0) and reverse KL (α
+    → 1): log_prior and rewards [K] -> Optimum.
+
+    Raises:
+        InputError: α outside (0, 1).
+    """
+    if not 0 < alpha < 1:
+        raise InputError(
+            f"alpha = {alpha!r} must lie between 0 and 1; its ends are forward_kl and reverse_kl."
+        )
+    return _optimum(_alpha(alpha), log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def jensen_shannon(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """π = q/(2e^{−2(r − ν)/λ} − 1): log_prior and rewards [K] -> Optimum."""
+    return _optimum(_JENSEN_SHANNON, log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def squared_hellinger(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """π = q(1 − 2(r − ν)/λ)^{−2} with D = ½Σ(√π − √q)²: log_prior and rewards [K] -> Optimum."""
+    return _optimum(_HELLINGER, log_prior, rewards, kl_coef)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Optimum]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "chi_squared": chi_squared,
+    "kl_plus_chi_squared": kl_plus_chi_squared,
+    "alpha": alpha_divergence,
+    "jensen_shannon": jensen_shannon,
+    "squared_hellinger": squared_hellinger,
+}
+
+
+@takes_numbers
+def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """The optimum for a divergence by its name: log_prior and rewards [K].
+
+    Raises:
+        InputError: no such name; the message lists them.
+    """
+    if divergence not in DIVERGENCES:
+        raise InputError(
+            f"divergence = {divergence!r} is not known; choose from {', '.join(DIVERGENCES)}."
+        )
+    return DIVERGENCES[divergence](log_prior, rewards, kl_coef)
+
+
+@takes_numbers
+def density_ratio(divergence: str, x: Tensor) -> Tensor:
+    """t = π/q [K] at x = (r − ν)/λ [K], the right column of (1): what the optimum multiplies q by,
+    for a divergence by its name (α = ½).
+
+    Raises:
+        InputError: no such name.
+    """
+    shapes = {
+        "forward_kl": _FORWARD,
+        "chi_squared": _CHI_SQUARED,
+        "kl_plus_chi_squared": _KL_CHI_SQUARED,
+        "alpha": _alpha(0.5),
+    }
+    shapes |= {"jensen_shannon": _JENSEN_SHANNON, "squared_hellinger": _HELLINGER}
+    if divergence == "reverse_kl":
+        return x.exp()
+    if divergence not in shapes:
+        raise InputError(
+            f"divergence = {divergence!r} is not known; choose from {', '.join(DIVERGENCES)}."
+        )
+    return shapes[divergence].log_ratio(x).exp()
+
+
+def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
+    """(1) with ν by bracketing: Σ_k q_k t((r_k − ν)/λ) falls in ν from above 1 to below 1."""
+    check_kl_coef(kl_coef)
+    if kl_coef == 0 or kl_coef == math.inf:
+        tilted = tilt(
+            log_prior, rewards, kl_coef
+        )  # the limits do not depend on f: q on argmax r, where ties keep q's proportions, and q
+        return Optimum(tilted.log_posterior, float(tilted.value), float(tilted.value))
+    supported = log_prior > -math.inf
+    feasible = supported & (rewards > -math.inf)
+    if not bool(feasible.any()):
+        raise InfeasibleError(
+            "every supported outcome has reward -inf: no policy has a finite objective. Relax the"
+            " constraint."
+        )
+    if f.at_zero == math.inf and bool((supported & ~feasible).any()):
+        index = int((supported & ~feasible).nonzero()[0])
+        raise InfeasibleError(
+            f"rewards[{index}] is -inf where the prior has mass, and this divergence is infinite at"
+            " zero mass: no policy is finite."
+        )
+    log_q, top = log_prior[feasible], rewards[feasible].amax()
+    below = (rewards[feasible] - top) / kl_coef  # (r − max r)/λ ≤ 0
+
+    def excess(shift: float) -> float:
+        return math.expm1(min(700.0, float(torch.logsumexp(log_q + f.log_ratio(below - shift), 0))))
+
+    low, high = _bracket(f, excess)
+    shift = (
+        low
+        if low == high
+        else float(brentq(excess, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=1000))
+    )
+    log_t = f.log_ratio(below - shift)
+    log_pi = torch.full_like(log_prior, -math.inf)
+    log_pi[feasible] = log_q + log_t - torch.logsumexp(log_q + log_t, 0)
+    penalty = float((log_q.exp() * f.generator(log_pi[feasible] - log_q)).sum())
+    forbidden = float(log_prior[supported & ~feasible].exp().sum())
+    penalty += f.at_zero * forbidden if forbidden else 0.0
+    mean = float((log_pi[feasible].exp() * rewards[feasible]).sum())
+    return Optimum(log_pi, float(top) + kl_coef * shift, mean - kl_coef * penalty)
+
+
+def _bracket(f: _Divergence, excess: Callable[[float], float]) -> tuple[float, float]:
+    """Shifts (ν − max r)/λ with a sum above and below 1.
+
+    At shift = −f'(1) every t ≤ 1 (the best has t = 1), so the sum is at most 1; going down, the
+    best alone reaches t = 1/q(argmax), and the sum 1. Where t has a pole the shift stays above it.
+    """
+    high = -f.at_one
+    if excess(high) >= 0:
+        return high, high
+    width = 1e-3
+    low = high - width
+    while low > -f.ceiling and excess(low) < 0:
+        width *= 2
+        low = high - width
+    if low <= -f.ceiling:  # a pole: approach it, where the sum grows without bound
+        gap = (high + f.ceiling) / 2
+        while excess(-f.ceiling + gap) < 0:
+            gap /= 2
+        low = -f.ceiling + gap
+    return low, high
+
+
+def _log_w(x: Tensor) -> Tensor:
+    """log W₀(e^x): by scipy where e^x is a number, else by Newton on w + log w = x."""
+    small = torch.from_numpy(lambertw(x.clamp(max=500.0).exp().numpy()).real).log()
+    small = torch.where(x < -30, x - x.clamp(max=0).exp(), small)  # W₀(z) = z − z² + …
+    large = x.clamp(min=500.0)
+    w = large - large.log()
+    for _ in range(8):
+        w = w - (w + w.log() - large) / (1 + 1 / w)
+    return torch.where(x > 500, w.log(), small)
+
+
+def _t_log_t(log_t: Tensor) -> Tensor:
+    return torch.where(log_t == -math.inf, 0.0, log_t.exp() * log_t.clamp(min=-1e300))
+
+
+def _half_square(log_t: Tensor) -> Tensor:
+    return torch.expm1(log_t) ** 2 / 2
+
+
+def _js_generator(log_t: Tensor) -> Tensor:
+    log_middle = torch.logaddexp(log_t, torch.zeros_like(log_t)) - math.log(2)
+    return (_t_log_t(log_t) - 2 * _t_log_t(log_middle)) / 2
+
+
+def _alpha(alpha: float) -> _Divergence:
+    return _Divergence(
+        lambda x: torch.log1p(-(1 - alpha) * x) / (alpha - 1),
+        lambda log_t: (
+            (torch.exp(alpha * log_t) - alpha * log_t.exp() - (1 - alpha)) / (alpha * (alpha - 1))
+        ),
+        1 / (1 - alpha),
+        1 / alpha,
+        0.0,
+    )
+
+
+_FORWARD = _Divergence(lambda x: -torch.log(-x), lambda log_t: -log_t, 0.0, math.inf, -1.0)
+_CHI_SQUARED = _Divergence(
+    lambda x: torch.log((1 + x).clamp(min=0)), _half_square, math.inf, 0.5, 0.0
+)
+_KL_CHI_SQUARED = _Divergence(
+    _log_w, lambda log_t: _t_log_t(log_t) + _half_square(log_t), math.inf, 0.5, 1.0
+)
+_JENSEN_SHANNON = _Divergence(
+    lambda x: -torch.log(torch.expm1(math.log(2) - 2 * x)),
+    _js_generator,
+    math.log(2) / 2,
+    math.log(2) / 2,
+    0.0,
+)
+_HELLINGER = _Divergence(
+    lambda x: -2 * torch.log1p(-2 * x), lambda log_t: torch.expm1(log_t / 2) ** 2 / 2, 0.5, 0.5, 0.0
+)

@@ -1,0 +1,520 @@
+"""Solving a decision process: planning, the value of a policy, its visits and its gradient, all
+exact.
+
+    Q(s,a) = r(s,a) + γ Σ_s' P(s'|s,a) V(s'),    V(s) = λ log Σ_a q(a|s) e^{Q(s,a)/λ},
+    π*(a|s) = q(a|s) e^{(Q(s,a) − V(s))/λ}                                                       (1)
+    V_π = (I − γP_π)^{-1} (r_π − λ KL(π‖q)),    d_π = μ (I − γP_π)^{-1}                          (2)
+    ∂J/∂θ(s,a) = d_π(s) π(a|s) (Q_π(s,a) − λ log π(a|s)/q(a|s) − V_π(s)),
+    π(·|s) = softmax θ(s,·)                                                                      (3)
+
+As in `soft_bellman`, V = m + λℓ: m the best return, ℓ ≤ 0 the log-mass left, so that (1) is finite
+for any λ > 0 and its limit λ = 0 (q on the best actions, by exact equality) needs no other code. At
+λ = inf the policy is q on what is feasible, and V = E_q of the return. Ziebart (2010) and Levine
+(2018), §2, for (1); Puterman (1994), ch. 6, for both iterations; Sutton et al. (1999) and Kakade
+(2001) for (3). S states, A actions; logs in nats, values in reward units. Terminal states have
+value 0 and rows of −inf in policies.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from klrl_edu.closed_forms.tilt import scaled_advantage
+from klrl_edu.core import logspace
+from klrl_edu.core.display import Cell, html_table, text_table
+from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
+from klrl_edu.core.validation import SUM_TOLERANCE, check_kl_coef
+from klrl_edu.decisions.decision_process import DecisionProcess, expected_next, spread
+
+_MAX_SWEEPS = 1_000_000
+_MAX_IMPROVEMENTS = 1_000
+_MAX_STEPS = 1e12  # an expected path longer than this leaves a linear solve no digits
+
+
+@dataclass(frozen=True, eq=False)
+class SoftSolution:
+    """The KL-regularised optimum of a process.
+
+    Attributes:
+        process, kl_coef: what was solved.
+        state_values: V* [S] in reward units; −inf where every path is forbidden.
+        action_values: Q* [S,A]; −inf too where an action is not available.
+        log_policy: log π* [S,A] in nats; as the prior's available actions, evenly, where every path
+            is forbidden.
+        value: J(π*) = Σ μ V*, in reward units.
+        values: J-estimate after each sweep, or J of each policy.
+        error_bound: on |V* − V| by the last change, rounding aside.
+    """
+
+    process: DecisionProcess = field(repr=False)
+    kl_coef: float
+    state_values: Tensor
+    action_values: Tensor = field(repr=False)
+    log_policy: Tensor = field(repr=False)
+    value: float
+    values: tuple[float, ...] = field(repr=False)
+    error_bound: float
+
+    @property
+    def iterations(self) -> int:
+        """Sweeps of value iteration, or policies of policy iteration."""
+        return len(self.values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Value, iterations, error bound, and by state its value and action probabilities (those
+        above 0).
+        """
+        policy = self.log_policy.exp().tolist()
+        states = {
+            name: {
+                "value": value,
+                "policy": {
+                    action: p for action, p in zip(self.process.actions, row, strict=True) if p > 0
+                },
+            }
+            for name, value, row in zip(
+                self.process.states, self.state_values.tolist(), policy, strict=True
+            )
+        }
+        return {
+            "value": self.value,
+            "iterations": self.iterations,
+            "error_bound": self.error_bound,
+            "states": states,
+        }
+
+    def _table(self) -> tuple[list[str], list[list[Cell]]]:
+        rows: list[list[Cell]] = []
+        live = (~self.process.terminal).nonzero().squeeze(-1).tolist()
+        for state in live:
+            shares = [
+                p if q else None
+                for p, q in zip(
+                    self.log_policy[state].exp().tolist(),
+                    self.process.available[state].tolist(),
+                    strict=True,
+                )
+            ]
+            rows.append([self.process.states[state], float(self.state_values[state]), *shares])
+        return ["state", "V*", *(f"π*({action})" for action in self.process.actions)], rows
+
+    def __str__(self) -> str:
+        return f"value {self.value:.12g}, {self.iterations} iterations\n" + text_table(
+            *self._table()
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+
+class PolicyValues(NamedTuple):
+    """V_π [S] and Q_π [S,A] in reward units, and J(π) = Σ μ V_π; −inf where the policy meets
+    something forbidden.
+    """
+
+    state_values: Tensor
+    action_values: Tensor
+    value: float
+
+
+class _Backup(NamedTuple):
+    """One application of (1): m and ℓ of V [S], and the actions' log q + ℓ_Q + (m_Q − m)/λ [S,A], 0
+    and −inf where nothing is feasible.
+    """
+
+    best: Tensor
+    mass: Tensor
+    lifted: Tensor
+    action_best: Tensor
+    action_mass: Tensor
+
+
+# --- planning -------------------------------------------------------------------------------------
+
+
+def value_iteration(
+    process: DecisionProcess, kl_coef: float, tolerance: float = 1e-14
+) -> SoftSolution:
+    """V*, Q* and π* by sweeps of (1) from V = 0: exact after H sweeps where no state returns, a
+    γ-contraction elsewhere.
+
+    Where γ = 1 and states return they start from the prior's values, below V*: from 0 a loop that
+    earns nothing would seem worth its 0 at λ = 0.
+
+    Args:
+        process: with γ = 1 a loop must cost more than it earns.
+        kl_coef: λ ≥ 0; 0 and inf by their limits.
+        tolerance: where states return, stop once no value changes by more than this part of λ plus
+            the largest. The error bound is then γ/(1 − γ) times the last change; with γ = 1 the
+            change times the longest expected path under π*, to first order.
+
+    Raises:
+        InputError: the values grow without bound (γ = 1), or a million sweeps do not settle them.
+        InfeasibleError: every start is forbidden to reach an end.
+    """
+    check_kl_coef(kl_coef)
+    feasible = _feasible_actions(process)
+    alive, returns = feasible.any(-1) | process.terminal, process.horizon == math.inf
+    best = mass = torch.zeros_like(process.initial)
+    if returns and process.discount == 1 and kl_coef < math.inf:
+        policy_iteration(process, kl_coef)  # raises where sweeps would go on for ever
+        start = _evaluate(process, _feasible_prior(process, feasible), kl_coef)
+        best = best if start is None else torch.where(alive, start, 0)
+    values = []
+    for _ in range(_MAX_SWEEPS if returns else int(process.horizon)):
+        before = best, mass
+        sweep = _backup(process, feasible, best, mass, kl_coef)
+        best, mass = sweep.best, sweep.mass
+        if (
+            returns and 0 < kl_coef < math.inf
+        ):  # m alone need not settle where V does: a loop may pay, and cost more in KL
+            best, mass = best + kl_coef * mass, torch.zeros_like(mass)
+        values.append(
+            _start_value(
+                process,
+                torch.where(alive, best + (kl_coef * mass if kl_coef < math.inf else 0), -math.inf),
+            )
+        )
+        change = float(((best - before[0]).abs() + (mass - before[1]).abs()).max())
+        if returns and change <= tolerance * _scale(best.abs() + mass.abs(), kl_coef):
+            break
+    else:
+        if returns:
+            raise InputError(
+                f"{_MAX_SWEEPS:,} sweeps still change a value by {change:.3g}; policy_iteration"
+                " solves this process in a few steps."
+            )
+    return _solution(process, feasible, sweep, kl_coef, values, change if returns else 0.0)
+
+
+def policy_iteration(
+    process: DecisionProcess, kl_coef: float, tolerance: float = 1e-14
+) -> SoftSolution:
+    """V*, Q* and π* by improvement π ← q e^{Q_π/λ} and exact evaluation, from q: Newton's method on
+    (1), each policy better than the last.
+
+    At λ = 0 ties keep q's proportions, where `value_iteration` has the limit, which also weighs
+    what follows.
+
+    Args:
+        tolerance: stop once no value rises by more than this part of λ plus the largest.
+
+    Raises:
+        InputError: the values grow without bound (γ = 1 and a loop earns at least its cost), or an
+            expected path passes 10^12 steps.
+        InfeasibleError: every start is forbidden to reach an end.
+    """
+    if check_kl_coef(kl_coef) == math.inf:
+        return value_iteration(process, kl_coef)  # there is nothing to improve
+    feasible = _feasible_actions(process)
+    zeros = torch.zeros_like(process.initial)
+    alive = feasible.any(-1) | process.terminal
+    log_policy = _feasible_prior(process, feasible)
+    before, values = torch.full_like(zeros, -math.inf), []
+    for _ in range(_MAX_IMPROVEMENTS):
+        found = _evaluate(process, log_policy, kl_coef)
+        if found is None or not _ends_in_sight(process, log_policy):
+            _refuse_unbounded(process, before)
+        values.append(_start_value(process, found))
+        sweep = _backup(process, feasible, torch.where(alive, found, 0), zeros, kl_coef)
+        log_policy = _policy(process, feasible, sweep.lifted)
+        gain, before = float((found - before)[alive].max()), found
+        if gain <= tolerance * _scale(found[alive].abs(), kl_coef):
+            break
+    residual = float((sweep.best + kl_coef * sweep.mass - before)[alive].abs().max())
+    return _solution(process, feasible, sweep, kl_coef, values, residual)
+
+
+def _feasible_actions(process: DecisionProcess) -> Tensor:
+    """[S,A]: actions after which a policy exists that surely avoids rewards of −inf and, where γ =
+    1, surely ends.
+
+    Raises:
+        InfeasibleError: no start has one.
+    """
+    safe = process.available & (process.rewards > -math.inf)
+    while True:
+        alive = safe.any(-1) | process.terminal
+        if process.discount == 1:
+            alive &= spread((process.moves(safe.double()) > 0).T, process.terminal)
+        risks_a_dead_end = process.transitions @ (~alive).double() > 0
+        narrowed = (
+            safe
+            & alive[:, None]
+            & ~(risks_a_dead_end if process.discount > 0 else torch.zeros_like(safe))
+        )
+        if bool((narrowed == safe).all()):
+            break
+        safe = narrowed
+    if not bool((alive & (process.initial > 0)).any()):
+        raise InfeasibleError(
+            "from every initial state the reward -inf cannot be avoided, so no policy has a finite"
+            " value. Relax the constraint."
+        )
+    return safe
+
+
+def _backup(
+    process: DecisionProcess, feasible: Tensor, best: Tensor, mass: Tensor, kl_coef: float
+) -> _Backup:
+    """(1) in its two parts; at λ = inf only ℓ matters, and m is left at 0."""
+    rewards = process.rewards if kl_coef < math.inf else torch.zeros_like(process.rewards)
+    action_best = torch.where(
+        feasible, rewards + process.discount * (process.transitions @ best), -math.inf
+    )
+    action_mass = process.discount * (process.transitions @ mass)
+    alive = feasible.any(-1)
+    top = torch.where(alive, action_best.amax(-1), 0)
+    lifted = process.log_prior + action_mass + scaled_advantage(action_best, top[:, None], kl_coef)
+    return _Backup(
+        top, torch.where(alive, logspace.logsumexp(lifted), 0), lifted, action_best, action_mass
+    )
+
+
+def _feasible_prior(process: DecisionProcess, feasible: Tensor) -> Tensor:
+    """log q [S,A] restricted to the feasible actions."""
+    return _policy(process, feasible, torch.where(feasible, process.log_prior, -math.inf))
+
+
+def _policy(process: DecisionProcess, feasible: Tensor, lifted: Tensor) -> Tensor:
+    """[S,A] log-masses normalised; even over the available actions where none is feasible."""
+    even = torch.where(process.available, 0.0, -math.inf)
+    lifted = torch.where(feasible.any(-1, keepdim=True), lifted, even)
+    return logspace.log_normalize_alive(lifted)
+
+
+def _solution(
+    process: DecisionProcess,
+    feasible: Tensor,
+    sweep: _Backup,
+    kl_coef: float,
+    values: list[float],
+    change: float,
+) -> SoftSolution:
+    log_policy = _policy(process, feasible, sweep.lifted)
+    if kl_coef == math.inf:
+        mean = _evaluate(process, process.log_prior, 0.0)
+        assert mean is not None, "a checked process ends under its prior"
+        state_values, action_values = mean, process.action_values(mean)
+        values, change = (
+            [_start_value(process, mean)],
+            0.0,
+        )  # a linear system; the sweeps were for the policy
+    else:
+        dead = ~feasible.any(-1) & ~process.terminal
+        state_values = torch.where(dead, -math.inf, sweep.best + kl_coef * sweep.mass)
+        action_values = sweep.action_best + kl_coef * sweep.action_mass
+    error_bound = change * _steps_ahead(process, log_policy) if change > 0 else 0.0
+    return SoftSolution(
+        process,
+        kl_coef,
+        state_values,
+        action_values,
+        log_policy,
+        _start_value(process, state_values),
+        tuple(values),
+        error_bound,
+    )
+
+
+def _steps_ahead(process: DecisionProcess, log_policy: Tensor) -> float:
+    """γ/(1 − γ); with γ = 1 the longest expected path under a policy."""
+    if process.discount < 1:
+        return process.discount / (1 - process.discount)
+    steps = _solve(process, log_policy, torch.ones_like(process.initial))
+    return math.inf if steps is None else float(steps.max())
+
+
+def _scale(sizes: Tensor, kl_coef: float) -> float:
+    """What rounding is measured against: λ log Σ q e^{Q/λ} has no more digits than λ has."""
+    return float(sizes.max()) + (kl_coef if kl_coef < math.inf else 0.0)
+
+
+def _start_value(process: DecisionProcess, state_values: Tensor) -> float:
+    return float(expected_next(process.initial, state_values))
+
+
+def _ends_in_sight(process: DecisionProcess, log_policy: Tensor) -> bool:
+    """With γ = 1: the expected path of a policy is short enough for its values to have digits.
+    Policies that chase an unbounded value stretch it.
+    """
+    if process.discount < 1:
+        return True
+    steps = _solve(process, log_policy, torch.ones_like(process.initial))
+    return steps is not None and bool(
+        ((steps > 0.5) & (steps < _MAX_STEPS)).all()
+    )  # at least 1, unless the solve lost all digits
+
+
+def _refuse_unbounded(process: DecisionProcess, before: Tensor) -> NoReturn:
+    state = int(torch.where(process.terminal, -math.inf, before).argmax())
+    raise InputError(
+        f"the values grow without bound (at {process.place(state)} past"
+        f" {float(before[state]):.3g}): with discount 1 a loop earns at least what it costs, λ log"
+        " q included. Raise kl_coef, lower the discount, or make the loop's reward smaller."
+    )
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+def policy_evaluation(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> PolicyValues:
+    """V_π, Q_π and J(π) by the linear system (2), exact also where states return.
+
+    Args:
+        log_policy: log π(a|s) [S,A] in nats; rows of terminal states are ignored.
+        kl_coef: λ ≥ 0; at inf a policy other than q has value −inf.
+
+    Raises:
+        UnsupportedPolicyError: the policy takes an action that the prior does not.
+        InputError: a wrong shape, rows that do not sum to one, or γ = 1 and a state from which the
+            policy never ends.
+    """
+    log_policy = _check_policy(process, log_policy)
+    state_values = _evaluate(process, log_policy, check_kl_coef(kl_coef))
+    if state_values is None:
+        _refuse_endless(process, log_policy)
+    return PolicyValues(
+        state_values, process.action_values(state_values), _start_value(process, state_values)
+    )
+
+
+def visits(process: DecisionProcess, log_policy: Tensor) -> Tensor:
+    """d_π = μ (I − γP_π)^{-1} [S], expected visits with the t-th worth γ^t; at terminal states the
+    discounted chance to end there.
+
+    Raises:
+        UnsupportedPolicyError, InputError: as in `policy_evaluation`.
+    """
+    log_policy = _check_policy(process, log_policy)
+    found = _solve(process, log_policy, process.initial, transposed=True)
+    if found is None:
+        _refuse_endless(process, log_policy)
+    return found
+
+
+def policy_gradient(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor:
+    """∂J/∂θ [S,A] by (3), in the softmax logits of each state, reward units; 0 where the policy has
+    no mass.
+
+    Raises:
+        InputError: λ = inf, or a policy whose value is −inf on a state it visits; otherwise as in
+            `policy_evaluation`.
+    """
+    if check_kl_coef(kl_coef) == math.inf:
+        raise InputError(
+            "kl_coef = inf leaves only the prior, where J has no gradient; give a finite λ."
+        )
+    log_policy = _check_policy(process, log_policy)
+    found, weight = policy_evaluation(process, log_policy, kl_coef), visits(process, log_policy)
+    visited = (weight > 0) & ~process.terminal
+    for state in (visited & (found.state_values == -math.inf)).nonzero().squeeze(-1).tolist()[:1]:
+        raise InputError(
+            f"the policy's value at {process.place(state)} is -inf, so J has no gradient; give"
+            " forbidden actions log_policy -inf."
+        )
+    taken = (log_policy > -math.inf) & visited[:, None]
+    log_ratio = torch.where(taken, log_policy - process.log_prior, 0)
+    advantage = torch.where(
+        taken, found.action_values - kl_coef * log_ratio - found.state_values[:, None], 0
+    )
+    return weight[:, None] * logspace.mul_exp(advantage, log_policy)  # (3)
+
+
+def objective_gap(optimum: SoftSolution, log_policy: Tensor) -> float:
+    """J(π*) − J(π) ≥ 0 of a policy [S,A], in reward units, directly: λ Σ_s d_π(s)
+    KL(π(·|s)‖π*(·|s)), which keeps its digits near 0.
+
+    At the limits λ = 0 and inf the difference itself.
+
+    Raises:
+        UnsupportedPolicyError, InputError: as in `policy_evaluation`.
+    """
+    process, kl_coef = optimum.process, optimum.kl_coef
+    if not 0 < kl_coef < math.inf:
+        return max(0.0, optimum.value - policy_evaluation(process, log_policy, kl_coef).value)
+    weight = visits(process, log_policy)
+    divergence = logspace.kl_divergence(_check_policy(process, log_policy), optimum.log_policy)
+    return kl_coef * float(torch.where(weight > 0, weight * divergence, 0).sum())
+
+
+def _check_policy(process: DecisionProcess, log_policy: Tensor) -> Tensor:
+    if log_policy.shape != process.log_prior.shape:
+        raise InputError(
+            f"log_policy has shape {list(log_policy.shape)}; expected [S, A] ="
+            f" {list(process.log_prior.shape)}."
+        )
+    log_policy = log_policy.detach().double().masked_fill(process.terminal[:, None], -math.inf)
+    total = log_policy.exp().sum(-1)
+    for state in (
+        (~process.terminal & ~((total - 1).abs() <= SUM_TOLERANCE))
+        .nonzero()
+        .squeeze(-1)
+        .tolist()[:1]
+    ):  # also NaN
+        raise InputError(
+            f"the policy's actions in {process.place(state)} sum to {float(total[state]):.12g}, not"
+            " 1; apply log_softmax to the logits."
+        )
+    for state, action in ((log_policy > -math.inf) & ~process.available).nonzero().tolist()[:1]:
+        mass = float(log_policy[state, action].exp())
+        raise UnsupportedPolicyError(
+            f"the policy gives mass {mass:.3g} to {process.place(state, action)}, where the prior"
+            " has none, so KL is infinite; give the action log_policy -inf, or prior mass."
+        )
+    return logspace.log_normalize_alive(log_policy)
+
+
+def _evaluate(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor | None:
+    """V_π [S] of (2); −inf from where the policy can meet −inf; None where γ = 1 and it does not
+    end.
+    """
+    divergence = logspace.kl_divergence(log_policy, process.log_prior)
+    penalty = torch.where(divergence == 0, 0, kl_coef * divergence)
+    return _solve(process, log_policy, logspace.expectation(log_policy, process.rewards) - penalty)
+
+
+def _solve(
+    process: DecisionProcess, log_policy: Tensor, right: Tensor, transposed: bool = False
+) -> Tensor | None:
+    """(I − γP_π)^{-1} right [S]; its transpose for row vectors. None where it does not exist, or
+    has no digits.
+    """
+    chain = process.discount * process.moves(log_policy.exp())
+    if process.discount == 1 and not _ends(process, log_policy):
+        return None
+    lost = right == -math.inf
+    if bool(lost.any()):
+        lost = spread((chain > 0).T, lost)
+    kept = ~lost
+    system = (
+        torch.eye(int(kept.sum()), dtype=chain.dtype, device=chain.device) - chain[kept][:, kept]
+    )
+    found, failed = torch.linalg.solve_ex(system.T if transposed else system, right[kept])
+    if int(failed) or not bool(torch.isfinite(found).all()):
+        return None
+    return torch.full_like(right, -math.inf).masked_scatter(kept, found)
+
+
+def _ends(process: DecisionProcess, log_policy: Tensor) -> bool:
+    """Every state can reach an end: then in a finite process it surely does."""
+    return bool(
+        spread((process.moves((log_policy > -math.inf).double()) > 0).T, process.terminal).all()
+    )
+
+
+def _refuse_endless(process: DecisionProcess, log_policy: Tensor) -> NoReturn:
+    ending = spread((process.moves(log_policy.exp()) > 0).T, process.terminal)
+    where = (~ending).nonzero().squeeze(-1).tolist()
+    place = (
+        f"from {process.place(where[0])} the policy never ends"
+        if where
+        else "the policy ends with a probability too small to resolve"
+    )
+    raise InputError(
+        f"{place}, and with discount {process.discount:g} its value need not exist; give an ending"
+        " action some mass, or discount < 1."
+    )
