@@ -9,10 +9,12 @@ or an infinity is refused, and the policy keeps its last good weights.
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from klrl_edu.core.arguments import check_arguments, check_draw, check_loss_function
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import DivergedError, InputError
 from klrl_edu.core.validation import check_count
@@ -94,6 +96,7 @@ def train_steps(
             weights kept. Weights are looked at when they are next used and after the last step, so
             a loop that is left early may leave with a broken last update.
     """
+    _check_nouns(policy, source, loss)
     check_count(steps, "steps", 0)
     next_batch = _source(source, loss, batch_size, draw)
     check_policy(next_batch, policy)
@@ -171,6 +174,7 @@ def train(
     """
     check_count(evaluate_every, "evaluate_every", 0)
     policy = copy_of_prior(source) if policy is None else policy
+    _check_nouns(policy, source, loss)
     history = History(policy=policy)
     stream = train_steps(
         policy,
@@ -200,7 +204,7 @@ def copy_of_prior(source: Problem | Sequence[Problem] | Source) -> LanguageModel
     Raises:
         InputError: the source has no prior.
     """
-    if callable(source):
+    if _gives_batches(source):
         prior = getattr(source, "prior", None)
         if not isinstance(prior, LanguageModel):
             raise InputError(
@@ -208,7 +212,7 @@ def copy_of_prior(source: Problem | Sequence[Problem] | Source) -> LanguageModel
                 " policy."
             )
     else:
-        prior = check_problems(source)[0].prior
+        prior = check_problems(source)[0].prior  # type: ignore[arg-type]
     return copy.deepcopy(prior).requires_grad_(True)
 
 
@@ -223,6 +227,18 @@ def comparison_metrics(policy: LanguageModel, target: Posterior | Sequence[Poste
     }
 
 
+def _check_nouns(policy: Any, source: Any, loss: Any) -> None:
+    """What was mixed up, by name."""
+    call = "train(policy, source, loss)"
+    check_arguments(call, policy=(policy, LanguageModel), source=(source, object))
+    check_loss_function(loss)
+
+
+def _gives_batches(source: Any) -> TypeGuard[Source]:
+    """Whether it is a function; models and posteriors can be called too, and are none."""
+    return callable(source) and not hasattr(source, "in_words")
+
+
 # --- the source -----------------------------------------------------------------------------------
 
 
@@ -233,12 +249,14 @@ def _source(
     draw: Draw | None,
 ) -> Source:
     """What gives the batches; a Problem becomes the source that the loss needs."""
-    if callable(source):
+    if _gives_batches(source):
         for name, value in (("batch_size", batch_size), ("draw", draw)):
             if value is not None:
                 raise InputError(f"{name} belongs to the source: give it there, not to train.")
         return source
-    problems = check_problems(source)
+    problems = check_problems(source)  # type: ignore[arg-type]
+    if draw is not None:
+        check_draw(draw)
     for index, problem in enumerate(problems):
         if problem.kl_coef == math.inf:
             where = "" if len(problems) == 1 else f" (problems[{index}])"

@@ -128,9 +128,10 @@ def check_problems(problems: Problem | Sequence[Problem]) -> list[Problem]:
     """One problem or several as a list; several must share one prior."""
     listed: object = [problems] if isinstance(problems, Problem) else problems
     if not isinstance(listed, Sequence) or not listed:
+        meant = " Did you mean its .problem?" if hasattr(problems, "problem") else ""
         raise InputError(
             f"problem is {in_words(problems)}; expected {Problem.in_words}, or a list"
-            " of at least one Problem."
+            f" of at least one Problem.{meant}"
         )
     for problem in listed:
         check_arguments("problem, or a list of problems", problem=(problem, Problem))

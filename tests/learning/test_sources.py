@@ -169,6 +169,18 @@ def test_a_behaviour_that_the_policy_cannot_follow_is_refused():
         train(half, source, dpg(problem), steps=1)
 
 
+def test_the_audit_enumerates_what_the_behaviour_draws():
+    """By REINFORCE, whose mean under μ is not that under π."""
+    problem, policy = four_sentences(), four_sentences_policy()
+    source = sources.behaviour(problem.prior, problem, 2, draw=seeded_draw(0))
+    report = audit_gradient(losses.reinforce, policy, source)
+    named = audit_gradient(losses.reinforce, policy, problem, batch_size=2, behaviour=problem.prior)
+    assert torch.equal(report.mean, named.mean)
+    assert report.variance == named.variance
+    own = audit_gradient(losses.reinforce, policy, problem, batch_size=2)
+    assert not torch.allclose(report.mean, own.mean, atol=1e-3)
+
+
 # --- several epochs, a value head -----------------------------------------------------------------
 
 
@@ -327,6 +339,19 @@ def test_the_audit_of_dpo_is_its_expected_gradient_over_pairs_and_labels():
     assert set(report.targets) == {
         "reverse_kl", "forward_kl", "reverse_kl_per_token", "forward_kl_per_token"
     }  # fmt: skip
+
+
+def test_in_an_audit_each_pair_is_a_group_of_its_own():
+    problem, policy = four_sentences(), four_sentences_policy()
+    seen = set()
+
+    def looking(batch):
+        seen.add((tuple(batch.group.tolist()), tuple(batch.rewards.sum(-1).tolist())))
+        return dpo(batch)
+
+    table = sources.pairs(TEXTS[:2], TEXTS[2:], problem.prior, 1.0, 2, draw=seeded_draw(0))
+    audit_gradient(looking, policy, table)
+    assert seen == {((0, 0, 1, 1), (WON, LOST, WON, LOST))}
 
 
 def test_at_the_posterior_the_expected_gradient_of_dpo_vanishes():

@@ -205,6 +205,88 @@ def test_a_loss_may_own_parameters():
     assert float(loss.log_evidence.detach()) == pytest.approx(math.log(2.326218341277), abs=1e-5)
 
 
+def test_several_optimisers_may_share_the_parameters():
+    problem, loss = four_sentences(), TrajectoryBalance()
+    policy = restricted(problem)
+    optimizers = [
+        torch.optim.Adam(policy.parameters(), lr=5e-2),
+        torch.optim.SGD(loss.parameters(), lr=0.2),
+    ]
+    history = train(policy, problem, loss, steps=300, optimizer=optimizers, draw=seeded_draw(0))
+    assert history["lr"][0] == 5e-2
+    assert float(loss.log_evidence.detach()) == pytest.approx(math.log(2.326218341277), abs=1e-3)
+
+
+def test_a_parameter_of_the_loss_in_no_optimiser_is_refused_by_name():
+    problem, loss, policy = four_sentences(), TrajectoryBalance(), restricted(four_sentences())
+    for optimizer in (
+        torch.optim.Adam(policy.parameters()),
+        [torch.optim.Adam(policy.parameters())],
+    ):
+        with pytest.raises(InputError, match=r"the loss's log_evidence is trainable and in no opt"):
+            train(policy, problem, loss, steps=1, optimizer=optimizer, draw=seeded_draw(0))
+    with pytest.raises(InputError, match=r"the policy's policy\.logits is trainable and in no opt"):
+        train(
+            policy,
+            problem,
+            losses.rloo,
+            steps=1,
+            optimizer=torch.optim.Adam(loss.parameters()),
+            draw=seeded_draw(0),
+        )
+    loss.log_evidence.requires_grad_(False)
+    optimizer = torch.optim.Adam(policy.parameters())
+    assert len(train(policy, problem, loss, steps=1, optimizer=optimizer, draw=seeded_draw(0))) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", [], [1.0]])
+def test_what_is_no_optimiser_is_refused(optimizer):
+    problem = four_sentences()
+    with pytest.raises(InputError, match=r"optimizer = .*; expected a torch\.optim\.Optimizer"):
+        train(None, problem, losses.rloo, steps=1, optimizer=optimizer, draw=seeded_draw(0))
+
+
+def test_parameters_that_a_wrapper_hides_are_found_in_the_graph():
+    problem, loss = four_sentences(), TrajectoryBalance()
+    with pytest.raises(
+        InputError, match=r"step 1: the loss reaches a trainable tensor of shape \[\] that no opt"
+    ):
+        train(None, problem, lambda batch: loss(batch), steps=1, draw=seeded_draw(0))
+    assert float(loss.log_evidence.detach()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "max_grad_norm = -1.0 must be a positive number, or None"),
+        ({"max_grad_norm": 0}, "max_grad_norm = 0 must be a positive number, or None"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm = nan must be a positive number, or None"),
+        ({"max_grad_norm": True}, "max_grad_norm = True must be a positive number, or None"),
+        ({"schedule": lambda done: -1.0}, r"schedule\(0\) = -1.0; expected a factor"),
+        ({"schedule": lambda done: math.nan}, r"schedule\(0\) = nan; expected a factor"),
+        ({"lr": True}, "lr = True must be a positive number"),
+        ({"lr": INF}, "lr = inf must be a positive number"),
+        ({"evaluate_every": -1}, "evaluate_every = -1 must be a whole number of at least 0"),
+        ({"evaluate_every": 1.5}, "evaluate_every = 1.5 must be a whole number"),
+        ({"draw": None}, r"training on samples needs its randomness: draw=seeded_draw\(0\)"),
+    ],
+)
+def test_a_number_that_would_train_uphill_or_not_at_all_is_refused(options, message):
+    problem, policy = four_sentences(), restricted(four_sentences())
+    before = weights(policy)
+    with pytest.raises(InputError, match=message):
+        train(policy, problem, losses.rloo, **{"steps": 1, "draw": seeded_draw(0), **options})
+    assert same(weights(policy), before)
+
+
+def test_a_rate_beyond_all_floats_is_taken_back():
+    problem, policy = four_sentences(), restricted(four_sentences(), "lstm")
+    before = weights(policy)
+    with pytest.raises(DivergedError, match="made the policy NaN or infinite"):
+        train(policy, problem, losses.rloo, steps=1, lr=1e308, draw=seeded_draw(0))
+    assert same(weights(policy), before)
+
+
 # --- the loop itself ------------------------------------------------------------------------------
 
 
