@@ -7,6 +7,7 @@ unbiased means over n sequences of the approximation and n of the posterior, the
 at each step along them. Nats, reward units.
 """
 
+import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -77,6 +78,35 @@ class Comparison:
         """Whether every number was enumerated."""
         return self.sequences is None
 
+    @property
+    def summary(self) -> str:
+        """How far π is from π*, and why, in a sentence or two."""
+        about = "" if self.exact else "about "
+        what = "policy" if self.log_evidence_error is None else "approximation"
+        if math.isfinite(self.reverse_kl):
+            far = (
+                f"The {what} is {about}{self.reverse_kl:.4g} nats from the posterior (KL(π‖π*)) and"
+                f" earns {self.objective_gap:.4g} less than the best objective"
+            )
+            if self.uncovered_mass > 0:
+                return (
+                    f"{far}; it never gives sequences that hold {self.uncovered_mass:.3g} of the"
+                    " posterior (uncovered_mass), so KL(π*‖π) is infinite."
+                )
+            return f"{far}; it covers the posterior (uncovered_mass 0) and stays on it."
+        mass = f"{self.violating_mass:.3g} of the {what}'s mass (violating_mass)"
+        if math.isinf(self.kl_to_prior):
+            why = "lies where the prior has none: restrict_to_support keeps it off there"
+        elif math.isinf(self.expected_reward):
+            why = "lies on sequences that the reward forbids (-inf): restrict_to_support(policy,"
+            why += " feasible_prior(problem)) keeps it off there"
+        else:
+            why = (
+                "lies where the posterior has none, as at λ = 0, where the posterior is on the best"
+                f" sequences alone; read objective_gap = {self.objective_gap:.4g} instead"
+            )
+        return f"KL(π‖π*) is infinite because {mass} {why}."
+
     def metrics(self) -> dict[str, float | None]:
         """Metric -> value."""
         return {
@@ -94,10 +124,10 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return text_table(*self._table())
+        return f"{text_table(*self._table())}\n\n{self.summary}"
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        return f"{html_table(*self._table())}<p>{html.escape(self.summary)}</p>"
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
         if self.exact:

@@ -113,8 +113,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(out.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file did not fit
         raise
 
 
@@ -146,14 +148,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises several types for a file that is not a plain checkpoint
+    except Exception:  # torch raises several types for a file that is not a plain checkpoint
+        # torch's own words are not repeated: they end in advice to load the code all the same
         raise CheckpointError(
-            f"checkpoint {path} holds more than weights and will not be loaded:"
-            f" {str(error).splitlines()[0]}"
+            f"checkpoint {path} holds more than weights and will not be loaded: loading it could"
+            " run code. Take another copy, or train again."
         ) from None
     if not isinstance(content, dict) or content.get("version") != _CHECKPOINT_VERSION:
         raise CheckpointError(f"checkpoint {path} is not of version {_CHECKPOINT_VERSION}.")
-    state: dict[str, Any] = content["state"]
+    state = content.get("state")
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"checkpoint {path} holds a {type(state).__name__} in place of its state; take another"
+            " copy, or train again."
+        )
     return state

@@ -5,18 +5,12 @@ A name is `module:function`, `file.py:function`, or a function of this package s
 `kl_values.k3` or `losses.rloo`.
 """
 
-import importlib
-import importlib.util
-import inspect
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 
 from klrl_edu.audit.adapting import name_of, parameters_of
 from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient, audit_value
@@ -24,27 +18,30 @@ from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.errors import InputError, KlrlError
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.experiments import plots
-from klrl_edu.experiments.console import CHECK_FAILED, Quiet, speaker
-from klrl_edu.experiments.runner import ProblemSource, claim_directory, write_json
+from klrl_edu.experiments.console import CHECK_FAILED, Quiet, Say, Table, speaker
+from klrl_edu.experiments.directories import check_new, new_directory
+from klrl_edu.experiments.loading import find_function, line_of, said
+from klrl_edu.experiments.parsing import Word
+from klrl_edu.experiments.runner import ProblemSource, write_json
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences_policy
 from klrl_edu.problems.problem import Problem
 
-_ROOMS = ("estimators", "learning")  # where functions of this package are looked for
+_SHOWN = 12  # sequences that a vector's entries are listed for
 
 
 def audit(
-    target: Annotated[str, tyro.conf.Positional] = "own",
+    target: Annotated[str, Word("FUNCTION")] = "own",
     /,
     *,
-    problem: str = "four-sentences",
+    problem: Table = "four-sentences",
     kl_coef: float = 1.0,
     batch_size: int = 1,
     kind: Literal["auto", "value", "gradient"] = "auto",
     max_executions: int = MAX_EXECUTIONS,
-    out: Path = Path("runs/audit"),
+    out: Path | None = None,
     quiet: Quiet = False,
 ) -> None:
     """The exact bias and variance of a loss or an estimator; without a name, of every one of this
@@ -63,8 +60,9 @@ def audit(
         kind: gradient (a loss) or value (an estimator of KL); auto takes for a loss what takes a
             Batch or is called one.
         max_executions: the most batches to enumerate.
-        out: where to write.
+        out: a new or empty directory; by default the first free of runs/audit, runs/audit-2, …
     """
+    check_new(out, "audit")
     say = speaker(quiet)
     if target == "own":
         _audit_catalogue(out, say)
@@ -76,7 +74,7 @@ def audit(
     report = _run(
         target, kind, function, policy, world, batch_size=batch_size, max_executions=max_executions
     )
-    directory = claim_directory(out, "audit")
+    directory = new_directory(out, "audit")
     write_json(
         directory / "result.json",
         {
@@ -85,33 +83,12 @@ def audit(
             "problem": problem,
             "kl_coef": kl_coef,
             **report.to_dict(),
+            "entries": _entries(report, policy),
         },
     )
     _draw(report, directory / "audit")
-    say(f"{report}\n\nresult.json, audit.png and .pdf are in {directory}")
-
-
-def find_function(target: str) -> Callable[..., Any]:
-    """The function that a name stands for.
-
-    Raises:
-        InputError: no such module, file or function, or its file does not import; says which.
-    """
-    place, colon, name = target.rpartition(":")
-    if not colon:
-        return _own_function(target)
-    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and not key.startswith("_")
-        ]
-        raise InputError(
-            f"{place} has no function {name!r}; it has {', '.join(functions) or 'none'}."
-        )
-    return _made(function, target) if inspect.isclass(function) else function
+    say(f"{report}{_order_of_entries(report, policy)}")
+    say(f"\nresult.json, audit.png and .pdf are in {directory}")
 
 
 def tilted_prior(problem: Problem) -> SequenceTable:
@@ -128,68 +105,19 @@ def tilted_prior(problem: Problem) -> SequenceTable:
     )
 
 
-def _own_function(target: str) -> Callable[..., Any]:
-    """`file.function` of estimators/ or learning/."""
-    file, _, name = target.rpartition(".")
-    for room in _ROOMS:
-        if file and importlib.util.find_spec(f"klrl_edu.{room}.{file}") is not None:
-            function = getattr(importlib.import_module(f"klrl_edu.{room}.{file}"), name, None)
-            if callable(function):
-                return function
-    raise InputError(
-        f"{target!r} is no function of this package; give one such as kl_values.k3 or losses.rloo,"
-        " or module:function, file.py:function."
-    )
+def _entries(report: AuditReport, policy: SequenceTable) -> list[str] | None:
+    """The sequence that each entry of a gradient belongs to; None for a value."""
+    return None if len(report.mean) == 1 else policy.space.decode(policy.tokens)
 
 
-def _module_of_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give file.py:function with a path from here.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(
-        0, str(path.parent.resolve())
-    )  # its neighbours can be imported, as when Python runs the file
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
-        raise InputError(f"{path} does not import: {_said(error)}; fix the file.") from None
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def _module_of_name(name: str) -> ModuleType:
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise InputError(
-                f"there is no module {name!r} here or installed; give module:function, or"
-                " file.py:function with a path."
-            ) from None
-        raise InputError(
-            f"module {name!r} does not import: {_said(error)}; install what is missing."
-        ) from None
-    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
-        raise InputError(f"module {name!r} does not import: {_said(error)}; fix it.") from None
-    finally:
-        sys.path.pop(0)
-
-
-def _made(cls: Callable[..., Any], target: str) -> Callable[..., Any]:
-    """A loss that is a module, with whatever it starts from."""
-    try:
-        made: Callable[..., Any] = cls()
-    except Exception as error:  # of the user's constructor
-        raise InputError(
-            f"{target} is a class and cannot be made without arguments: {_said(error)}; name a"
-            " function."
-        ) from None
-    return made
+def _order_of_entries(report: AuditReport, policy: SequenceTable) -> str:
+    """The same for the reader of a terminal."""
+    texts = _entries(report, policy)
+    if texts is None:
+        return ""
+    more = f", … ({len(texts):,} in all)" if len(texts) > _SHOWN else ""
+    listed = ", ".join(repr(text) for text in texts[:_SHOWN])
+    return f"\nThe entries of the mean belong to the sequences {listed}{more}."
 
 
 def _kind_of(function: Callable[..., Any]) -> Literal["value", "gradient"]:
@@ -218,34 +146,28 @@ def _run(
         return audit_it(function, policy, world, **options)
     except KlrlError:
         raise
-    except Exception as error:  # of the user's function
+    except (Exception, SystemExit) as error:  # of the user's function
+        meant = "loss" if kind == "gradient" else "value"
         raise InputError(
-            f"{target} failed as a {'loss' if kind == 'gradient' else 'value'}: {_said(error)}; try"
-            " it on one Batch, or --kind."
+            f"{target}{line_of(error)} failed as a {meant}: {said(error)}; try it on one Batch, or"
+            " --kind."
         ) from None
-
-
-def _said(error: BaseException) -> str:
-    return (
-        f"{type(error).__name__}:"
-        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    )
 
 
 def _draw(report: AuditReport, path: Path) -> None:
     with plots.publication_style():
         figure, (ax,) = plots.new_figure(1, 4.6, 3.2)
         plots.plot_audit(report, ax=ax)
-        ax.set_title(textwrap.fill(report.verdict, 56), fontsize=8)
+        ax.set_title(plots.literal(textwrap.fill(report.verdict, 56)), fontsize=8)
         plots.save_figure(figure, path)
 
 
-def _audit_catalogue(out: Path, say: Callable[[str], None]) -> None:
+def _audit_catalogue(out: Path | None, say: Say) -> None:
     """Every claim of the package; exit 1 where one fails."""
     from klrl_edu.audit.claims.catalogue import catalogue_text, check_catalogue
 
     rows = check_catalogue()
-    directory = claim_directory(out, "audit")
+    directory = new_directory(out, "audit")
     listed = [
         {
             "name": row.entry.name,

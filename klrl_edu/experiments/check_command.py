@@ -14,19 +14,20 @@ from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.validation import check_count
 from klrl_edu.experiments.console import speaker
-from klrl_edu.experiments.runner import claim_directory, write_json
+from klrl_edu.experiments.directories import check_new, new_directory
+from klrl_edu.experiments.runner import write_json
 from klrl_edu.theory.claims import CLAIMS, claims_text
 from klrl_edu.theory.identities import HEADER, IDENTITIES, check_identities, find_identity
 
 
 def run_check(
-    out: Path, *, quiet: bool, name: str | None, claims_only: bool, seed: int, examples: int
+    out: Path | None, *, quiet: bool, name: str | None, claims_only: bool, seed: int, examples: int
 ) -> bool:
     """Checks, prints a table of each kind, and writes result.json; returns whether everything
     holds.
 
     Args:
-        out: where result.json goes.
+        out: where result.json goes; None for the first free of runs/check, runs/check-2, …
         quiet: print nothing.
         name: one statement or one claim; None for all.
         claims_only: the articles' claims alone, with what was seen of each.
@@ -35,10 +36,11 @@ def run_check(
     Raises:
         InputError: an unknown name, a bad seed or number of examples; nothing is written then.
     """
+    check_new(out, "check")
     statements, claims = _asked_for(name, claims_only)
     check_count(examples, "examples")
     as_generator(seed)  # a bad seed is refused here, before anything is written
-    directory, say = claim_directory(out, "check"), speaker(quiet)
+    directory, say = new_directory(out, "check"), speaker(quiet)
     started = time.process_time()
     trying = check_identities(statements, seed=seed, examples=examples) if statements else ()
     identities = list(

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,8 @@ from matplotlib.figure import Figure
 from klrl_edu.core.errors import InputError, KlrlError
 from klrl_edu.evaluation.records import jsonable, write_atomically
 from klrl_edu.experiments import plots
-from klrl_edu.experiments.runner import check_directory, claim_directory, write_json
+from klrl_edu.experiments.directories import check_owned, owned_directory
+from klrl_edu.experiments.runner import write_json
 
 _NAME = re.compile(r"fig(\d\d)_\w+\.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -238,7 +240,7 @@ def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
     Raises:
         InputError: `out` holds something else or cannot be written.
     """
-    directory = claim_directory(out, _owner(entry))
+    directory = owned_directory(out, _owner(entry))
     write_atomically(directory / "data.json", data_bytes(made.data))
     with plots.publication_style():
         plots.save_figure(made.picture, directory / entry.script.stem)
@@ -259,11 +261,22 @@ def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
 
 def check_out(entry: FigureEntry, out: Path) -> None:
     """Refuses a folder that holds something else, before anything is computed."""
-    check_directory(out, _owner(entry))
+    check_owned(out, _owner(entry))
 
 
 def _owner(entry: FigureEntry) -> str:
     return f"figure {entry.number or entry.script.stem}"
+
+
+def registry_text(width: int = 100) -> str:
+    """Every figure for a terminal: number, title and, below it, the source, within `width`
+    columns.
+    """
+    indent, lines = " " * 4, []
+    for entry in find_figures():
+        for text, first in ((entry.title, f"{entry.number}  "), (entry.source, indent)):
+            lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=indent)
+    return "\n".join([*lines, "", "klrl figure 01 draws one; klrl figure file.py one of your own"])
 
 
 def registry_table() -> str:

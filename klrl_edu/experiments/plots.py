@@ -201,7 +201,7 @@ def plot_posterior(
     ax.set_yticks(
         range(len(order)),
         [
-            f"{text or '(empty)'}  (r = {r:g})"
+            f"{literal(text) or '(empty)'}  (r = {r:g})"
             for text, r in zip(problem.space.decode(tokens), rewards, strict=True)
         ],
     )
@@ -328,6 +328,11 @@ def _match(report: AuditReport, name: str) -> tuple[str, str]:
     ):  # as far off as the scale alone accounts for
         return f"{scale:.4g} × exactly", SKY
     return "infinite" if math.isinf(bias) else f"off by {100 * bias:.3g} %", PRIOR_COLOUR
+
+
+def literal(text: str) -> str:
+    """A reader's text as matplotlib shows it letter by letter: a price in dollars is no formula."""
+    return text.replace("$", r"\$")
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -3,22 +3,23 @@ pictures and weights.
 
 config.json     command and arguments; enough to build problem and policy again
 metrics.jsonl   a record a step, written as they come; metrics.csv, the same as a table at the end
-policy.pt       the weights, with a checksum
+policy.pt       the weights, written now and then and at the end, with their step, a hash of what
+                they were trained on, and a checksum
 result.json     every printed number; infinities as the strings "inf" and "-inf"
 """
 
+import hashlib
 import json
-import shutil
-from collections.abc import Iterator
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from klrl_edu.core.display import Cell
 from klrl_edu.core.errors import CheckpointError, InputError
-from klrl_edu.evaluation.compare import Comparison, compare
 from klrl_edu.evaluation.records import (
     History,
     json_line,
@@ -28,8 +29,8 @@ from klrl_edu.evaluation.records import (
     write_atomically,
 )
 from klrl_edu.exact.posterior import Posterior, feasible_prior, posterior
-from klrl_edu.learning import losses
-from klrl_edu.learning.batches import Loss
+from klrl_edu.experiments.directories import command_of, resolved
+from klrl_edu.experiments.loading import build_model
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
@@ -38,14 +39,10 @@ from klrl_edu.problems.examples import EXAMPLES, example
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.tables import load_table
 
-ModelName = Literal["table", "lstm", "gru", "transformer"]
-LossName = Literal["exact", "reinforce", "rloo"]
+MODELS = ("table", "lstm", "gru", "transformer")
 DeviceName = Literal["auto", "cpu", "cuda"]
-LOSSES: dict[str, Loss] = {
-    "exact": losses.exact,
-    "reinforce": losses.reinforce,
-    "rloo": losses.rloo,
-}
+_SECONDS_BETWEEN_SAVES = 1.0
+_SAVING_SHARE = 0.02  # of a run's time, at most
 
 
 @dataclass(frozen=True)
@@ -63,92 +60,35 @@ class ProblemSource:
     separator: str = " "
     normalize: bool = False
 
+    @property
+    def table(self) -> Path | None:
+        """The table's file; None for a standing problem."""
+        return None if self.name in EXAMPLES else Path(self.name)
+
     def load(self) -> Problem:
         """The problem itself.
 
         Raises:
             InputError: neither an example nor a readable table.
         """
-        if self.name in EXAMPLES:
+        if self.table is None:
             return example(self.name, self.kl_coef)
-        if not Path(self.name).exists():
+        if not self.table.exists():
             raise InputError(
                 f"{self.name!r} is neither a file nor a standing problem ({', '.join(EXAMPLES)});"
                 " check the spelling."
             )
         return load_table(
-            self.name, self.kl_coef, separator=self.separator, normalize=self.normalize
+            self.table, self.kl_coef, separator=self.separator, normalize=self.normalize
         )
 
-
-def check_directory(out: Path, command: str) -> Path:
-    """A directory that a run may claim: not there yet, empty, or left by the same command; writes
-    nothing.
-
-    Returns:
-        The resolved path.
-
-    Raises:
-        InputError: it is a file, or holds something else.
-    """
-    out = out.expanduser().resolve()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a directory.")
-    if out.is_dir() and any(out.iterdir()) and _command_of(out) != command:
-        raise InputError(
-            f"--out {out} holds files that `klrl {command}` did not write; choose a new or an empty"
-            " directory."
-        )
-    return out
-
-
-def claim_directory(out: Path, command: str) -> Path:
-    """A directory for a run: new, empty, or left by the same command; anything else is refused, so
-    that nothing is lost.
-
-    Returns:
-        The resolved path.
-
-    Raises:
-        InputError: it holds something else, or cannot be written.
-    """
-    try:
-        out = check_directory(out, command)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.json", json_bytes({"command": command}))
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be written: {error.strerror or error}; choose another directory."
-        ) from None
-    return out
-
-
-def fresh_directory(out: Path | None, stem: str) -> Path:
-    """A directory for a training run: `out` if it holds nothing yet, by default the first free of
-    runs/stem, runs/stem-2, …
-
-    Raises:
-        InputError: `out` already holds something: runs are not overwritten.
-    """
-    if out is None:
-        numbers: Iterator[Path] = (
-            Path("runs") / (stem if k == 1 else f"{stem}-{k}") for k in range(1, 1_000_000)
-        )
-        return next(path for path in numbers if not path.exists())
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            f"--out {out} is not empty, and runs are not overwritten; choose another directory, or"
-            " remove it."
-        )
-    return out
-
-
-def _command_of(directory: Path) -> str | None:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config.get("command") if isinstance(config, dict) else None
+    def fingerprint(self) -> str:
+        """A hash of all that the posterior depends on: the table's bytes or the example's name, λ,
+        and how the table is read.
+        """
+        what = self.name if self.table is None else self.table.read_bytes().hex()
+        words = [what, float(self.kl_coef), self.separator, self.normalize]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
@@ -186,21 +126,31 @@ def pick_device(name: DeviceName) -> torch.device:
     )
 
 
-def build_policy(name: ModelName, target: Posterior, seed: int) -> LanguageModel:
+def build_policy(name: str, target: Posterior, seed: int) -> LanguageModel:
     """An untrained policy on the sequences with prior mass and a finite reward: a copy of q there
-    for "table", else a restricted network.
+    for "table", else a restricted network, the package's or one's own (file.py:Class).
+
+    Raises:
+        InputError: an unknown name, or what `loading.build_model` refuses.
     """
     problem = target.problem
     space, device = problem.space, target.enumerated().tokens.device
     allowed = feasible_prior(problem)
     if name == "table":
         return allowed
-    size = 0 if problem.prompt is None else len(problem.prompt)
-    network: LanguageModel = (
-        TransformerModel(space, max_prompt=size, seed=seed)
-        if name == "transformer"
-        else RecurrentModel(space, cell=name, seed=seed)
-    )
+    network: LanguageModel
+    if name == "transformer":
+        size = 0 if problem.prompt is None else len(problem.prompt)
+        network = TransformerModel(space, max_prompt=size, seed=seed)
+    elif name in ("lstm", "gru"):
+        network = RecurrentModel(space, cell=cast(Literal["lstm", "gru"], name), seed=seed)
+    elif ":" in name:
+        network = build_model(name, space, seed)
+    else:
+        raise InputError(
+            f"--model: invalid choice {name!r}; choose from {', '.join(MODELS)}, or give"
+            " file.py:Class of a model of your own."
+        )
     return restrict_to_support(network.to(device), allowed)
 
 
@@ -210,73 +160,215 @@ class RunWriter:
     Args:
         directory: a claimed directory.
         config: command and arguments, with `problem` and `model`.
-        table: a user's table, copied into the run so that it can be compared later.
+        source: of the problem; a user's table is copied into the run, so that it can be compared
+            later.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], table: Path | None = None):
+    def __init__(self, directory: Path, config: dict[str, Any], source: ProblemSource):
         self.directory = directory
         self.history = History()
-        if table is not None:
-            shutil.copyfile(table, directory / f"table{table.suffix.lower()}")
-            config = {**config, "table": f"table{table.suffix.lower()}"}
+        self._fingerprint = source.fingerprint()
+        self._saved_at, self._pause = -math.inf, _SECONDS_BETWEEN_SAVES
+        if source.table is not None:
+            name = f"table{source.table.suffix.lower()}"
+            write_atomically(directory / name, source.table.read_bytes())
+            config = {**config, "table": name}
         write_json(directory / "config.json", config)
         self._lines = (directory / "metrics.jsonl").open("w", encoding="utf-8")
 
     def record(self, record: dict[str, float]) -> None:
-        """One step's metrics, on disk at once."""
+        """One step's metrics, on disk at once and whole."""
         self.history.records.append(record)
-        self._lines.write(json_line(record) + "\n")
-        self._lines.flush()
+        whole = self._lines.tell()
+        try:
+            self._lines.write(json_line(record) + "\n")
+            self._lines.flush()
+        except OSError as error:  # a full disk: half a line would spoil the file
+            self._lines.truncate(whole)
+            error.filename = str(self.directory / "metrics.jsonl")
+            raise
+
+    def save_now_and_then(self, policy: LanguageModel) -> None:
+        """The weights so far, every second or so, for a run that is killed; the first call saves
+        at once. Weights that are not numbers are left out: the last good ones stay.
+        """
+        started = time.monotonic()
+        if started - self._saved_at < self._pause:
+            return
+        weights = policy.state_dict()
+        if any(bool(value.isnan().any()) for value in weights.values()):
+            return
+        self._save(weights)
+        self._saved_at = time.monotonic()
+        took = self._saved_at - started
+        self._pause = max(_SECONDS_BETWEEN_SAVES, took / _SAVING_SHARE)
 
     def close(self, policy: LanguageModel) -> None:
         """Weights and the metrics as a table."""
         self._lines.close()
         self.history.write_csv(self.directory / "metrics.csv")
-        save_checkpoint(self.directory / "policy.pt", {"weights": policy.state_dict()})
+        self._save(policy.state_dict())
+
+    def _save(self, weights: dict[str, Any]) -> None:
+        step = int(self.history.records[-1]["step"]) if len(self.history) else 0
+        save_checkpoint(
+            self.directory / "policy.pt",
+            {"weights": weights, "step": step, "trained_on": self._fingerprint},
+        )
 
 
-def load_run(directory: Path) -> tuple[dict[str, Any], Posterior, LanguageModel]:
-    """The config, exact posterior and trained policy of a run directory.
+@dataclass(frozen=True)
+class Run:
+    """A training run, read back.
+
+    Attributes:
+        config: as written.
+        target: the exact posterior that it was trained to.
+        policy: with the weights of `step`.
+        step: of the weights, out of config["steps"].
+    """
+
+    config: dict[str, Any]
+    target: Posterior
+    policy: LanguageModel
+    step: int
+
+
+def load_run(directory: Path, own_model: str | None = None) -> Run:
+    """A run directory as it was written.
+
+    Args:
+        directory: the --out of a `klrl train`.
+        own_model: where the run's model is a class of the user's, its name again: code runs only
+            when it is asked for, never because a file names it.
 
     Raises:
-        InputError: not a training run.
-        CheckpointError: its weights are damaged or do not fit.
+        InputError: not a training run, or one whose files were altered.
+        CheckpointError: its weights are damaged, missing, or do not fit.
     """
-    config_path = directory / "config.json"
-    if _command_of(directory) != "train":
+    if command_of(directory) != "train":
         raise InputError(
             f"{directory} is not a training run (no config.json by `klrl train` in it); give the"
             " --out of a `klrl train`."
         )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    try:
-        source = ProblemSource(**config["problem"])
-        if "table" in config:
-            source = ProblemSource(
-                str(directory / Path(config["table"]).name),
-                source.kl_coef,
-                source.separator,
-                source.normalize,
-            )
-        model, seed = config["model"], config["seed"]
-    except (KeyError, TypeError) as error:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    source, model, seed = _checked_config(directory, config)
+    state = _checked_state(directory)
+    if state.get("trained_on") != source.fingerprint():
         raise InputError(
-            f"{config_path} is incomplete ({error}); it was altered since `klrl train` wrote it."
-        ) from None
+            f"{directory}: its table, kl_coef, separator or normalize is not what the policy was"
+            " trained on; take an unaltered copy of the run, or train again."
+        )
     target = posterior(source.load())
-    policy = build_policy(model, target, seed)
+    policy = build_policy(_model_to_run(directory, model, own_model), target, seed)
     try:
-        policy.load_state_dict(load_checkpoint(directory / "policy.pt")["weights"])
+        policy.load_state_dict(state["weights"])
     except (RuntimeError, KeyError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"{directory / 'policy.pt'} does not fit the run's model: {str(error).splitlines()[0]}"
         ) from None
-    return config, target, policy
+    return Run(config, target, policy, state["step"])
 
 
-def compare_run(directory: Path) -> tuple[dict[str, Any], Comparison]:
-    """A run's policy held against its exact posterior again, from the files alone."""
-    config, target, policy = load_run(directory)
-    return config, compare(policy, target)
+def _checked_config(directory: Path, config: dict[str, Any]) -> tuple[ProblemSource, str, int]:
+    """Problem, model and seed, each of its type; a table is read from the run alone."""
+    problem, table = config.get("problem"), config.get("table")
+    wanted: dict[str, tuple[object, type | tuple[type, ...]]] = {
+        "problem.name": (_item(problem, "name"), str),
+        "problem.kl_coef": (_item(problem, "kl_coef"), (int, float)),
+        "problem.separator": (_item(problem, "separator"), str),
+        "problem.normalize": (_item(problem, "normalize"), bool),
+        "model": (config.get("model"), str),
+        "seed": (config.get("seed"), int),
+        "steps": (config.get("steps"), int),
+    }
+    wrong = [
+        name
+        for name, (value, kind) in wanted.items()
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    ]
+    if wrong:
+        raise InputError(
+            f"{directory / 'config.json'} is incomplete ({', '.join(wrong)}); it was altered since"
+            " `klrl train` wrote it."
+        )
+    assert isinstance(problem, dict)
+    name = problem["name"]
+    if name not in EXAMPLES:
+        name = str(_table_in(directory, table))
+    return (
+        ProblemSource(name, problem["kl_coef"], problem["separator"], problem["normalize"]),
+        config["model"],
+        config["seed"],
+    )
+
+
+def _table_in(directory: Path, table: object) -> Path:
+    """The run's copy of its table; no other file is read, whatever config.json names."""
+    if not isinstance(table, str) or Path(table).name != table or Path(table).stem != "table":
+        raise InputError(
+            f"{directory / 'config.json'} is incomplete (table); it was altered since `klrl train`"
+            " wrote it."
+        )
+    path = directory / table
+    check_inside(directory, path)
+    if not path.is_file():
+        raise InputError(f"{path}, the run's copy of its table, is missing; train again.")
+    return path
+
+
+def check_inside(directory: Path, path: Path) -> None:
+    """Refuses a link that leads out of a run."""
+    if not resolved(path).is_relative_to(resolved(directory)):
+        raise InputError(
+            f"{path} is a link that leads out of the run; remove it, or name another place by"
+            " --out."
+        )
+
+
+def _item(mapping: object, key: str) -> object:
+    return mapping.get(key) if isinstance(mapping, dict) else None
+
+
+def _checked_state(directory: Path) -> dict[str, Any]:
+    """The checkpoint's content: weights that are numbers, and the step that they are of."""
+    path = directory / "policy.pt"
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory} has no policy.pt: the run was stopped before any weights were saved;"
+            " train again."
+        )
+    state = load_checkpoint(path)
+    weights, step = state.get("weights"), state.get("step")
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+    ):
+        raise CheckpointError(
+            f"{path} holds no weights by name; take an unaltered copy, or train again."
+        )
+    broken = [
+        name for name, value in weights.items() if bool((value.isnan() | (value == math.inf)).any())
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{path}: weights {broken[0]!r} hold NaN or infinity; take an unaltered copy, or train"
+            " again."
+        )
+    if not isinstance(step, int) or isinstance(step, bool) or "trained_on" not in state:
+        raise CheckpointError(
+            f"{path} does not say its step and what it was trained on, as those of an older klrl;"
+            " train again."
+        )
+    return state
+
+
+def _model_to_run(directory: Path, model: str, own_model: str | None) -> str:
+    """The model's name; code of the user's is run only where the user names it."""
+    if ":" not in model:
+        return model
+    if own_model is None:
+        raise InputError(
+            f"the policy of {directory} is {model}, code of your own, which is run only when you"
+            f" name it: klrl compare {directory} --model {model}"
+        )
+    return own_model

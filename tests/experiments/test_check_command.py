@@ -45,7 +45,7 @@ def test_one_statement_and_one_claim_by_name(tmp_path, capsys):
     assert [row["name"] for row in saved(tmp_path / "runs/check")["identities"]] == ["pinsker"]
     assert saved(tmp_path / "runs/check")["claims"] == []
     assert cli.main(["check", "--name", "c-kl-example"]) == 0
-    assert [row["name"] for row in saved(tmp_path / "runs/check")["claims"]] == ["c-kl-example"]
+    assert [row["name"] for row in saved(tmp_path / "runs/check-2")["claims"]] == ["c-kl-example"]
     assert "0.0998 nats = 0.1440 bits" in capsys.readouterr().out
 
 

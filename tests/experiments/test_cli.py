@@ -217,7 +217,7 @@ BAD_ARGUMENTS = {
     "posterior .": "cannot read",
     "posterior four.csv --kl-coef -1": "kl_coef = -1.0 must be at least 0",
     "posterior four.csv --kl-coef nan": "kl_coef = nan must be at least 0",
-    "posterior four.csv --kl-coef abc": "could not convert string to float: 'abc'",
+    "posterior four.csv --kl-coef abc": "--kl-coef 'abc' is not a number",
     "posterior four.csv --kl-coeff 1": "Perhaps you meant: --kl-coef",
     "posterior four.csv --count 0": "count = 0 must be a whole number of at least 1",
     "posterior four.csv --out four.csv": "is a file; name a directory",
@@ -234,8 +234,7 @@ BAD_ARGUMENTS = {
     "compare four.csv": "not a training run",
     "compare nowhere": "not a training run",
     "posterior": "Missing",
-    "unknown": "unknown",
-    "": "Expected one of",
+    "unknown": "unknown command 'unknown'; the commands are demo, posterior, train, compare",
 }
 
 
