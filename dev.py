@@ -126,7 +126,7 @@ def docs(arguments: list[str]) -> int:
 def student(arguments: list[str]) -> int:
     """The tutorials as a student gets them."""
     set_up("docs")
-    return run("-m", "klrl_edu.experiments.student", *(arguments or ["runs/student"]))
+    return run("-m", "klrl_edu.site.student", *(arguments or ["runs/student"]))
 
 
 def figures(arguments: list[str]) -> int:

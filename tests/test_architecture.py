@@ -29,6 +29,7 @@ ORDER = [
     "audit",
     "theory",
     "experiments",
+    "site",
 ]
 LAST = ["testing", "pytest_plugin", "exercises", "__main__", "__init__"]
 NEED_SHAPES = ("klrl_edu.models.", "klrl_edu.estimators.", "klrl_edu.learning.losses")

@@ -283,7 +283,7 @@ def write_lambda_page(app: Sphinx, failure: Exception | None) -> None:
     """The λ page stands beside the others; it is a page of its own, not of the
     theme.
     """
-    from klrl_edu.experiments.lambda_page import write_lambda_page
+    from klrl_edu.site.lambda_page import write_lambda_page
 
     if failure is None:
         write_lambda_page(Path(app.outdir) / "lambda.html")

@@ -239,11 +239,8 @@ def _unknown_words(name: str, options: list[str], unknown: Sequence[str]) -> str
     by_synonym = next(
         (option for option in options if stem in _SYNONYMS.get(option, "").split()), None
     )
-    meant = (
-        f". Perhaps you meant: --{by_synonym}"
-        if by_synonym
-        else _perhaps(f"--{stem}", [f"--{option}" for option in options])
-    )
+    near = [by_synonym] if by_synonym else difflib.get_close_matches(stem, options, n=1)
+    meant = f". Perhaps you meant: --{near[0]}" if near else ""
     listed = ", ".join(f"--{option}" for option in options)
     return f"{name} has no option {typed}{meant}; it takes {listed} {_see(name)}"
 
@@ -256,6 +253,10 @@ def _incomplete(name: str, command: Command, options: list[str], words: Sequence
         bare = word.replace("_", "-") in known
         if bare and (following is None or following.replace("_", "-") in known):
             return f"{word} lacks its value {_see(name)}"
+    # after an option that it does not know tyro takes no word for the command's own
+    unknown = [word for word in words if word.startswith("--") and not _known(word, options)]
+    if unknown:
+        return _unknown_words(name, options, unknown)
     hints = get_type_hints(command, include_extras=True)
     own = [
         next(
@@ -269,6 +270,11 @@ def _incomplete(name: str, command: Command, options: list[str], words: Sequence
     if own:
         return f"Missing: klrl {name} {' '.join(own)} {_see(name)}"
     return f"the arguments of klrl {name} cannot be read {_see(name)}"
+
+
+def _known(word: str, options: list[str]) -> bool:
+    stem = word.partition("=")[0].removeprefix("--").replace("_", "-")
+    return not stem or stem in options or stem.removeprefix("no-") in options
 
 
 def _perhaps(typed: str, known: Sequence[str]) -> str:

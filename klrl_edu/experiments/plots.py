@@ -9,6 +9,7 @@ import builtins
 import io
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,16 +115,27 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
         match[1] for one in caught if (match := _MISSING_GLYPH.match(str(one.message)))
     )
     if missing:
-        shown = "".join(chr(int(code)) for code in list(missing)[:8])
+        characters = [chr(int(code)) for code in missing]
+        shown = "".join(characters[:8])
         warnings.warn(
-            f"no installed font has {shown!r}: {path.name} shows boxes there. Install a font such"
-            " as Noto Sans CJK.",
+            f"no installed font has {shown!r}: {path.name} shows boxes there. Install"
+            f" {_font_for(characters[0])}, and draw again.",
             stacklevel=2,
         )
     for one in caught:
         if not _MISSING_GLYPH.match(str(one.message)):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return paths
+
+
+def _font_for(character: str) -> str:
+    """A free font that has a character, and where a Debian or Ubuntu keeps it."""
+    script = unicodedata.name(character, "").partition(" ")[0].partition("-")[0]
+    if script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH", "BOPOMOFO"):
+        return "the font Noto Sans CJK (apt install fonts-noto-cjk)"
+    if script in ("ARABIC", "HEBREW", "DEVANAGARI", "THAI"):
+        return f"the font Noto Sans {script.title()} (apt install fonts-noto-core)"
+    return "a font that has them, such as those of Noto (apt install fonts-noto-core)"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Tables that people bring: CSV with the header `sentence,prob,reward`, or JSON.
 
+The fields of a CSV are parted by commas, semicolons or tabs, as its header is; with the last two
+numbers may have a decimal comma, as spreadsheets write them in much of Europe.
 JSON is {"sentences": [{"sentence": "the cat", "prob": 0.4, "reward": 1}, …], "separator": " "} or
 the bare list; a separator in the file goes before the argument.
 Texts are NFC-normalised UTF-8 (a BOM is fine). Every refusal names file, row, value and remedy.
@@ -9,6 +11,7 @@ import csv
 import io
 import json
 import math
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +26,9 @@ from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward
 
 COLUMNS = ("sentence", "prob", "reward")
+_DELIMITERS = (",", ";", "\t")
+# 1,250: one and a quarter in Paris, more than a thousand in London
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 
 
 class Row(NamedTuple):
@@ -100,7 +106,8 @@ def _read(path: Path) -> str:
 
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    delimiter = _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         lines = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
@@ -112,25 +119,57 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
     header = tuple(name.strip().lower() for name in lines[0][1])
     if header != COLUMNS:
         raise InputError(
-            f"{path}: the header is {','.join(lines[0][1])!r}; expected 'sentence,prob,reward'."
+            f"{path}: the header is {delimiter.join(lines[0][1])!r}; expected"
+            " 'sentence,prob,reward', with commas, semicolons or tabs."
         )
     rows = []
     for number, line in lines[1:]:
         place = f"line {number}"
         if len(line) != len(COLUMNS):
             raise InputError(
-                f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward); quote a"
-                " sentence that contains a comma."
+                f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward);"
+                f" {_remedy(line, delimiter)}."
             )
-        rows.append(
-            Row(
-                _sentence(line[0], path, place),
-                _number(line[1], "prob", path, place),
-                _number(line[2], "reward", path, place),
-                place,
+        prob, reward = (
+            _number(
+                _with_point(line[k], COLUMNS[k], delimiter, path, place), COLUMNS[k], path, place
             )
+            for k in (1, 2)
         )
+        rows.append(Row(_sentence(line[0], path, place), prob, reward, place))
     return rows
+
+
+def _delimiter(text: str) -> str:
+    """What parts the header into three fields; the comma where nothing does."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter in _DELIMITERS:
+        if len(header.split(delimiter)) == len(COLUMNS):
+            return delimiter
+    return ","
+
+
+def _remedy(line: list[str], delimiter: str) -> str:
+    """What a line with too many or too few fields probably wants."""
+    if delimiter == "," and len(line) > len(COLUMNS) and line[1].strip().lstrip("+-").isdigit():
+        return (
+            "numbers with a decimal comma? Write them with a point, or part the fields by"
+            " semicolons; and quote a sentence that contains a comma"
+        )
+    names = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+    return f"quote a sentence that contains {names[delimiter]}"
+
+
+def _with_point(number: str, column: str, delimiter: str, path: Path, place: str) -> str:
+    """A number with its decimal comma as a point, in a table whose fields commas do not part."""
+    if delimiter == "," or number.count(",") == 0:
+        return number
+    if _THOUSANDS.fullmatch(number.strip()):
+        raise InputError(
+            f"{path}, {place}: {column} = {_short(number)} may be read in two ways; write it with a"
+            " point, without marks between thousands."
+        )
+    return number.replace(",", ".")
 
 
 def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:

@@ -248,7 +248,7 @@ def test_spacing_counts_where_sentences_are_characters(tmp_path):
         "text,prob,reward",
         "sentence,reward,prob",
         "the cat,0.4,1",
-        "sentence;prob;reward",
+        "text;prob;reward",
     ],
 )
 def test_a_wrong_header_is_shown_beside_the_right_one(tmp_path, header):
@@ -364,3 +364,27 @@ def test_a_number_that_python_reads_but_nobody_means_is_refused(reward, words, t
     path.write_text(f"sentence,prob,reward\na,0.5,{reward}\nb,0.5,0\n", encoding="utf-8")
     with pytest.raises(InputError, match=words):
         load_table(path, 1.0)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("mark", [".", ","])
+def test_semicolons_and_tabs_part_fields_and_decimal_commas_are_read(tmp_path, delimiter, mark):
+    lines = [line.split(",") for line in COURSE.splitlines()]
+    text = "\n".join(delimiter.join(fields).replace(".", mark) for fields in lines)
+    assert star(load_table(write(tmp_path, text), 1.0)) == pytest.approx(STAR, abs=1e-12)
+
+
+def test_a_comma_between_thousands_is_not_guessed_at(tmp_path):
+    refused(
+        tmp_path,
+        "sentence;prob;reward\na;1,0;1,250\n",
+        r"line 2: reward = '1,250' may be read in two ways; write it with a point",
+    )
+
+
+def test_decimal_commas_between_commas_get_the_way_to_convert_them(tmp_path):
+    refused(
+        tmp_path,
+        "sentence,prob,reward\na,0,4,1\n",
+        r"4 fields, .* decimal comma\? Write them with a point, or part the fields by semicolons",
+    )

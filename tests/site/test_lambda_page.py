@@ -10,7 +10,7 @@ import pytest
 import klrl_edu as klrl
 
 pytest.importorskip("bokeh")
-from klrl_edu.experiments.lambda_page import typed_table, write_lambda_page
+from klrl_edu.site.lambda_page import typed_table, write_lambda_page
 
 TOLERANCE = 1e-9  # relative
 ROUNDING = 1e-15  # absolute: log Z and KL near 0 carry the rounding of logs near 1

@@ -15,7 +15,7 @@ import pytest
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.exercises import EXERCISES
-from klrl_edu.experiments import student
+from klrl_edu.site import student
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "tutorials").glob("t[0-9][0-9]_*.py"))

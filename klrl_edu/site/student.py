@@ -1,7 +1,7 @@
 """Copies of the tutorials for students: the same scripts without their solutions, as .py and as
 notebooks.
 
-python -m klrl_edu.experiments.student OUT
+python -m klrl_edu.site.student OUT
 """
 
 import sys
@@ -88,7 +88,7 @@ def without_solutions(notebook: Any, stem: str) -> Any:
 def main(arguments: list[str]) -> int:
     """Writes the copies of all tutorials to OUT; returns an exit code."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m klrl_edu.experiments.student OUT", file=sys.stderr)
+        print("usage: python -m klrl_edu.site.student OUT", file=sys.stderr)
         return 2
     try:
         paths = write_student_copies(tutorials_folder(), Path(arguments[0]))

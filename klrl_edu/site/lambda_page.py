@@ -4,7 +4,7 @@
 
 Python lays the page out; `lambda_page.js` beside this file computes (1) in the reader's browser,
 for the four sentences or for a table that the reader types.
-`python -m klrl_edu.experiments.lambda_page OUT.html` writes it.
+`python -m klrl_edu.site.lambda_page OUT.html` writes it.
 """
 
 import sys

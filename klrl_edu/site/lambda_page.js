@@ -1,5 +1,5 @@
 // The λ page, in the reader's browser: π* ∝ q·exp(r/λ) for the table in the text area, recomputed at every change.
-// klrl_edu/experiments/lambda_page.py wires it to the widgets; tests/site holds every number against Python's.
+// klrl_edu/site/lambda_page.py wires it to the widgets; tests/site holds every number against Python's.
 
 const SUM_TOLERANCE = 1e-9; // as in Python
 const SHOWN = 25; // bars
