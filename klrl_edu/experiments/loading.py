@@ -56,7 +56,7 @@ def find_loss(text: str) -> Loss:
     """
     match = _CALL.fullmatch(text.strip())
     if match is None:
-        raise InputError(f"--loss {text!r} is no name; give one such as rloo or grpo(clip=0.1).")
+        raise InputError(f"--loss {text!r} cannot be read; write it as rloo or grpo(clip=0.1).")
     name, arguments = match["name"].strip(), _arguments(text, match["arguments"])
     found = find_object(name) if ":" in name else _package_loss(name.removeprefix("losses."))
     if inspect.isclass(found):

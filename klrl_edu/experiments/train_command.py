@@ -182,13 +182,13 @@ def further_away(start: Record, end: dict[str, float | None]) -> str | None:
     if after is not None and after > before + _MARGIN:
         return (
             "the policy is further from the posterior than at the start: its objective's gap went"
-            f" from {before:.4g} to {after:.4g}."
+            f" from {before:.6g} to {after:.6g}."
         )
     before, after = start["forward_kl"], end["forward_kl"]
     if after is not None and after > before + _MARGIN:
         return (
             "the policy gives less to what the posterior holds than at the start: KL(π*‖π) went"
-            f" from {before:.4g} to {after:.4g} nats, though J is higher: it gathers on few"
+            f" from {before:.6g} to {after:.6g} nats, though J is higher: it gathers on few"
             " sequences."
         )
     return None
