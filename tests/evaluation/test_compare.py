@@ -291,6 +291,30 @@ def test_it_prints_what_it_knows():
     assert exact.to_dict()["standard_error"] == {}
 
 
+def test_its_summary_says_how_far_and_why():
+    problem = four_sentences()
+    exact = compare(four_sentences_policy(), posterior(problem))
+    assert exact.summary in str(exact)
+    assert f"{exact.reverse_kl:.4g} nats from the posterior" in exact.summary
+    assert "it covers the posterior" in exact.summary
+    argmax = compare(four_sentences_policy(), posterior(four_sentences(0.0))).summary
+    assert "KL(π‖π*) is infinite because 0.8 of the policy's mass (violating_mass)" in argmax
+    assert "as at λ = 0" in argmax
+    assert "read objective_gap = 1.1 instead" in argmax
+    half = SequenceTable.from_texts(
+        {"the cat": 0.5, "the dog": 0.5, "a cat": 0, "a dog": 0},
+        space=four_sentences().prior.space,
+    )
+    missing = compare(half, posterior(four_sentences())).summary
+    assert "it never gives sequences that hold 0.404 of the posterior" in missing
+    outside = compare(four_sentences_policy(), posterior(Problem(half, problem.reward, 1.0)))
+    assert "lies where the prior has none: restrict_to_support" in outside.summary
+    forbids = table_reward({"the cat": 1, "the dog": 0, "a cat": 0, "a dog": -INF}, problem.space)
+    hard = compare(four_sentences_policy(), posterior(Problem(problem.prior, forbids, 1.0)))
+    assert "0.2 of the policy's mass" in hard.summary
+    assert "lies on sequences that the reward forbids (-inf)" in hard.summary
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
