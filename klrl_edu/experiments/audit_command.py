@@ -50,7 +50,8 @@ def audit(
     The policy of four-sentences is (.5, .2, .1, .2); of another problem it is the prior tilted by
     cos k, k = 1, 2, …, in the order of its sequences, so that no formula is right because policy
     and prior agree. Writes result.json (the report: mean, variance, targets, bias, relative_bias,
-    cosine, scale, verdict, …; without a name: rows, a claim each) and audit.png/.pdf.
+    cosine, scale, verdict, …; entries: the sequences that a vector belongs to; without a name:
+    rows, a claim each) and audit.png/.pdf.
 
     Args:
         target: module:function, file.py:function, or a name such as kl_values.k3 or losses.rloo.

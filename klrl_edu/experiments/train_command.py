@@ -64,7 +64,7 @@ def train(
     model: Annotated[str, Word("MODEL")] = "lstm",
     loss: Annotated[str, Word("LOSS")] = "rloo",
     kl_coef: float = 1.0,
-    steps: int = 500,
+    steps: int = 1000,
     batch_size: int = 64,
     lr: float | None = None,
     schedule: Literal["constant", "linear", "cosine", "warmup_cosine"] = "warmup_cosine",

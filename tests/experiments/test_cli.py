@@ -157,6 +157,24 @@ def test_hard_rewards_train_on_what_they_allow(kl_coef, tmp_path):
             assert saved["violating_mass"] == 0
 
 
+@pytest.mark.parametrize("model", ["table", "lstm", "transformer"])
+def test_the_defaults_reach_the_posterior_of_the_four_sentences(model, tmp_path):
+    words = ["train", "four-sentences", "--model", model, "--out", "run", "--quiet"]
+    assert cli.main(words) == 0
+    saved = result(tmp_path / "run")
+    assert saved["start"]["reverse_kl"] > 0.1
+    assert saved["end"]["reverse_kl"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["table", "lstm", "gru", "transformer"])
+def test_the_defaults_come_close_to_the_posterior_of_the_surnames(model, tmp_path):
+    assert cli.main(["train", "surnames", "--model", model, "--out", "run", "--quiet"]) == 0
+    saved = result(tmp_path / "run")
+    assert saved["end"]["reverse_kl"] < 0.05
+    assert saved["end"]["reverse_kl"] < 0.1 * saved["start"]["reverse_kl"]
+
+
 def test_the_same_seed_gives_the_same_metrics_and_another_does_not(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert (
