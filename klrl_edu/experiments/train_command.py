@@ -35,26 +35,15 @@ from klrl_edu.experiments.runner import (
     write_json,
 )
 from klrl_edu.learning.batches import needs_of
-from klrl_edu.learning.training import SCHEDULES, Schedule, comparison_metrics, train_steps
+from klrl_edu.learning.training import SCHEDULES, comparison_metrics, train_steps
 from klrl_edu.models.contract import LanguageModel
 
 _EVALUATIONS = 20  # exact comparisons in the course of a training run
 _MAX_LOGITS = 50_000_000  # next-token probabilities a step: 0.4 GB a copy in float64
 _LOOKED_AT = 16  # sequences that training looks at first, whatever the batch
-_WARM_UP = 0.1  # of the run
 _LR = {"table": 3e-2, "lstm": 1e-2, "gru": 1e-2, "transformer": 3e-3}
 _LR_OF_OWN = 3e-3
 _MARGIN = 1e-6  # nats: rounding and sampling near the optimum are no divergence
-
-
-def warmup_cosine(done: float) -> float:
-    """Rises on a line over the first tenth of the run, then falls along half a cosine to 0."""
-    if done < _WARM_UP:
-        return max(done, _WARM_UP / 100) / _WARM_UP
-    return (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
-
-
-_SCHEDULES: dict[str, Schedule] = {**SCHEDULES, "warmup_cosine": warmup_cosine}
 
 
 def train(
@@ -125,7 +114,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
-        schedule=_SCHEDULES[schedule],
+        schedule=SCHEDULES[schedule],
         max_grad_norm=1.0,
     )
     with blaming(own):

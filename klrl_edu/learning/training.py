@@ -30,6 +30,7 @@ Schedule = Callable[[float], float]
 """Fraction of the run done, in [0, 1) -> factor of the learning rate."""
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _BATCH_SIZE = 64
+_WARM_UP = 0.1  # of the run
 _TRIED = 16  # sequences, one a group, on which an update is tried
 
 
@@ -48,7 +49,19 @@ def cosine(done: float) -> float:
     return (1 + math.cos(math.pi * done)) / 2
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def warmup_cosine(done: float) -> float:
+    """Rises on a line over the first tenth, then falls along half a cosine to 0."""
+    if done < _WARM_UP:
+        return max(done, _WARM_UP / 100) / _WARM_UP  # a first step of rate 0 would be none
+    return cosine((done - _WARM_UP) / (1 - _WARM_UP))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "warmup_cosine": warmup_cosine,
+}
 
 
 def train_steps(

@@ -397,6 +397,7 @@ def test_batch_means_count_no_sequence_that_the_policy_never_gives():
         ("constant", [1, 1, 1, 1]),
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [1, 0.853553, 0.5, 0.146447]),
+        ("warmup_cosine", [0.01, (1 + math.cos(math.pi / 6)) / 2, 0.586824, 0.178606]),
     ],
 )
 def test_schedules_scale_the_learning_rate(name, expected):
