@@ -93,7 +93,7 @@ def test_the_support_of_a_structured_posterior_moves_too():
     reference = feasible_prior(problem, max_sequences=3)
     policy = restrict_to_support(RecurrentModel(space, hidden_size=4), reference)
     policy.to("meta")
-    assert policy.reference.log_start.device.type == "meta"
+    assert policy.reference.chain.log_start.device.type == "meta"
     assert reference.log_start.device.type == "cpu"
 
 
