@@ -94,7 +94,7 @@ def test_the_support_of_a_structured_posterior_moves_too():
     policy = restrict_to_support(RecurrentModel(space, hidden_size=4), reference)
     policy.to("meta")
     assert policy.reference.chain.log_start.device.type == "meta"
-    assert reference.log_start.device.type == "cpu"
+    assert reference.chain.log_start.device.type == "cpu"
 
 
 def test_a_module_that_holds_the_policy_moves_its_reference():
