@@ -23,15 +23,21 @@ from klrl_edu.evaluation.records import History, Record
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of
 from klrl_edu.learning.sources import Source, check_policy, on_policy, support
-from klrl_edu.models.contract import LanguageModel, token_log_probs
+from klrl_edu.learning.updates import (
+    LastGoodWeights,
+    Optimizers,
+    check_max_grad_norm,
+    moved_by,
+    optimizers_of,
+    refuse_unheld,
+)
+from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.problem import Problem, check_problems
 
 Schedule = Callable[[float], float]
 """Fraction of the run done, in [0, 1) -> factor of the learning rate."""
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _BATCH_SIZE = 64
 _WARM_UP = 0.1  # of the run
-_TRIED = 16  # sequences, one a group, on which an update is tried
 
 
 def constant(done: float) -> float:
@@ -113,11 +119,11 @@ def train_steps(
     check_count(steps, "steps", 0)
     next_batch = _source(source, loss, batch_size, draw)
     check_policy(next_batch, policy)
-    optimizers = _optimizers(policy, loss, optimizer, lr)
-    parameters = _parameters(policy, loss, optimizers)
-    clip = _clip(max_grad_norm)
+    optimizers = optimizers_of(policy, loss, optimizer, lr)
+    parameters = moved_by(policy, loss, optimizers)
+    clip = check_max_grad_norm(max_grad_norm)
     rates = [[group["lr"] for group in each.param_groups] for each in optimizers]
-    weights = _LastGoodWeights(policy, parameters)
+    weights = LastGoodWeights(policy, parameters)
     for step in range(1, steps + 1):
         factor = _factor(schedule, (step - 1) / steps)
         for each, own_rates in zip(optimizers, rates, strict=True):
@@ -128,7 +134,7 @@ def train_steps(
             value = loss(batch)
             _check_loss(value, step)
             if step == 1:
-                _refuse_unheld(value, parameters)
+                refuse_unheld(value, parameters)
         except (InputError, DivergedError) as error:
             weights.check(step - 1)  # did the last update break the policy?
             if not isinstance(error, DivergedError):
@@ -309,111 +315,6 @@ def _next(source: Source, policy: LanguageModel, step: int) -> Batch:
     return batch
 
 
-# --- the optimisers -------------------------------------------------------------------------------
-
-
-def _optimizers(
-    policy: LanguageModel, loss: Loss, optimizer: Optimizers | None, lr: float
-) -> list[torch.optim.Optimizer]:
-    """The given ones, or Adam over what policy and loss own."""
-    owned = _owned(policy, loss)
-    if optimizer is None:
-        return [_adam(owned, lr)]
-    given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    if not given or not all(isinstance(each, torch.optim.Optimizer) for each in given):
-        raise InputError(
-            f"optimizer = {optimizer!r}; expected a torch.optim.Optimizer, or a sequence of them."
-        )
-    held = {id(parameter) for each in given for parameter in _held(each)}
-    missing = [name for name, parameter in _named(policy, loss) if id(parameter) not in held]
-    if missing:
-        raise InputError(
-            f"{missing[0]} is trainable and in no optimizer ({len(missing)} of {len(owned)} are"
-            " not), so it would never move and its gradient would still count for clipping; give"
-            " optimizers that hold policy.parameters() and those of the loss, or call"
-            " requires_grad_(False) on what stays."
-        )
-    return given
-
-
-def _named(policy: LanguageModel, loss: Loss) -> list[tuple[str, Tensor]]:
-    """Every trainable parameter of policy and loss, with the words for it."""
-    owners: list[tuple[str, nn.Module]] = [("the policy's", policy)]
-    if isinstance(loss, nn.Module):
-        owners.append(("the loss's", loss))
-    return [
-        (f"{owner} {name}", parameter)
-        for owner, module in owners
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
-
-
-def _owned(policy: LanguageModel, loss: Loss) -> list[Tensor]:
-    if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise InputError(
-            "the policy has no trainable parameters; call policy.requires_grad_(True), or train a"
-            " copy."
-        )
-    return _distinct([parameter for _, parameter in _named(policy, loss)])
-
-
-def _parameters(
-    policy: LanguageModel, loss: Loss, optimizers: Sequence[torch.optim.Optimizer]
-) -> list[Tensor]:
-    """What is clipped, and put back after a broken update: everything that an optimiser moves."""
-    held = [parameter for each in optimizers for parameter in _held(each)]
-    return _distinct([*_owned(policy, loss), *held])
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _distinct(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    if isinstance(lr, bool) or not (isinstance(lr, float | int) and 0 < lr < math.inf):
-        raise InputError(f"lr = {lr!r} must be a positive number.")
-    return torch.optim.Adam(
-        parameters,
-        lr=lr,
-        fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
-    )
-
-
-def _refuse_unheld(value: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Refuses a loss that reaches a trainable tensor which no optimiser holds, by a walk of its
-    graph: a lambda around a module with parameters, say, which nothing else could see.
-    """
-    held = {id(parameter) for parameter in parameters}
-    seen, waiting = set(), [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of AccumulateGrad, where a leaf is reached
-        if leaf is not None and id(leaf) not in held:
-            raise InputError(
-                f"the loss reaches a trainable tensor of shape {list(leaf.shape)} that no optimizer"
-                " holds; pass the nn.Module that owns it as the loss itself, or an optimizer over"
-                " it and the policy."
-            )
-        waiting.extend(parent for parent, _ in node.next_functions)
-
-
-def _clip(max_grad_norm: float | None) -> float:
-    if max_grad_norm is None:
-        return math.inf
-    number = isinstance(max_grad_norm, float | int) and not isinstance(max_grad_norm, bool)
-    if not number or not max_grad_norm > 0:
-        raise InputError(f"max_grad_norm = {max_grad_norm!r} must be a positive number, or None.")
-    return float(max_grad_norm)
-
-
 def _factor(schedule: Schedule, done: float) -> float:
     factor = schedule(done)
     if not isinstance(factor, float | int) or not 0 <= factor < math.inf:
@@ -424,7 +325,7 @@ def _factor(schedule: Schedule, done: float) -> float:
     return float(factor)
 
 
-# --- the loss and the weights ---------------------------------------------------------------------
+# --- the loss and the record ----------------------------------------------------------------------
 
 
 def _check_loss(value: Tensor, step: int) -> None:
@@ -436,52 +337,6 @@ def _check_loss(value: Tensor, step: int) -> None:
             " at the loss.",
             step,
         )
-
-
-class _LastGoodWeights:
-    """The weights before the last update, put back if that update left a policy that gives NaN."""
-
-    def __init__(self, policy: LanguageModel, parameters: Sequence[Tensor]):
-        self.policy, self.parameters = policy, parameters
-        self.kept: list[Tensor] = []
-        self.tried: tuple[Tensor, Tensor | None] | None = None
-
-    def keep(self, batch: Batch) -> None:
-        """Before an update: the weights, and one sequence a group to try the policy on."""
-        self.kept = [parameter.detach().clone() for parameter in self.parameters]
-        first = _first_of_each(batch.group)
-        self.tried = (batch.tokens[first], None if batch.prompt is None else batch.prompt[first])
-
-    @torch.no_grad()
-    def check(self, step: int) -> None:
-        """Raises DivergedError, with the kept weights back in place, if update `step` broke the
-        policy or left a NaN or an infinity among the weights.
-        """
-        if self.tried is None:
-            return
-        tried = token_log_probs(self.policy, *self.tried)
-        finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
-        if finite and not bool(torch.isnan(tried).any()):
-            return
-        for parameter, old in zip(self.parameters, self.kept, strict=True):
-            parameter.copy_(old)
-        raise DivergedError(
-            f"step {step}: its update made the policy NaN or infinite; the last good weights are"
-            " back in place. Lower lr.",
-            step,
-        )
-
-    def _moved(self) -> Iterator[Tensor]:
-        """Each parameter where it was finite before: a table may hold −inf for what it forbids."""
-        for parameter, old in zip(self.parameters, self.kept, strict=True):
-            yield torch.where(torch.isfinite(old), parameter, 0.0)
-
-
-def _first_of_each(group: Tensor) -> Tensor:
-    """The first row of each group, at most a few [m]."""
-    change = torch.ones_like(group, dtype=torch.bool)
-    change[1:] = group[1:] != group[:-1]
-    return change.nonzero().squeeze(-1)[:_TRIED]
 
 
 @torch.no_grad()

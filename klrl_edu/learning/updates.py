@@ -1,0 +1,169 @@
+"""What an update moves, and what takes a broken one back.
+
+    θ ← θ − lr · optimiser(∇ loss),    all θ that the loss reaches, none of them forgotten
+
+A parameter that no optimiser holds would stay where it is without a word, while its gradient still
+counts for clipping; an update that leaves a NaN would lose the policy.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from klrl_edu.core.errors import DivergedError, InputError
+from klrl_edu.learning.batches import Batch, Loss
+from klrl_edu.models.contract import LanguageModel, token_log_probs
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+_TRIED = 16  # sequences, one a group, on which an update is tried
+
+
+def optimizers_of(
+    policy: LanguageModel, loss: Loss, optimizer: Optimizers | None, lr: float
+) -> list[torch.optim.Optimizer]:
+    """The given ones, or Adam over what policy and loss own."""
+    owned = _owned(policy, loss)
+    if optimizer is None:
+        return [_adam(owned, lr)]
+    given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not given or not all(isinstance(each, torch.optim.Optimizer) for each in given):
+        raise InputError(
+            f"optimizer = {optimizer!r}; expected a torch.optim.Optimizer, or a sequence of them."
+        )
+    held = {id(parameter) for each in given for parameter in _held(each)}
+    missing = [name for name, parameter in _named(policy, loss) if id(parameter) not in held]
+    if missing:
+        raise InputError(
+            f"{missing[0]} is trainable and in no optimizer ({len(missing)} of {len(owned)} are"
+            " not), so it would never move and its gradient would still count for clipping; give"
+            " optimizers that hold policy.parameters() and those of the loss, or call"
+            " requires_grad_(False) on what stays."
+        )
+    return given
+
+
+def _named(policy: LanguageModel, loss: Loss) -> list[tuple[str, Tensor]]:
+    """Every trainable parameter of policy and loss, with the words for it."""
+    owners: list[tuple[str, nn.Module]] = [("the policy's", policy)]
+    if isinstance(loss, nn.Module):
+        owners.append(("the loss's", loss))
+    return [
+        (f"{owner} {name}", parameter)
+        for owner, module in owners
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _owned(policy: LanguageModel, loss: Loss) -> list[Tensor]:
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise InputError(
+            "the policy has no trainable parameters; call policy.requires_grad_(True), or train a"
+            " copy."
+        )
+    return _distinct([parameter for _, parameter in _named(policy, loss)])
+
+
+def moved_by(
+    policy: LanguageModel, loss: Loss, optimizers: Sequence[torch.optim.Optimizer]
+) -> list[Tensor]:
+    """What is clipped, and put back after a broken update: everything that an optimiser moves."""
+    held = [parameter for each in optimizers for parameter in _held(each)]
+    return _distinct([*_owned(policy, loss), *held])
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _distinct(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    if isinstance(lr, bool) or not (isinstance(lr, float | int) and 0 < lr < math.inf):
+        raise InputError(f"lr = {lr!r} must be a positive number.")
+    return torch.optim.Adam(
+        parameters,
+        lr=lr,
+        fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters),
+    )
+
+
+def refuse_unheld(value: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuses a loss that reaches a trainable tensor which no optimiser holds, by a walk of its
+    graph: a lambda around a module with parameters, say, which nothing else could see.
+    """
+    held = {id(parameter) for parameter in parameters}
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of AccumulateGrad, where a leaf is reached
+        if leaf is not None and id(leaf) not in held:
+            raise InputError(
+                f"the loss reaches a trainable tensor of shape {list(leaf.shape)} that no optimizer"
+                " holds; pass the nn.Module that owns it as the loss itself, or an optimizer over"
+                " it and the policy."
+            )
+        waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> float:
+    """The norm to clip to, inf for none; a negative one would turn the gradient round."""
+    if max_grad_norm is None:
+        return math.inf
+    number = isinstance(max_grad_norm, float | int) and not isinstance(max_grad_norm, bool)
+    if not number or not max_grad_norm > 0:
+        raise InputError(f"max_grad_norm = {max_grad_norm!r} must be a positive number, or None.")
+    return float(max_grad_norm)
+
+
+class LastGoodWeights:
+    """The weights before the last update, put back if that update left a policy that gives NaN."""
+
+    def __init__(self, policy: LanguageModel, parameters: Sequence[Tensor]):
+        self.policy, self.parameters = policy, parameters
+        self.kept: list[Tensor] = []
+        self.tried: tuple[Tensor, Tensor | None] | None = None
+
+    def keep(self, batch: Batch) -> None:
+        """Before an update: the weights, and one sequence a group to try the policy on."""
+        self.kept = [parameter.detach().clone() for parameter in self.parameters]
+        first = _first_of_each(batch.group)
+        self.tried = (batch.tokens[first], None if batch.prompt is None else batch.prompt[first])
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Raises DivergedError, with the kept weights back in place, if update `step` broke the
+        policy or left a NaN or an infinity among the weights.
+        """
+        if self.tried is None:
+            return
+        tried = token_log_probs(self.policy, *self.tried)
+        finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
+        if finite and not bool(torch.isnan(tried).any()):
+            return
+        for parameter, old in zip(self.parameters, self.kept, strict=True):
+            parameter.copy_(old)
+        raise DivergedError(
+            f"step {step}: its update made the policy NaN or infinite; the last good weights are"
+            " back in place. Lower lr.",
+            step,
+        )
+
+    def _moved(self) -> Iterator[Tensor]:
+        """Each parameter where it was finite before: a table may hold −inf for what it forbids."""
+        for parameter, old in zip(self.parameters, self.kept, strict=True):
+            yield torch.where(torch.isfinite(old), parameter, 0.0)
+
+
+def _first_of_each(group: Tensor) -> Tensor:
+    """The first row of each group, at most a few [m]."""
+    change = torch.ones_like(group, dtype=torch.bool)
+    change[1:] = group[1:] != group[:-1]
+    return change.nonzero().squeeze(-1)[:_TRIED]
