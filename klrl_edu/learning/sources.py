@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from klrl_edu.core.arguments import check_arguments, check_draw, describe
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, UnsupportedPolicyError
 from klrl_edu.core.spaces import SequenceSpace
@@ -77,6 +78,8 @@ def behaviour(
         model: μ, on the problem's space and within the policy's support; it stays as it is.
         Others: as in `on_policy`.
     """
+    call = "sources.behaviour(model, problem)"
+    check_arguments(call, model=(model, LanguageModel), problem=(problem, object))
     problems = tuple(check_problems(problem))
     check_same_space(model.space, problems[0].space, "behaviour and problem")
     return PolicySamples(problems, size, draw, model, distributions)
@@ -107,6 +110,11 @@ def replay(source: Source, epochs: int) -> "Replay":
         source: gives a fresh batch every `epochs` steps.
         epochs: updates on a batch, at least 1.
     """
+    if not callable(source):
+        raise InputError(
+            f"sources.replay(source, epochs): source is {describe(source)}; expected what gives"
+            " batches, such as sources.on_policy(problem, size, draw=…)."
+        )
     check_count(epochs, "epochs")
     return Replay(source, epochs)
 
@@ -133,6 +141,7 @@ def pairs(
         weights: P, how often a pair is drawn relative to the others; equally by default.
         prompt: [S], the same for all, or [P,S] with −1 as left padding; or None.
     """
+    check_arguments("sources.pairs(chosen, rejected, prior)", prior=(prior, LanguageModel))
     space = prior.space
     if len(chosen) != len(rejected):
         raise InputError(
@@ -160,6 +169,7 @@ def texts(
         size: texts a step, drawn with replacement; None gives all of them at each step.
         Others: as in `pairs`.
     """
+    check_arguments("sources.texts(data, space)", space=(space, SequenceSpace))
     rows = _as_tokens(data, space)[:, None]
     return Table(
         rows, _log_weights(weights, len(rows), size), size, draw, prompt, None, None, space
@@ -178,6 +188,7 @@ class PolicySamples:
 
     def __post_init__(self) -> None:
         check_count(self.size, "size")
+        check_draw(self.draw)
 
     @property
     def prior(self) -> LanguageModel:
@@ -305,6 +316,7 @@ class Table:
                     f"size = {self.size} rows are drawn at each step, which needs draw=,"
                     " e.g. seeded_draw(0)."
                 )
+            check_draw(self.draw)
         if not len(self.rows):
             raise InputError("the table is empty; give at least one row.")
 
@@ -394,6 +406,8 @@ def check_policy(source: Source, policy: LanguageModel) -> None:
 
 
 def _as_tokens(data: Sequence[str] | Tensor, space: SequenceSpace) -> Tensor:
+    if isinstance(data, str):
+        raise InputError(f"expected a list of texts, and {data!r} is one text: give [{data!r}].")
     return space.check_tokens(data if isinstance(data, Tensor) else space.encode(list(data)))
 
 

@@ -303,9 +303,9 @@ def test_dpo_on_pairs_of_a_bradley_terry_judge_reaches_the_posterior():
     source = sources.pairs(
         chosen, rejected, problem.prior, problem.kl_coef, 256, draw=seeded_draw(0), weights=weights
     )
-    policy = restrict_to_support(RecurrentModel(problem.space, hidden_size=16), problem.prior)
+    policy = restrict_to_support(PrefixTable(problem.space), problem.prior)
     history = train(
-        policy, source, dpo, steps=300, lr=1e-2, schedule=lambda done: 1 - done,
+        policy, source, dpo, steps=200, lr=5e-2, schedule=lambda done: 1 - done,
         target=posterior(problem),
     )  # fmt: skip
     assert history["reverse_kl"][-1] < 2e-3 < history["reverse_kl"][0]
@@ -376,8 +376,8 @@ def maximum_likelihood(batch):
 def test_maximum_likelihood_on_all_texts_reaches_their_frequencies():
     space = four_sentences().space
     source = sources.texts(["the cat"] * 3 + ["a dog"], space)
-    policy = RecurrentModel(space, hidden_size=16)
-    history = train(policy, source, maximum_likelihood, steps=300, lr=2e-2)
+    policy = PrefixTable(space)
+    history = train(policy, source, maximum_likelihood, steps=200, lr=0.3)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert history["loss"][-1] == pytest.approx(entropy, abs=1e-3)
     assert history.names == ["step", "loss", "grad_norm", "lr"]
@@ -452,6 +452,33 @@ def test_a_text_that_the_policy_never_gives_is_refused_in_training_and_audit():
         train(policy, source, maximum_likelihood, steps=1)
     with pytest.raises(UnsupportedPolicyError, match="gives no mass to 'dog dog'"):
         audit_gradient(maximum_likelihood, policy, source)
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        (lambda p: sources.on_policy(p, 4, draw=0), r"draw is the number 0; .*seeded_draw\(0\)"),
+        (lambda p: sources.on_policy(p, 0, draw=seeded_draw(0)), "size = 0 must be a whole number"),
+        (lambda p: sources.on_policy(p.prior, 4, draw=seeded_draw(0)), "expected a Problem"),
+        (
+            lambda p: sources.behaviour(p, p.prior, 4, draw=seeded_draw(0)),
+            r"sources\.behaviour\(model, problem\): model is a Problem",
+        ),
+        (lambda p: sources.replay(p, 4), r"source is a Problem; expected what gives batches"),
+        (
+            lambda p: sources.replay(sources.support(p), 0),
+            "epochs = 0 must be a whole number of at least 1",
+        ),
+        (lambda p: sources.pairs(TEXTS[:1], TEXTS[1:2], p, 1.0), "prior is a Problem"),
+        (lambda p: sources.pairs(TEXTS[:1], TEXTS[1:2], p.prior, -1.0), "must be at least 0"),
+        (lambda p: sources.texts(TEXTS, p.prior), "space is a SequenceTable"),
+        (lambda p: sources.texts("the cat", p.space), "'the cat' is one text"),
+        (lambda p: sources.texts(TEXTS, p.space, 2, draw=1), r"draw=seeded_draw\(1\)"),
+    ],
+)
+def test_slips_in_sources_are_named(slip, message):
+    with pytest.raises(InputError, match=message):
+        slip(four_sentences())
 
 
 # --- one's own ------------------------------------------------------------------------------------
