@@ -37,6 +37,8 @@ from klrl_edu.experiments.runner import (
 from klrl_edu.learning.batches import needs_of
 from klrl_edu.learning.training import SCHEDULES, comparison_metrics, train_steps
 from klrl_edu.models.contract import LanguageModel
+from klrl_edu.models.table import SequenceTable
+from klrl_edu.problems.problem import Problem
 
 _EVALUATIONS = 20  # exact comparisons in the course of a training run
 _MAX_LOGITS = 50_000_000  # next-token probabilities a step: 0.4 GB a copy in float64
@@ -97,9 +99,11 @@ def train(
     lr = _LR.get(model, _LR_OF_OWN) if lr is None else lr
     source = ProblemSource(problem, kl_coef, separator, normalize)
     loaded = source.load()
+    sampled = "support" not in needs_of(chosen)
+    # before the posterior, which takes its time where sentences are long
+    _check_size(loaded, batch_size, sampled)
     loaded.prior.to(where)
     target = exact_posterior(loaded)
-    _check_size(target, batch_size, needs_support="support" in needs_of(chosen))
     policy = build_policy(model, target, seed)
     own = " or ".join(
         f"--{option} {name}" for option, name in (("loss", loss), ("model", model)) if ":" in name
@@ -219,19 +223,22 @@ def _stop(stopped: KeyboardInterrupt | KlrlError | None, step: int, directory: P
         raise stopped
 
 
-def _check_size(target: Posterior, batch_size: int, *, needs_support: bool) -> None:
+def _check_size(problem: Problem, batch_size: int, sampled: bool) -> None:
     """Refuses a step that would hold more next-token probabilities than fit: N·T·V of them."""
-    space = target.problem.space
-    rows = len(target.enumerated().tokens) if needs_support else max(batch_size, _LOOKED_AT)
+    space, prior = problem.space, problem.prior
+    if sampled:
+        rows = max(batch_size, _LOOKED_AT)
+    else:
+        rows = len(prior.tokens) if isinstance(prior, SequenceTable) else space.size
     logits = rows * space.max_length * space.vocab_size
     if logits <= _MAX_LOGITS:
         return
     fitting = _MAX_LOGITS // (space.max_length * space.vocab_size)
     remedy = (
         f"a --batch-size of at most {fitting:,}"
-        if fitting >= _LOOKED_AT and not needs_support
+        if fitting >= _LOOKED_AT and sampled
         else "shorter sentences with fewer different words"
-        + (" or a loss that samples, such as rloo" if needs_support else "")
+        + ("" if sampled else " or a loss that samples, such as rloo")
     )
     raise TooLargeError(
         f"a step over {rows:,} sequences of {space.max_length:,} tokens, each one of"
