@@ -81,7 +81,7 @@ def klrl_draw(klrl_seed: int) -> Any:
 def pytest_testnodedown(node: Any, error: object) -> None:
     """In xdist's controller: adds what a worker wrote down."""
     ledger.run.entries.extend(
-        ledger.Entry(*row) for row in getattr(node, "workeroutput", {}).get(_LEDGER, [])
+        ledger.LedgerEntry(*row) for row in getattr(node, "workeroutput", {}).get(_LEDGER, [])
     )
 
 

@@ -46,7 +46,7 @@ def contributions_of(
     )
 
 
-class Moments(NamedTuple):
+class GradientMoments(NamedTuple):
     """E g as coefficients [E], total variance, and how many executions there were."""
 
     coefficients: Tensor
@@ -59,7 +59,7 @@ def gradient_moments(
     coordinates: Coordinates,
     edges: int,
     device: torch.device,
-) -> Moments:
+) -> GradientMoments:
     """Both moments; reads the contributions once where (1) keeps its digits, else twice.
 
     Args:
@@ -84,7 +84,7 @@ def gradient_moments(
     variance = second - float(coordinates.squared_norms(mean[None]))
     if direct or variance < _KEEPS_DIGITS * largest * kernel.scale:
         variance = _about_the_mean(contributions(), coordinates, mean)
-    return Moments(mean, variance, executions)
+    return GradientMoments(mean, variance, executions)
 
 
 def _about_the_mean(

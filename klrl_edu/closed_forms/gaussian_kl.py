@@ -23,7 +23,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.numbers import takes_numbers
 
 
-class Moments(NamedTuple):
+class EstimatorMoments(NamedTuple):
     """The mean and variance [...] of an estimator of the KL `kl` [...], all in nats."""
 
     kl: Tensor
@@ -41,29 +41,29 @@ class Moments(NamedTuple):
         return self.variance.sqrt() / self.kl
 
 
-def k1(kl: float | Tensor) -> Moments:
+def k1(kl: float | Tensor) -> EstimatorMoments:
     """Of u, at d = `kl` [...]: std/d = √(2/d), without bound as d → 0."""
     d = torch.as_tensor(kl, dtype=torch.float64)
-    return Moments(d, d, 2 * d)
+    return EstimatorMoments(d, d, 2 * d)
 
 
-def k2(kl: float | Tensor) -> Moments:
+def k2(kl: float | Tensor) -> EstimatorMoments:
     """Of u²/2, at d = `kl` [...]: relative bias d/2, std/d = √(2 + 2d)."""
     d = torch.as_tensor(kl, dtype=torch.float64)
-    return Moments(d, d + d.square() / 2, 2 * d.square() * (1 + d))
+    return EstimatorMoments(d, d + d.square() / 2, 2 * d.square() * (1 + d))
 
 
-def k3(kl: float | Tensor) -> Moments:
+def k3(kl: float | Tensor) -> EstimatorMoments:
     """Of w − 1 + u, at d = `kl` [...]: std/d → √2 as d → 0, growing as e^d/d."""
     d = torch.as_tensor(kl, dtype=torch.float64)
-    return Moments(d, d, logspace.expm1_minus_identity(2 * d))
+    return EstimatorMoments(d, d, logspace.expm1_minus_identity(2 * d))
 
 
 @takes_numbers
-def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> Moments:
+def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> EstimatorMoments:
     """Of u + c(w − 1), at d = `kl` [...] and c [...]: (2)."""
     d = torch.as_tensor(kl, dtype=torch.float64)
-    return Moments(d, d, 2 * d - 4 * coefficient * d + coefficient**2 * torch.expm1(2 * d))
+    return EstimatorMoments(d, d, 2 * d - 4 * coefficient * d + coefficient**2 * torch.expm1(2 * d))
 
 
 def best_coefficient(kl: float | Tensor) -> Tensor:

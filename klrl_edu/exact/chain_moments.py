@@ -21,7 +21,7 @@ from klrl_edu.exact.chain import PosteriorChain
 from klrl_edu.exact.lattice import MAX_MESSAGES
 
 
-class Moments(NamedTuple):
+class FeatureMoments(NamedTuple):
     """Mean [D] and covariance [D,D] of features under π*."""
 
     mean: Tensor
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 
 def feature_moments(
     chain: PosteriorChain, word_features: Tensor, final_features: Tensor
-) -> Moments:
+) -> FeatureMoments:
     """(1), backwards: the moments of what is still to come from each pair (c,s).
 
     Args:
@@ -68,12 +68,12 @@ def feature_moments(
     start = every.view(lattice.contexts, -1)[:, lattice.start]
     law = logspace.log_normalize_alive(chain.log_start[None]).exp()
     whole = _mixture(law, mean[start][None], covariance[start][None])
-    return Moments(whole.mean[0], whole.covariance[0])
+    return FeatureMoments(whole.mean[0], whole.covariance[0])
 
 
 def _over_hidden_contexts(
     chain: PosteriorChain, t: int, mean: Tensor, covariance: Tensor
-) -> Moments:
+) -> FeatureMoments:
     """Moments of what follows a hidden context, from those of what follows the next one."""
     lattice = chain.lattice
     law = logspace.log_normalize_alive(chain.hidden_log_weights(t)).exp()  # [C·S,C]
@@ -83,14 +83,14 @@ def _over_hidden_contexts(
     return _mixture(law, mean[after], covariance[after])
 
 
-def _mixture(weights: Tensor, mean: Tensor, covariance: Tensor) -> Moments:
+def _mixture(weights: Tensor, mean: Tensor, covariance: Tensor) -> FeatureMoments:
     """Moments of M mixtures: weights [M,J], means [M,J,D], covariances [M,J,D,D] -> [M,D] and
     [M,D,D].
     """
     together = torch.einsum("mj,mjd->md", weights, mean)
     away = (mean - together[:, None]) * weights.sqrt()[..., None]
     within = torch.einsum("mj,mjde->mde", weights, covariance)
-    return Moments(together, within + away.mT @ away)
+    return FeatureMoments(together, within + away.mT @ away)
 
 
 def reward_moments(chain: PosteriorChain) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def reward_moments(chain: PosteriorChain) -> tuple[Tensor, Tensor]:
     return mean[0], covariance[0, 0]
 
 
-def count_moments(chain: PosteriorChain, words: list[str]) -> Moments:
+def count_moments(chain: PosteriorChain, words: list[str]) -> FeatureMoments:
     """Mean [D] and covariance [D,D] of how often each of D words occurs under π*.
 
     Raises:

@@ -13,7 +13,7 @@ from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.models.contract import MAX_SEQUENCES, enumerate_support
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import describe
+from klrl_edu.problems.rewards import reward_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Sup
     if not bool((rewards.sum(-1) > -math.inf).any()):
         raise InfeasibleError(
             f"every supported sequence has reward -inf ({len(weighted)} of {len(weighted)}): the"
-            f" posterior is empty. Relax the reward {describe(problem.reward)!r}."
+            f" posterior is empty. Relax the reward {reward_name(problem.reward)!r}."
         )
     return Support(
         weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens)

@@ -24,7 +24,7 @@ from klrl_edu.core.validation import check_same_space
 from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.problems.automata import AutomatonReward, as_automaton_reward, check_same_vocabulary
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import describe
+from klrl_edu.problems.rewards import reward_name
 
 MAX_MESSAGES = 200_000_000  # entries of all messages, or of one step's products C·K·S
 
@@ -142,7 +142,7 @@ def build_lattice(problem: Problem) -> Lattice:
             " Markov model (a FiniteStateModel)."
         )
     if reward is None:
-        name = describe(problem.reward)
+        name = reward_name(problem.reward)
         raise InputError(
             f"no automaton is known for the reward {name!r}; build one (problems/automata.py), or"
             " use method='enumeration'."

@@ -21,7 +21,7 @@ from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact import chain_moments
 from klrl_edu.exact.best_sequences import best_sequences
 from klrl_edu.exact.chain import posterior_chain
-from klrl_edu.exact.chain_moments import Moments
+from klrl_edu.exact.chain_moments import FeatureMoments
 from klrl_edu.exact.context_sums import sums_by_context
 from klrl_edu.exact.enumeration import not_enumerated
 from klrl_edu.exact.forward_backward import Messages
@@ -181,7 +181,7 @@ class StructuredPosterior(LanguageModel):
     # --- moments ---
 
     @torch.no_grad()
-    def moments(self, word_features: Tensor, final_features: Tensor) -> Moments:
+    def moments(self, word_features: Tensor, final_features: Tensor) -> FeatureMoments:
         """Mean and covariance under π* of φ(y) = Σ_t φ(s_t, y_t) + φ_end(s_end), without sampling.
 
         Args:
@@ -198,7 +198,7 @@ class StructuredPosterior(LanguageModel):
         return chain_moments.reward_moments(self.chain)
 
     @torch.no_grad()
-    def count_moments(self, words: list[str]) -> Moments:
+    def count_moments(self, words: list[str]) -> FeatureMoments:
         """Mean [D] and covariance [D,D] of how often each of D words occurs under π*.
 
         Raises:

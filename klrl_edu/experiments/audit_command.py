@@ -18,7 +18,7 @@ from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.errors import InputError, KlrlError
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.experiments import plots
-from klrl_edu.experiments.console import CHECK_FAILED, Quiet, Say, Table, speaker
+from klrl_edu.experiments.console import CHECK_FAILED, Quiet, Say, TableArgument, speaker
 from klrl_edu.experiments.directories import check_new, new_directory
 from klrl_edu.experiments.loading import find_function, line_of, said
 from klrl_edu.experiments.parsing import Word
@@ -36,7 +36,7 @@ def audit(
     target: Annotated[str, Word("FUNCTION")] = "own",
     /,
     *,
-    problem: Table = "four-sentences",
+    problem: TableArgument = "four-sentences",
     kl_coef: float = 1.0,
     batch_size: int = 1,
     kind: Literal["auto", "value", "gradient"] = "auto",
@@ -69,11 +69,17 @@ def audit(
         _audit_catalogue(out, say)
         return
     function = find_function(target)
-    world = ProblemSource(problem, kl_coef).load()
-    policy = four_sentences_policy() if problem == "four-sentences" else tilted_prior(world)
+    audited = ProblemSource(problem, kl_coef).load()
+    policy = four_sentences_policy() if problem == "four-sentences" else tilted_prior(audited)
     kind = _kind_of(function) if kind == "auto" else kind
     report = _run(
-        target, kind, function, policy, world, batch_size=batch_size, max_executions=max_executions
+        target,
+        kind,
+        function,
+        policy,
+        audited,
+        batch_size=batch_size,
+        max_executions=max_executions,
     )
     directory = new_directory(out, "audit")
     write_json(
@@ -138,13 +144,13 @@ def _run(
     kind: str,
     function: Callable[..., Any],
     policy: LanguageModel,
-    world: Problem,
+    audited: Problem,
     **options: Any,
 ) -> AuditReport:
     """The audit; whatever the function itself raises becomes one line."""
     try:
         audit_it = audit_gradient if kind == "gradient" else audit_value
-        return audit_it(function, policy, world, **options)
+        return audit_it(function, policy, audited, **options)
     except KlrlError:
         raise
     except (Exception, SystemExit) as error:  # of the user's function
@@ -172,7 +178,7 @@ def _audit_catalogue(out: Path | None, say: Say) -> None:
     listed = [
         {
             "name": row.entry.name,
-            "world": row.world,
+            "case": row.case,
             "claim": row.entry.words,
             "error": row.error,
             "variance": row.variance,

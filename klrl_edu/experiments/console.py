@@ -14,7 +14,7 @@ from klrl_edu.experiments.parsing import Word
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Quiet = Annotated[bool, tyro.conf.arg(help="Print nothing but errors.")]
-Table = Annotated[str, Word("TABLE")]
+TableArgument = Annotated[str, Word("TABLE")]
 LEGEND = (
     "uncovered_mass: what the posterior holds and the policy never gives; violating_mass: what the"
     "\npolicy gives where the posterior has nothing."

@@ -3,7 +3,6 @@ space nobody can eyeball.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from klrl_edu.exact.posterior import Posterior, looked_up, posterior
 from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.exact.support_sums import support_log_mass
 from klrl_edu.experiments import plots
+from klrl_edu.experiments.console import Progress, Say
 from klrl_edu.learning import losses
 from klrl_edu.learning.training import comparison_metrics, copy_of_prior, cosine, train_steps
 from klrl_edu.models.contract import LanguageModel, enumerate_support, sequence_log_probs
@@ -41,9 +41,6 @@ from klrl_edu.problems.problem import Problem
 ARTICLE_KL = 0.22  # what article C (theory/articles/sources.py) prints for KL(π‖q)
 EVALUATE_EVERY, EVALUATE_LARGE_EVERY = 10, 50
 _SURNAMES_SHOWN = 12
-
-Say = Callable[[str], None]
-Progress = Callable[[Iterable[Record], int, str], Iterable[Record]]
 
 
 @dataclass(frozen=True)

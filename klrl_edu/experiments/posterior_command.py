@@ -10,13 +10,13 @@ from klrl_edu.evaluation.records import write_atomically
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.exact.posterior import posterior as exact_posterior
 from klrl_edu.experiments import plots
-from klrl_edu.experiments.console import Quiet, Table, speaker
+from klrl_edu.experiments.console import Quiet, TableArgument, speaker
 from klrl_edu.experiments.directories import check_new, new_directory
 from klrl_edu.experiments.runner import ProblemSource, spreadsheet_cell, write_json
 
 
 def posterior(
-    file: Table,
+    file: TableArgument,
     /,
     *,
     kl_coef: float = 1.0,

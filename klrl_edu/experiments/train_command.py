@@ -18,7 +18,7 @@ from klrl_edu.experiments.console import (
     INTERRUPTED,
     LEGEND,
     Quiet,
-    Table,
+    TableArgument,
     note,
     progress,
     speaker,
@@ -49,7 +49,7 @@ _MARGIN = 1e-6  # nats: rounding and sampling near the optimum are no divergence
 
 
 def train(
-    problem: Table,
+    problem: TableArgument,
     /,
     *,
     model: Annotated[str, Word("MODEL")] = "lstm",

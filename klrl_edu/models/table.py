@@ -192,7 +192,7 @@ class SequenceTable(LanguageModel):
             )
 
 
-class PrefixState(NamedTuple):
+class NodeState(NamedTuple):
     """The trie node of each row, −1 off the trie."""
 
     node: Tensor
@@ -283,15 +283,15 @@ class PrefixTable(LanguageModel):
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         return self._rows(self.trie.find(tokens)[0])
 
-    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, PrefixState]:
+    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, NodeState]:
         self.check_prompt(prompt)
         node = torch.zeros(n, dtype=torch.long, device=self.logits.device)
-        return self._rows(node), PrefixState(node, 0)
+        return self._rows(node), NodeState(node, 0)
 
-    def step(self, state: PrefixState, token: Tensor) -> tuple[Tensor, PrefixState]:
+    def step(self, state: NodeState, token: Tensor) -> tuple[Tensor, NodeState]:
         check_room(self.space, state.position + 1)
         _, node = self.trie.follow(state.node, token)
-        return self._rows(node), PrefixState(node, state.position + 1)
+        return self._rows(node), NodeState(node, state.position + 1)
 
     def _rows(self, node: Tensor) -> Tensor:
         rows = self.logits[node.clamp(min=0)]

@@ -10,13 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from klrl_edu.core.arguments import check_arguments
-from klrl_edu.core.arguments import describe as in_words
+from klrl_edu.core.arguments import check_arguments, describe
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_kl_coef
 from klrl_edu.models.contract import LanguageModel, batch_prompt, device_of
-from klrl_edu.problems.rewards import Reward, check_reward, describe
+from klrl_edu.problems.rewards import Reward, check_reward, reward_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Problem:
     def _check_prompt(self, prompt: Tensor) -> None:
         if not isinstance(prompt, Tensor) or prompt.is_floating_point():
             raise InputError(
-                f"prompt is {in_words(prompt)}; expected token ids [S], whole numbers, or a text."
+                f"prompt is {describe(prompt)}; expected token ids [S], whole numbers, or a text."
             )
         if prompt.ndim != 1:
             raise InputError(
@@ -66,7 +65,7 @@ class Problem:
         self.prior.check_prompt(prompt)
 
     def __repr__(self) -> str:
-        parts = [f"prior={self.prior!r}", f"reward={describe(self.reward)!r}"]
+        parts = [f"prior={self.prior!r}", f"reward={reward_name(self.reward)!r}"]
         parts.append(f"kl_coef={self.kl_coef:g}")
         if self.prompt is not None:
             parts.append(f"prompt={self.space.decode_prompt(self.prompt)!r}")
@@ -89,8 +88,8 @@ class Problem:
         if not isinstance(values, Tensor) or values.shape not in (tokens.shape, tokens.shape[:1]):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(
-                f"reward {describe(self.reward)!r} returned {shape}; expected a tensor [N] or [N,"
-                f" T], [N, T] = {list(tokens.shape)}."
+                f"reward {reward_name(self.reward)!r} returned {shape}; expected a tensor [N] or"
+                f" [N, T], [N, T] = {list(tokens.shape)}."
             )
         values = values.detach().double()
         if values.ndim == 1:
@@ -112,15 +111,15 @@ class Problem:
             text = self.space.decode(tokens[n : n + 1])[0]
             value = float(values[n, t])
             raise InputError(
-                f"reward {describe(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a"
+                f"reward {reward_name(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a"
                 " number, or -inf to forbid it."
             )
         stray = ~live & (values != 0)
         if bool(stray.any()):
             n, t = stray.nonzero()[0].tolist()
             raise InputError(
-                f"reward {describe(self.reward)!r} gives {float(values[n, t])} at [{n}, {t}], after"
-                " the first EOS; multiply by space.live(tokens)."
+                f"reward {reward_name(self.reward)!r} gives {float(values[n, t])} at [{n}, {t}],"
+                " after the first EOS; multiply by space.live(tokens)."
             )
 
 
@@ -130,7 +129,7 @@ def check_problems(problems: Problem | Sequence[Problem]) -> list[Problem]:
     if not isinstance(listed, Sequence) or not listed:
         meant = " Did you mean its .problem?" if hasattr(problems, "problem") else ""
         raise InputError(
-            f"problem is {in_words(problems)}; expected {Problem.in_words}, or a list"
+            f"problem is {describe(problems)}; expected {Problem.in_words}, or a list"
             f" of at least one Problem.{meant}"
         )
     for problem in listed:

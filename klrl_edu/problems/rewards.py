@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from klrl_edu.core.arguments import describe as in_words
+from klrl_edu.core.arguments import describe
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 
@@ -205,7 +205,7 @@ class SumReward:
 
     def __str__(self) -> str:
         return " + ".join(
-            f"{weight:g}·({describe(part)})"
+            f"{weight:g}·({reward_name(part)})"
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
 
@@ -240,7 +240,7 @@ def check_reward(reward: Reward) -> None:
     """
     if isinstance(reward, type) or not callable(reward):
         raise InputError(
-            f"reward is {in_words(reward)}; expected a function of (tokens, prompt), or"
+            f"reward is {describe(reward)}; expected a function of (tokens, prompt), or"
             " text_reward(fn, space)."
         )
     try:
@@ -251,12 +251,13 @@ def check_reward(reward: Reward) -> None:
         signature.bind(None, None)
     except TypeError:
         raise InputError(
-            f"reward {describe(reward)!r} takes {signature}; expected (tokens, prompt). A function"
-            " of the text: text_reward(fn, space). A function of the tokens: add prompt=None."
+            f"reward {reward_name(reward)!r} takes {signature}; expected (tokens, prompt). A"
+            " function of the text: text_reward(fn, space). A function of the tokens: add"
+            " prompt=None."
         ) from None
 
 
-def describe(reward: Reward) -> str:
+def reward_name(reward: Reward) -> str:
     """A short text for error messages."""
     return (
         str(reward)

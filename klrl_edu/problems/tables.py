@@ -31,7 +31,7 @@ _DELIMITERS = (",", ";", "\t")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One line of a table, and where it stands in the file."""
 
     sentence: str
@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _csv_rows(text: str, path: Path) -> list[Row]:
+def _csv_rows(text: str, path: Path) -> list[TableRow]:
     delimiter = _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
@@ -136,7 +136,7 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
             )
             for k in (1, 2)
         )
-        rows.append(Row(_sentence(line[0], path, place), prob, reward, place))
+        rows.append(TableRow(_sentence(line[0], path, place), prob, reward, place))
     return rows
 
 
@@ -172,7 +172,7 @@ def _with_point(number: str, column: str, delimiter: str, path: Path, place: str
     return number.replace(",", ".")
 
 
-def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:
+def _json_rows(text: str, path: Path, separator: str) -> tuple[list[TableRow], str]:
     def refuse_constant(name: str) -> float:
         raise InputError(
             f'{path}: {name} is not JSON; give finite numbers (to forbid a sentence write "-inf" in'
@@ -229,7 +229,7 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[Row], str]:
             _number(entry["prob"], "prob", path, place),
             _number(entry["reward"], "reward", path, place),
         )
-        rows.append(Row(_sentence(entry["sentence"], path, place), prob, reward, place))
+        rows.append(TableRow(_sentence(entry["sentence"], path, place), prob, reward, place))
     return rows, separator
 
 
@@ -273,7 +273,7 @@ def _number(value: object, column: str, path: Path, place: str) -> float:
     return number
 
 
-def _refuse_duplicates(rows: list[Row], path: Path, separator: str) -> None:
+def _refuse_duplicates(rows: list[TableRow], path: Path, separator: str) -> None:
     seen: dict[str, str] = {}
     for row in rows:
         key = " ".join(row.sentence.split()) if separator == " " else row.sentence

@@ -12,13 +12,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from klrl_edu.audit.adapting import adapted, draws_random_numbers, name_of, takes_a_batch
 from klrl_edu.audit.audit import audit_gradient, audit_value
+from klrl_edu.audit.cases import AuditCase
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.errors import InputError
 from klrl_edu.learning.batches import needs_of, score_batch
@@ -35,15 +35,7 @@ TOLERANCE = 1e-12
 _SMALLEST_SCALE = 1e-3  # reward units: where target and noise are both 0, rounding alone is left
 
 
-class Case(NamedTuple):
-    """A policy and a problem to try an estimator on."""
-
-    name: str
-    policy: LanguageModel
-    problem: Problem
-
-
-def standard_cases() -> list[Case]:
+def standard_cases() -> list[AuditCase]:
     """Three small problems, none with λ = 1: sequences of zero mass, several lengths with EOS,
     ties, rewards by token, logits by prefix.
     """
@@ -61,13 +53,13 @@ def standard_cases() -> list[Case]:
         torch.linspace(-1, 1, table.logits.numel(), dtype=torch.float64).reshape(table.logits.shape)
     )
     return [
-        Case("four sentences at λ = 0.5", four_sentences_policy(), four_sentences(0.5)),
-        Case(
+        AuditCase("four sentences at λ = 0.5", four_sentences_policy(), four_sentences(0.5)),
+        AuditCase(
             "texts of 0 to 2 words at λ = 2",
             SequenceTable(varied.space, varied.tokens[:4], torch.tensor([0.3, -0.2, 0.0, 0.5])),
             lengths,
         ),
-        Case(
+        AuditCase(
             "a row of logits a prefix at λ = 0.25", restrict_to_support(table, prefixes), by_token
         ),
     ]
@@ -101,8 +93,8 @@ def assert_unbiased(
             instead.
         InputError: an unknown target, or one that is infinite here.
     """
-    for case in _cases(policy, problem):
-        report = _audit(estimator, case, batch_size, behaviour)
+    for case in _cases(policy, problem, behaviour):
+        report = _audit(estimator, case, batch_size)
         _check_mean(
             report,
             _target(report, target),
@@ -135,11 +127,11 @@ def assert_same_gradient(
     Raises:
         AssertionError: they differ; the message has the batch and both gradients.
     """
-    for case in _cases(policy, problem):
+    for case in _cases(policy, problem, behaviour):
         if in_expectation:
-            expected = _audit(other, case, batch_size, behaviour)
+            expected = _audit(other, case, batch_size)
             _check_mean(
-                _audit(loss, case, batch_size, behaviour),
+                _audit(loss, case, batch_size),
                 expected.mean,
                 f"the mean gradient of {expected.name}",
                 case,
@@ -147,8 +139,8 @@ def assert_same_gradient(
             )
             continue
         pairs = zip(
-            _gradients(loss, case, batch_size, behaviour),
-            _gradients(other, case, batch_size, behaviour),
+            _gradients(loss, case, batch_size),
+            _gradients(other, case, batch_size),
             strict=True,
         )
         texts, mine, theirs = zip(
@@ -194,9 +186,9 @@ def assert_variance_at_most(
     Raises:
         AssertionError: the variance is larger.
     """
-    for case in _cases(policy, problem):
-        report = _audit(estimator, case, batch_size, behaviour)
-        limit = _audit(bound, case, batch_size, behaviour).variance if callable(bound) else bound
+    for case in _cases(policy, problem, behaviour):
+        report = _audit(estimator, case, batch_size)
+        limit = _audit(bound, case, batch_size).variance if callable(bound) else bound
         if not report.variance <= limit + tolerance * max(limit, _SMALLEST_SCALE**2):
             raise AssertionError(
                 f"{report.name} has variance {report.variance:.9g} ({case.name}, batches of"
@@ -210,23 +202,20 @@ def assert_variance_at_most(
 # --- what the assertions share --------------------------------------------------------------------
 
 
-def _cases(policy: LanguageModel | None, problem: Problem | None) -> list[Case]:
+def _cases(
+    policy: LanguageModel | None, problem: Problem | None, behaviour: LanguageModel | None
+) -> list[AuditCase]:
     if policy is not None and problem is not None:
-        return [Case("the problem given", policy, problem)]
+        return [AuditCase("the problem given", policy, problem, behaviour)]
     if policy is not None or problem is not None:
         raise InputError("give both policy and problem, or neither for the standard cases.")
-    return standard_cases()
+    return [case._replace(behaviour=behaviour) for case in standard_cases()]
 
 
-def _audit(
-    estimator: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None
-) -> AuditReport:
-    if _reads_log_ratios(estimator):
-        return audit_value(
-            estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour
-        )
-    return audit_gradient(
-        estimator, case.policy, case.problem, batch_size=batch_size, behaviour=behaviour
+def _audit(estimator: Estimator, case: AuditCase, batch_size: int) -> AuditReport:
+    audit = audit_value if _reads_log_ratios(estimator) else audit_gradient
+    return audit(
+        estimator, case.policy, case.problem, batch_size=batch_size, behaviour=case.behaviour
     )
 
 
@@ -259,7 +248,7 @@ def _target(report: AuditReport, target: str | float | Tensor) -> Tensor:
 
 
 def _check_mean(
-    report: AuditReport, expected: Tensor, target: str, case: Case, tolerance: float
+    report: AuditReport, expected: Tensor, target: str, case: AuditCase, tolerance: float
 ) -> None:
     bias, size = float((report.mean - expected).norm()), float(expected.norm())
     allowed = tolerance * max(size, math.sqrt(report.variance), _SMALLEST_SCALE)
@@ -270,9 +259,7 @@ def _check_mean(
     )
 
 
-def _gradients(
-    loss: Estimator, case: Case, batch_size: int, behaviour: LanguageModel | None
-) -> Iterator[tuple[str, Tensor]]:
+def _gradients(loss: Estimator, case: AuditCase, batch_size: int) -> Iterator[tuple[str, Tensor]]:
     """Every batch's texts and ∇loss [P]; one batch, the whole support, where the loss
     needs that.
     """
@@ -283,14 +270,14 @@ def _gradients(
         )
     loss = loss if takes_a_batch(loss) else adapted(loss, None)
     support = enumerate_support(
-        case.policy if behaviour is None else behaviour, prompt=case.problem.prompt
+        case.policy if case.behaviour is None else case.behaviour, prompt=case.problem.prompt
     ).tokens
     wanted = needs_of(loss)
     whole = score_batch(
         case.policy, [case.problem], [support], distributions="distributions" in wanted
     )
-    if behaviour is not None:
-        drawn_at = token_log_probs(behaviour, support, case.problem.prompt).detach()
+    if case.behaviour is not None:
+        drawn_at = token_log_probs(case.behaviour, support, case.problem.prompt).detach()
         whole = dataclasses.replace(whole, behaviour_log_probs=drawn_at)
     parameters = [parameter for parameter in case.policy.parameters() if parameter.requires_grad]
     everything = range(len(support))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """One statistical assertion, written down before it looks at its data.
 
     Attributes:
@@ -36,7 +36,7 @@ class Ledger:
     """All statistical assertions of one run, and the seed that they draw from."""
 
     seed: int = 0
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LedgerEntry] = field(default_factory=list)
 
     @property
     def false_alarm(self) -> float:
@@ -50,7 +50,7 @@ class Ledger:
         PYTEST_CURRENT_TEST).
         """
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
-        self.entries.append(Entry(assertion, false_alarm, detectable, unit, test))
+        self.entries.append(LedgerEntry(assertion, false_alarm, detectable, unit, test))
 
     def summary(self, most: int = 10) -> list[str]:
         """Lines of text: the count and (1), then the `most` assertions of the largest false-alarm

@@ -124,6 +124,13 @@ class Case:
         """A distribution [K] over the sequences as a language model, without gradient."""
         return SequenceTable(self.space, self.tokens, log_probs).requires_grad_(False)
 
+    def objective(self, log_probs: Tensor) -> Tensor:
+        """The objective of a distribution [K], J = E[r] − λ KL(·‖q), by its definition: a scalar in
+        reward units.
+        """
+        expected = logspace.expectation(log_probs, self.rewards)
+        return expected - self.kl_coef * logspace.kl_divergence(log_probs, self.log_prior)
+
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Gaussian numbers of this case."""
         size = torch.Size(shape).numel()

@@ -9,8 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms import regularizers
-from klrl_edu.closed_forms.acceptance import effective_sample_size
+from klrl_edu.closed_forms import acceptance, regularizers
 from klrl_edu.closed_forms.moments import match_moments
 from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_values
@@ -20,7 +19,7 @@ from klrl_edu.theory.statements import Sides, bound, identity
 kl, mean = logspace.kl_divergence, logspace.expectation
 
 
-def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The total variation of two distributions, ½ Σ |p − q|."""
     return (log_p.exp() - log_q.exp()).abs().sum() / 2
 
@@ -114,7 +113,7 @@ moment_covariance.broken(
 def pinsker(case: Case) -> Sides:
     """A small divergence bounds the difference of every probability."""
     return (
-        total_variation(case.log_policy, case.log_prior) ** 2,
+        tv(case.log_policy, case.log_prior) ** 2,
         kl(case.log_policy, case.log_prior) / 2,
     )
 
@@ -123,7 +122,7 @@ def _near_half(case: Case) -> Sides:
     """Where Pinsker is nearly sharp: two nearly equal halves."""
     shift = 0.1 + 0.1 * case.noise.random()
     p, q = (torch.tensor([0.5 + x, 0.5 - x], dtype=torch.float64).log() for x in (shift, 0.0))
-    return total_variation(p, q) ** 2, kl(p, q) / 4
+    return tv(p, q) ** 2, kl(p, q) / 4
 
 
 pinsker.broken("a quarter in place of the half", _near_half)
@@ -134,13 +133,13 @@ pinsker.broken("a quarter in place of the half", _near_half)
 )
 def bretagnolle_huber(case: Case) -> Sides:
     """A bound on total variation that stays below one however large the divergence."""
-    return total_variation(case.log_policy, case.log_prior), torch.sqrt(
+    return tv(case.log_policy, case.log_prior), torch.sqrt(
         -torch.expm1(-kl(case.log_policy, case.log_prior))
     )
 
 
 def _half_the_exponent(case: Case) -> Sides:
-    return total_variation(case.log_policy, case.log_prior), -torch.expm1(
+    return tv(case.log_policy, case.log_prior), -torch.expm1(
         -kl(case.log_policy, case.log_prior) / 2
     )
 
@@ -308,7 +307,9 @@ def effective_samples(case: Case) -> Sides:
     evidence.
     """
     doubled = torch.logsumexp(case.log_prior + 2 * case.rewards / case.kl_coef, 0)
-    log_share = math.log(effective_sample_size(case.log_prior, case.rewards, case.kl_coef))
+    log_share = math.log(
+        acceptance.effective_sample_size(case.log_prior, case.rewards, case.kl_coef)
+    )
     return -log_share, doubled - 2 * case.tilted.log_evidence
 
 

@@ -29,7 +29,7 @@ def scores(log_policy: Tensor) -> Tensor:
     return torch.eye(len(log_policy), dtype=torch.float64) - log_policy.exp()
 
 
-def gradient(case: Case, function: Callable[[Tensor], Tensor]) -> Tensor:
+def logit_gradient(case: Case, function: Callable[[Tensor], Tensor]) -> Tensor:
     """The gradient [K] in sequence logits of a scalar function of log π, by autograd."""
     logits = case.log_policy.clone().requires_grad_()
     return torch.autograd.grad(function(torch.log_softmax(logits, 0)), logits)[0]
@@ -42,19 +42,19 @@ def average_score(case: Case, weight: Tensor) -> Tensor:
 
 def objective_gradient(case: Case) -> Tensor:
     """The gradient of the objective, ∇J [K], by autograd of its definition."""
-    return gradient(
-        case, lambda log_pi: mean(log_pi, case.rewards) - case.kl_coef * kl(log_pi, case.log_prior)
-    )
+    return logit_gradient(case, case.objective)
 
 
 def reverse_kl_gradient(case: Case) -> Tensor:
     """The gradient of the reverse divergence, ∇KL(π‖q) [K], by autograd."""
-    return gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_prior)).sum())
+    return logit_gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_prior)).sum())
 
 
 def forward_kl_gradient(case: Case) -> Tensor:
     """The gradient of the forward divergence, ∇KL(q‖π) [K], by autograd."""
-    return gradient(case, lambda log_pi: (case.log_prior.exp() * (case.log_prior - log_pi)).sum())
+    return logit_gradient(
+        case, lambda log_pi: (case.log_prior.exp() * (case.log_prior - log_pi)).sum()
+    )
 
 
 @identity(r"E_\pi[c\,\nabla\log\pi] = 0", "Williams (1992)", "t06")
@@ -93,7 +93,7 @@ policy_gradient.broken(
 @identity(r"\nabla J = -\lambda\nabla\mathrm{KL}(\pi\|\pi^*)", "Korbak et al. (2022)", "t05")
 def gradient_of_the_gap(case: Case) -> Sides:
     """Ascending J is descending the divergence from the posterior."""
-    return objective_gradient(case), -case.kl_coef * gradient(
+    return objective_gradient(case), -case.kl_coef * logit_gradient(
         case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum()
     )
 
@@ -102,7 +102,7 @@ gradient_of_the_gap.broken(
     "KL(π*‖π), what maximum likelihood descends",
     lambda case: (
         objective_gradient(case),
-        -case.kl_coef * gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()),
+        -case.kl_coef * logit_gradient(case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()),
     ),
 )
 
@@ -114,7 +114,7 @@ gradient_of_the_gap.broken(
 )
 def distributional_gradient(case: Case) -> Sides:
     """The mean score under the posterior descends the forward divergence."""
-    return case.log_star.exp() @ scores(case.log_policy), -gradient(
+    return case.log_star.exp() @ scores(case.log_policy), -logit_gradient(
         case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()
     )
 
@@ -187,7 +187,7 @@ best_baseline.broken(
 
 def _loss_gradient(case: Case, estimator: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean gradient of an estimator k as the loss, its samples held fixed: E_π[∇k(u)] [K]."""
-    return gradient(
+    return logit_gradient(
         case, lambda log_pi: (case.log_policy.exp() * estimator(log_pi - case.log_prior)).sum()
     )
 
@@ -265,7 +265,7 @@ k3_in_reward.broken(
 )
 def placements_add_up(case: Case) -> Sides:
     """The gradient of a mean is its place in the reward plus its place in the loss."""
-    whole = gradient(
+    whole = logit_gradient(
         case, lambda log_pi: (log_pi.exp() * kl_values.k2(log_pi - case.log_prior)).sum()
     )
     return whole, average_score(case, kl_values.k2(case.log_ratio)) + _loss_gradient(
@@ -308,7 +308,7 @@ def expected_gradient(case: Case, loss: Callable[[Batch], Tensor], size: int) ->
     batches' losses weighed by their fixed probabilities.
     """
     rows, probabilities = batches(case, size)
-    return gradient(
+    return logit_gradient(
         case,
         lambda log_pi: (
             torch.stack([loss(bandit_batch(case, log_pi, batch)) for batch in rows]) @ probabilities
@@ -367,12 +367,12 @@ def rloo_is_vargrad(case: Case) -> Sides:
     variance of log π − log π*.
     """
     small, rows = case.small(3), case.draws(3, 4)
-    rloo = gradient(small, lambda log_pi: losses.rloo(bandit_batch(small, log_pi, rows)))
+    rloo = logit_gradient(small, lambda log_pi: losses.rloo(bandit_batch(small, log_pi, rows)))
     return rloo, small.kl_coef * _vargrad(small, rows, 1)
 
 
 def _vargrad(case: Case, rows: Tensor, correction: int) -> Tensor:
-    return gradient(
+    return logit_gradient(
         case,
         lambda log_pi: (
             (log_pi - case.log_prior - case.rewards / case.kl_coef)[rows].var(correction=correction)
@@ -415,7 +415,7 @@ def _binary(case: Case) -> Case:
 
 def _success(case: Case) -> tuple[float, Tensor]:
     """The success rate p = P(r = 1), and its gradient ∇p [K]."""
-    return float(mean(case.log_policy, case.rewards)), gradient(
+    return float(mean(case.log_policy, case.rewards)), logit_gradient(
         case, lambda log_pi: log_pi.exp() @ case.rewards
     )
 
@@ -445,7 +445,7 @@ def _balance_gradient(case: Case, log_evidence: Tensor) -> Tensor:
     Z_θ held fixed.
     """
     target = case.log_prior + case.rewards / case.kl_coef
-    return gradient(
+    return logit_gradient(
         case, lambda log_pi: (case.log_policy.exp() * (log_evidence + log_pi - target) ** 2).sum()
     )
 
@@ -460,12 +460,14 @@ def trajectory_balance(case: Case) -> Sides:
     """On-policy, trajectory balance descends twice the divergence from the posterior, whatever log
     Z it assumes.
     """
-    divergence = gradient(case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum())
+    divergence = logit_gradient(
+        case, lambda log_pi: (log_pi.exp() * (log_pi - case.log_star)).sum()
+    )
     return _balance_gradient(case, case.tilted.log_evidence + float(case.normal(1))), 2 * divergence
 
 
 def _forward_of_balance(case: Case) -> Sides:
-    return trajectory_balance.sides(case)[0], 2 * gradient(
+    return trajectory_balance.sides(case)[0], 2 * logit_gradient(
         case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()
     )
 

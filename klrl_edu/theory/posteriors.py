@@ -22,17 +22,12 @@ kl, mean = logspace.kl_divergence, logspace.expectation
 _NODES = 40  # of Gauss–Legendre quadrature, a piece
 
 
-def objective(case: Case, log_policy: Tensor) -> Tensor:
-    """The objective J(π) by its definition, a scalar in reward units."""
-    return mean(log_policy, case.rewards) - case.kl_coef * kl(log_policy, case.log_prior)
-
-
 @identity(
     r"\lambda\log Z - J(\pi) = \lambda\,\mathrm{KL}(\pi\,\|\,\pi^*)", "Korbak et al. (2022)", "t03"
 )
 def elbo(case: Case) -> Sides:
     """What a policy lacks to the best objective is λ times its divergence from the posterior."""
-    return case.tilted.value - objective(case, case.log_policy), case.kl_coef * kl(
+    return case.tilted.value - case.objective(case.log_policy), case.kl_coef * kl(
         case.log_policy, case.log_star
     )
 
@@ -46,12 +41,12 @@ elbo.broken(
 @identity(r"J(\pi^*) = \lambda \log Z", "Korbak et al. (2022)", "t03")
 def evidence_is_attained(case: Case) -> Sides:
     """The posterior's objective is λ log Z."""
-    return objective(case, case.log_star), case.target.value
+    return case.objective(case.log_star), case.target.value
 
 
 evidence_is_attained.broken(
     "λ dropped before log Z",
-    lambda case: (objective(case, case.log_star), case.target.log_evidence),
+    lambda case: (case.objective(case.log_star), case.target.log_evidence),
 )
 
 
@@ -62,12 +57,12 @@ evidence_is_attained.broken(
 )
 def variational_bound(case: Case) -> Sides:
     """No policy's objective exceeds λ log Z."""
-    return objective(case, case.log_policy), case.target.value
+    return case.objective(case.log_policy), case.target.value
 
 
 variational_bound.broken(
     "the mean inside the logarithm: E_q[r]",
-    lambda case: (objective(case, case.log_star), mean(case.log_prior, case.rewards)),
+    lambda case: (case.objective(case.log_star), mean(case.log_prior, case.rewards)),
 )
 
 

@@ -16,7 +16,7 @@ from klrl_edu.closed_forms.preferences import (
 from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.theory.cases import Case
-from klrl_edu.theory.gradients import gradient
+from klrl_edu.theory.gradients import logit_gradient
 from klrl_edu.theory.statements import Sides, bound, identity
 
 kl = logspace.kl_divergence
@@ -152,14 +152,14 @@ def win_rate_gradient(case: Case) -> Sides:
     preferences = bradley_terry(case.normal(len(case.rewards)))
     reward = preferences @ case.log_prior.exp()
     pi = case.log_policy.exp()
-    return gradient(case, lambda log_pi: log_pi.exp() @ reward), pi * (reward - pi @ reward)
+    return logit_gradient(case, lambda log_pi: log_pi.exp() @ reward), pi * (reward - pi @ reward)
 
 
 def _self_play(case: Case) -> Sides:
     preferences = bradley_terry(case.normal(len(case.rewards)))
     pi = case.log_policy.exp()
     reward = preferences @ pi
-    return gradient(case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()), pi * (
+    return logit_gradient(case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()), pi * (
         reward - pi @ reward
     )
 

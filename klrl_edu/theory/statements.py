@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,17 @@ TOLERANCE = 1e-12
 Sides = tuple[Tensor | float, Tensor | float]
 
 
-class Twin(NamedTuple):
-    """A statement with one slip: what the slip is, and case -> the two sides with it."""
+Tried = TypeVar("Tried")
+Given = TypeVar("Given")
+
+
+class Twin(NamedTuple, Generic[Tried, Given]):
+    """A statement or a formula with one slip: what the slip is, and case -> what it gives with it,
+    a statement its two sides, a formula the quantity.
+    """
 
     slip: str
-    function: Callable[[Case], Sides]
+    function: Callable[[Tried], Given]
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Statement:
     relation: Literal["=", "≤"]
     tolerance: float
     function: Callable[[Case], Sides]
-    twin: Twin | None = None
+    twin: Twin[Case, Sides] | None = None
 
     def broken(self, slip: str, function: Callable[[Case], Sides]) -> None:
         """Registers the broken twin.

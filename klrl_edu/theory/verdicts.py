@@ -19,6 +19,8 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from klrl_edu.theory.statements import Twin
+
 Verdict = Literal["holds", "holds with a correction", "false"]
 Example = TypeVar("Example")
 
@@ -42,13 +44,6 @@ class Formulas(NamedTuple):
     def right(self) -> Tensor:
         """What must be the truth: the corrected formula, or the printed one where that holds."""
         return self.printed if self.corrected is None else self.corrected
-
-
-class Twin(NamedTuple):
-    """The formula that is right with one slip: what the slip is, and example -> what it gives."""
-
-    slip: str
-    function: Callable[[Any], Tensor]
 
 
 class Finding(NamedTuple):
@@ -138,7 +133,7 @@ class Claim(Generic[Example]):
     tolerance: float
     function: Callable[[Example], Formulas]
     sentence: Callable[[Example, Formulas], str] | None = None
-    twin: Twin | None = None
+    twin: Twin[Example, Tensor] | None = None
 
     def __call__(self, example: Example) -> Formulas:
         """The quantity three ways on an example."""

@@ -144,12 +144,12 @@ def test_padding_moves_nothing_whatever_a_loss_does_there():
 
     space = SequenceSpace(("a", "b"), 6)
     problem = Problem(random_prefix_table(space, 1), count_reward("a", space), 0.5)
-    for policy, world, size in (
+    for policy, tried, size in (
         (answers_policy(), answers(), 2),
         (random_prefix_table(space, 0), problem, 1),
     ):  # both ways to a variance
         report, plain = (
-            audit_gradient(loss, policy, world, batch_size=size)
+            audit_gradient(loss, policy, tried, batch_size=size)
             for loss in (reads_padding, k2_loss)
         )
         assert report.relative_bias["reverse_kl"] < 1e-12

@@ -30,15 +30,15 @@ SECONDS, MEGABYTES = 1.0, 1024.0
 
 def binary_sequences() -> tuple[LanguageModel, Problem]:
     """All 4,096 binary sequences of length 12."""
-    return _random_world(SequenceSpace(("a", "b"), 12, eos=False))
+    return _random_case(SequenceSpace(("a", "b"), 12, eos=False))
 
 
 def fifteen_sequences() -> tuple[LanguageModel, Problem]:
     """All 15 texts of at most three words of two, which end in EOS."""
-    return _random_world(SequenceSpace(("a", "b"), 4))
+    return _random_case(SequenceSpace(("a", "b"), 4))
 
 
-def _random_world(space: SequenceSpace) -> tuple[LanguageModel, Problem]:
+def _random_case(space: SequenceSpace) -> tuple[LanguageModel, Problem]:
     generator = torch.Generator().manual_seed(0)
     shape = PrefixTable(space).logits.shape
     policy, prior = (
@@ -60,14 +60,14 @@ def grpo_like(batch: Batch) -> Tensor:
 
 def audit_against_backward_passes(
     what: str,
-    world: Callable[[], tuple[LanguageModel, Problem]],
+    case: Callable[[], tuple[LanguageModel, Problem]],
     loss: Callable[[Batch], Tensor],
     size: int,
 ) -> Ratio:
     """A whole audit, targets and verdict included, against the bare backward passes that it
     replaces.
     """
-    policy, problem = world()
+    policy, problem = case()
     support = enumerate_support(policy)
     batches = [
         score_batch(policy, [problem], [support.tokens[rows]])

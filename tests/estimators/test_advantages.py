@@ -11,10 +11,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from klrl_edu.audit.claims.catalogue import answers_case, four_sentences_case
 from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.estimators import advantages
 from klrl_edu.models.contract import conditional_log_probs
-from tests.estimators.scenes import answers, flat_gradient, sentences, vector
+from tests.estimators.cases import flat_gradient, vector, whole_batch
 from tests.exact.dictionaries import INF, assert_close
 
 GROUPS = st.lists(st.floats(-10, 10), min_size=2, max_size=6)
@@ -189,17 +190,17 @@ def test_without_decay_gae_is_the_reward_to_go_minus_the_value():
     assert advantages.to_go(rewards).tolist() == [[3, 2, 2]]
 
 
-def followed(scene, values, decay):
+def followed(case, values, decay):
     """E[Σ_t A_t s_t] over all sequences, by plain autograd."""
-    whole = scene.whole
+    whole = whole_batch(case)
     advantage = advantages.gae(whole.rewards, values, whole.live, decay=decay)
     weight = whole.log_probs.detach().sum(-1).exp()
-    return flat_gradient((weight * (advantage * whole.log_probs).sum(-1)).sum(), scene.policy)
+    return flat_gradient((weight * (advantage * whole.log_probs).sum(-1)).sum(), case.policy)
 
 
-def true_values(scene):
+def true_values(case):
     """V(y_<t) = E[r | y_<t] by summing over the sequences that share a prefix."""
-    whole = scene.whole
+    whole = whole_batch(case)
     tokens, pi, total = (
         whole.tokens.tolist(),
         whole.log_probs.detach().sum(-1).exp().tolist(),
@@ -219,27 +220,28 @@ def true_values(scene):
     return torch.tensor(columns, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("scene", [sentences, answers])
-def test_gae_is_right_for_any_values_at_decay_one_and_for_exact_values_at_any_decay(scene):
-    scene = scene()
-    whole = scene.whole
+@pytest.mark.parametrize("case", [four_sentences_case, answers_case])
+def test_gae_is_right_for_any_values_at_decay_one_and_for_exact_values_at_any_decay(case):
+    case = case()
+    whole = whole_batch(case)
     truth = flat_gradient(
-        (whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum(), scene.policy
+        (whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum(), case.policy
     )
-    exact = true_values(scene)
+    exact = true_values(case)
     wrong = (
-        conditional_log_probs(scene.problem.prior, whole.tokens)[..., 0].exp().detach()
+        conditional_log_probs(case.problem.prior, whole.tokens)[..., 0].exp().detach()
     )  # any function of the prefix
-    assert_close(followed(scene, wrong, 1.0), truth)
+    assert_close(followed(case, wrong, 1.0), truth)
     for decay in (0.0, 0.5, 0.95, 1.0):
-        assert_close(followed(scene, exact, decay), truth)
-    assert float((followed(scene, wrong, 0.5) - truth).norm()) > 1e-2
+        assert_close(followed(case, exact, decay), truth)
+    assert float((followed(case, wrong, 0.5) - truth).norm()) > 1e-2
 
 
 def test_gae_runs_under_vmap():
-    whole = answers().whole
+    whole = whole_batch(answers_case())
     fields = [
-        value.unflatten(0, (3, 2)) for value in (whole.rewards, true_values(answers()), whole.live)
+        value.unflatten(0, (3, 2))
+        for value in (whole.rewards, true_values(answers_case()), whole.live)
     ]
     together = torch.func.vmap(advantages.gae)(*fields)
     assert torch.equal(

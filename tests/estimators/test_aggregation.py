@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klrl_edu.audit.claims.catalogue import answers_case
 from klrl_edu.estimators import aggregation
-from tests.estimators.scenes import answers, vector
+from tests.estimators.cases import vector, whole_batch
 
 VALUES = torch.tensor([[1.0, 2.0, 4.0], [8.0, math.nan, math.nan]], dtype=torch.float64)
 LIVE = torch.tensor([[True, True, True], [True, False, False]])
@@ -50,9 +51,9 @@ def test_a_fixed_length_may_be_given():
     assert float(aggregation.fixed_length(VALUES, LIVE, 30)) == pytest.approx(0.25, rel=1e-15)
 
 
-def means(name, scene, size):
+def means(name, case, size):
     """E of the aggregated log-ratio over all ordered batches of a size."""
-    whole = scene.whole
+    whole = whole_batch(case)
     ratio, log_pi = (
         (whole.log_probs - whole.prior_log_probs).detach(),
         whole.log_probs.detach().sum(-1),
@@ -67,8 +68,8 @@ def means(name, scene, size):
 
 
 def test_the_token_mean_depends_on_the_batch_size_and_the_others_do_not():
-    scene = answers()
-    whole = scene.whole
+    case = answers_case()
+    whole = whole_batch(case)
     pi, ratio, length = (
         whole.log_probs.detach().sum(-1).exp(),
         (whole.log_probs - whole.prior_log_probs).detach().sum(-1),
@@ -80,10 +81,10 @@ def test_the_token_mean_depends_on_the_batch_size_and_the_others_do_not():
         "fixed_length": pi @ ratio / 3,
     }
     for name, value in expected.items():
-        assert [means(name, scene, size) for size in (1, 2, 3)] == pytest.approx(
+        assert [means(name, case, size) for size in (1, 2, 3)] == pytest.approx(
             [float(value)] * 3, rel=1e-13
         )
-    seen = [means("token_mean", scene, size) for size in (1, 2, 3)]
+    seen = [means("token_mean", case, size) for size in (1, 2, 3)]
     limit = float(pi @ ratio / (pi @ length.double()))
     assert seen[0] == pytest.approx(float(expected["seq_mean_token_mean"]), rel=1e-13)
     gaps = [abs(value - limit) for value in seen]

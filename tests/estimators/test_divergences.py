@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.estimators import divergences, kl_values
-from tests.estimators.scenes import vector
+from tests.estimators.cases import vector
 from tests.exact.dictionaries import INF, assert_close
 
 LOGS = st.lists(st.floats(-4, 4), min_size=2, max_size=6)

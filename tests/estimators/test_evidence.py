@@ -12,7 +12,7 @@ from klrl_edu import reference
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError
 from klrl_edu.estimators import evidence
-from tests.estimators.scenes import vector
+from tests.estimators.cases import vector
 from tests.exact.dictionaries import INF
 
 Q, R, PI = [0.4, 0.3, 0.2, 0.1], [1.0, 0.0, 0.0, 2.0], [0.5, 0.2, 0.1, 0.2]

@@ -10,21 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klrl_edu.audit.cases import AuditCase
+from klrl_edu.audit.claims.catalogue import answers_case, four_sentences_case
 from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_gradients
 from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
-from tests.estimators.scenes import (
-    Scene,
-    answers,
-    expectations,
-    flat_gradient,
-    sentences,
-    truths,
-    vector,
-)
+from tests.estimators.cases import expectations, flat_gradient, truths, vector, whole_batch
 from tests.exact.dictionaries import assert_close
 
 ON_POLICY = {
@@ -70,65 +64,65 @@ DIFFERENCES = {  # placements that follow a difference of two gradients
     "reward_k3_token": ("reverse_kl", "forward_kl_per_token"),
     "reward_full_kl": ("reverse_kl", "reverse_kl_per_token"),
 }
-SCENES = {"four sentences": sentences, "answers of several lengths": answers}
-scene_of = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+CASES = {"four sentences": four_sentences_case, "answers of several lengths": answers_case}
+case_of = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def close(seen, expected):
     assert float((seen - expected).norm()) < 1e-13, (seen, expected)
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize(("name", "target"), ON_POLICY.items())
-def test_on_policy_each_surrogate_follows_what_it_says(scene, name, target):
-    close(expectations(getattr(kl_gradients, name), scene())[0], truths(scene())[target])
+def test_on_policy_each_surrogate_follows_what_it_says(case, name, target):
+    close(expectations(getattr(kl_gradients, name), case())[0], truths(case())[target])
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize(("name", "target"), OFF_POLICY.items())
-def test_off_policy_each_surrogate_follows_what_it_says(scene, name, target):
+def test_off_policy_each_surrogate_follows_what_it_says(case, name, target):
     close(
-        expectations(getattr(kl_gradients, name), scene(), off_policy=True)[0],
-        truths(scene())[target],
+        expectations(getattr(kl_gradients, name), case(), off_policy=True)[0],
+        truths(case())[target],
     )
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize(("name", "pair"), DIFFERENCES.items())
-def test_what_is_put_into_the_reward_lacks_its_own_derivative(scene, name, pair):
-    known = truths(scene())
-    close(expectations(getattr(kl_gradients, name), scene())[0], known[pair[0]] - known[pair[1]])
+def test_what_is_put_into_the_reward_lacks_its_own_derivative(case, name, pair):
+    known = truths(case())
+    close(expectations(getattr(kl_gradients, name), case())[0], known[pair[0]] - known[pair[1]])
 
 
-@scene_of
-def test_k1_as_a_loss_is_noise_around_zero(scene):
-    mean, variance = expectations(kl_gradients.loss_k1, scene())
+@case_of
+def test_k1_as_a_loss_is_noise_around_zero(case):
+    mean, variance = expectations(kl_gradients.loss_k1, case())
     assert float(mean.norm()) < 1e-15
     assert variance > 0.1
 
 
-@scene_of
-def test_the_absolute_value_follows_twice_the_total_variation(scene):
+@case_of
+def test_the_absolute_value_follows_twice_the_total_variation(case):
     close(
-        expectations(kl_gradients.loss_absolute_k1, scene())[0],
-        2 * truths(scene())["total_variation"],
+        expectations(kl_gradients.loss_absolute_k1, case())[0],
+        2 * truths(case())["total_variation"],
     )
 
 
-@scene_of
-def test_the_absolute_value_of_a_token_follows_twice_the_total_variation_of_its_conditional(scene):
-    scene = scene()
-    whole = scene.whole
+@case_of
+def test_the_absolute_value_of_a_token_follows_twice_the_total_variation_of_its_conditional(case):
+    case = case()
+    whole = whole_batch(case)
     variation = (whole.log_dists.exp() - whole.prior_log_dists.exp()).abs().sum((-1, -2))
     expected = flat_gradient(
-        (whole.log_probs.detach().sum(-1).exp() * variation).sum(), scene.policy
+        (whole.log_probs.detach().sum(-1).exp() * variation).sum(), case.policy
     )
-    close(expectations(kl_gradients.loss_absolute_k1_token, scene)[0], expected)
+    close(expectations(kl_gradients.loss_absolute_k1_token, case)[0], expected)
 
 
 def test_the_claims_tell_the_targets_apart():
     """A broken twin would pass only where two targets are equal; on the answers no two are."""
-    known = list(truths(answers()).items())
+    known = list(truths(answers_case()).items())
     for index, (name, one) in enumerate(known):
         for other, two in known[index + 1 :]:
             assert float((one - two).norm()) > 1e-3, (name, other)
@@ -139,25 +133,25 @@ def test_the_claims_tell_the_targets_apart():
 def test_the_unbiased_ones_are_so_for_any_problem_and_policies(data):
     problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
     policy, behaviour = data.draw(policies(problem)), data.draw(policies(problem))
-    scene = Scene(problem, policy, behaviour)
-    known = truths(scene)
+    case = AuditCase("drawn", policy, problem, behaviour)
+    known = truths(case)
     largest = max(float(value.norm()) for value in known.values())
     for name, target in ON_POLICY.items():
         if name != "loss_clamped_k3_token":
             assert_close(
-                expectations(getattr(kl_gradients, name), scene)[0], known[target], 10 * largest
+                expectations(getattr(kl_gradients, name), case)[0], known[target], 10 * largest
             )
     for name, target in OFF_POLICY.items():
         assert_close(
-            expectations(getattr(kl_gradients, name), scene, off_policy=True)[0],
+            expectations(getattr(kl_gradients, name), case, off_policy=True)[0],
             known[target],
             10 * largest,
         )
 
 
 def test_a_batch_averages():
-    scene = answers()
-    one, two = (expectations(kl_gradients.reward_and_loss_k3_token, scene, size) for size in (1, 2))
+    case = answers_case()
+    one, two = (expectations(kl_gradients.reward_and_loss_k3_token, case, size) for size in (1, 2))
     close(one[0], two[0])
     assert two[1] == pytest.approx(one[1] / 2, rel=1e-12)
 
@@ -169,29 +163,30 @@ def one_token(probs, prior):
     """A distribution over single words, in its logits."""
     words = "abcd"[: len(probs)]
     q = SequenceTable.from_texts(dict(zip(words, prior, strict=True)))
-    return Scene(
-        Problem(q, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0),
+    return AuditCase(
+        "one token",
         SequenceTable.from_texts(dict(zip(words, probs, strict=True))),
+        Problem(q, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0),
         q,
     )
 
 
 def test_the_four_sentences_of_t06():
-    scene = sentences()
-    assert expectations(kl_gradients.loss_k2, scene)[0].tolist() == pytest.approx(
+    case = four_sentences_case()
+    assert expectations(kl_gradients.loss_k2, case)[0].tolist() == pytest.approx(
         [0.061675, -0.101052, -0.079294, 0.118671], abs=5.1e-7
     )
-    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx(
+    assert expectations(kl_gradients.loss_k3, case)[0].tolist() == pytest.approx(
         [0.1, -0.1, -0.1, 0.1], abs=1e-15
     )
 
 
 def test_a_reversed_reference():
-    scene = one_token((0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4))
-    assert expectations(kl_gradients.reward_k1, scene)[0].tolist() == pytest.approx(
+    case = one_token((0.4, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4))
+    assert expectations(kl_gradients.reward_k1, case)[0].tolist() == pytest.approx(
         [0.3719, -0.0153, -0.1724, -0.1843], abs=5.1e-5
     )
-    assert expectations(kl_gradients.loss_k3, scene)[0].tolist() == pytest.approx(
+    assert expectations(kl_gradients.loss_k3, case)[0].tolist() == pytest.approx(
         [0.3, 0.1, -0.1, -0.3], abs=1e-15
     )
 
@@ -266,11 +261,11 @@ def test_later_divergence_is_what_the_per_token_loss_misses():
     """The two-step example: after 0 policy and prior agree, after 1 they are opposed, so the first
     token decides the KL to come.
     """
-    scene = two_steps()
-    known = truths(scene)
+    case = two_steps()
+    known = truths(case)
     assert float(known["reverse_kl"].norm()) > 2 * float(known["reverse_kl_per_token"].norm())
     for name in ("reward_k1_to_go", "rao_blackwell_to_go", "live_ratio_k3_prefix"):
-        close(expectations(getattr(kl_gradients, name), scene)[0], known["reverse_kl"])
+        close(expectations(getattr(kl_gradients, name), case)[0], known["reverse_kl"])
 
 
 def two_steps():
@@ -278,9 +273,8 @@ def two_steps():
     prior = SequenceTable.from_texts(
         {"0 0": 0.125, "0 1": 0.125, "1 0": 0.7425, "1 1": 0.0075}, space=policy.space
     )
-    return Scene(
-        Problem(prior, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0), policy, prior
-    )
+    problem = Problem(prior, lambda tokens, prompt: torch.zeros(len(tokens)), 1.0)
+    return AuditCase("two steps", policy, problem, prior)
 
 
 @settings(max_examples=10)
@@ -292,7 +286,9 @@ def test_the_gradient_is_that_of_finite_differences(data):
     problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
     tokens = problem.prior.tokens[problem.prior.log_probs.detach() > -math.inf]
     policy = data.draw(policies(problem))
-    seen = expectations(kl_gradients.rao_blackwell_to_go, Scene(problem, policy, policy))[0]
+    seen = expectations(
+        kl_gradients.rao_blackwell_to_go, AuditCase("drawn", policy, problem, policy)
+    )[0]
     log_q, slopes, h = sequence_log_probs(problem.prior, tokens).detach(), [], 1e-5
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -312,10 +308,10 @@ def test_the_gradient_is_that_of_finite_differences(data):
 
 
 def test_full_distributions_with_zeros_have_finite_gradients():
-    problem = sentences().problem
+    problem = four_sentences_case().problem
     policy = PrefixTable.from_model(problem.prior, problem.prior.tokens)
-    scene = Scene(problem, policy, policy)
-    whole = scene.whole
+    case = AuditCase("drawn", policy, problem, policy)
+    whole = whole_batch(case)
     assert bool((whole.log_dists == -math.inf).any())
     for surrogate in (kl_gradients.loss_full_kl, kl_gradients.loss_full_forward_kl):
         gradient = flat_gradient(surrogate(whole.log_dists, whole.prior_log_dists), policy)
@@ -328,7 +324,7 @@ def test_full_distributions_with_zeros_have_finite_gradients():
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_surrogates_run_under_vmap(name):
-    whole, surrogate = answers().whole, getattr(kl_gradients, name)
+    whole, surrogate = whole_batch(answers_case()), getattr(kl_gradients, name)
     wanted = [
         parameter
         for parameter in inspect.signature(surrogate).parameters

@@ -10,11 +10,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from klrl_edu.audit.claims.catalogue import answers_case, four_sentences_case
 from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_values
 from klrl_edu.estimators.kl_values import k1, k2, k3, kl_per_token, per_token_kl
 from klrl_edu.testing import log_probs
-from tests.estimators.scenes import answers, sentences
+from tests.estimators.cases import whole_batch
 from tests.exact.dictionaries import INF, assert_close
 
 PI = torch.tensor([0.5, 0.2, 0.1, 0.2], dtype=torch.float64)
@@ -282,23 +283,23 @@ def test_clamps_bias_by_the_tail_they_cut():
 # --- along sequences ------------------------------------------------------------------------------
 
 
-def along(scene, values, behaviour=False):
+def along(case, values, behaviour=False):
     """E of [S] values under the policy (or the behaviour policy), and the variance."""
-    whole = scene.whole
+    whole = whole_batch(case)
     log_p = (whole.behaviour_log_probs if behaviour else whole.log_probs.detach()).sum(-1)
     mean = logspace.expectation(log_p, values)
     return float(mean), float(logspace.expectation(log_p, (values - mean).square()))
 
 
-@pytest.mark.parametrize("scene", [sentences, answers])
-def test_rao_blackwell_has_the_mean_of_k1(scene):
-    whole = scene().whole
+@pytest.mark.parametrize("case", [four_sentences_case, answers_case])
+def test_rao_blackwell_has_the_mean_of_k1(case):
+    whole = whole_batch(case())
     u = (whole.log_probs - whole.prior_log_probs).detach().sum(-1)
     mean, variance = along(
-        scene(), kl_values.rao_blackwell(whole.log_dists, whole.prior_log_dists).detach()
+        case(), kl_values.rao_blackwell(whole.log_dists, whole.prior_log_dists).detach()
     )
-    assert mean == pytest.approx(along(scene(), u)[0], rel=1e-13)
-    assert variance < along(scene(), u)[1]
+    assert mean == pytest.approx(along(case(), u)[0], rel=1e-13)
+    assert variance < along(case(), u)[1]
 
 
 def test_rao_blackwell_per_token_can_have_more_variance_than_monte_carlo():
@@ -337,33 +338,33 @@ def test_rao_blackwell_per_token_can_have_more_variance_than_monte_carlo():
 
 
 @pytest.mark.parametrize("estimator", [k1, k3])
-@pytest.mark.parametrize("scene", [sentences, answers])
+@pytest.mark.parametrize("case", [four_sentences_case, answers_case])
 def test_off_policy_the_prefix_and_the_sequence_ratio_keep_the_mean_and_the_token_ratio_does_not(
-    scene, estimator
+    case, estimator
 ):
-    scene = scene()
-    whole = scene.whole
+    case = case()
+    whole = whole_batch(case)
     given = (whole.log_probs.detach(), whole.prior_log_probs, whole.behaviour_log_probs, estimator)
-    truth = along(scene, (whole.log_probs - whole.prior_log_probs).detach().sum(-1))[0]
+    truth = along(case, (whole.log_probs - whole.prior_log_probs).detach().sum(-1))[0]
     for name in ("off_policy_prefix", "off_policy_sequence"):
-        assert along(scene, getattr(kl_values, name)(*given), behaviour=True)[0] == pytest.approx(
+        assert along(case, getattr(kl_values, name)(*given), behaviour=True)[0] == pytest.approx(
             truth, rel=1e-13
         )
     frozen = per_token_kl(whole.log_dists, whole.prior_log_dists).detach().sum(-1)
-    token = along(scene, kl_values.off_policy_token(*given), behaviour=True)[0]
-    assert token == pytest.approx(along(scene, frozen, behaviour=True)[0], rel=1e-13)
+    token = along(case, kl_values.off_policy_token(*given), behaviour=True)[0]
+    assert token == pytest.approx(along(case, frozen, behaviour=True)[0], rel=1e-13)
     assert abs(token - truth) > 1e-3
 
 
-@pytest.mark.parametrize("scene", [sentences, answers])
-def test_off_policy_rao_blackwell_needs_only_the_ratio_of_the_prefix(scene):
-    scene = scene()
-    whole = scene.whole
+@pytest.mark.parametrize("case", [four_sentences_case, answers_case])
+def test_off_policy_rao_blackwell_needs_only_the_ratio_of_the_prefix(case):
+    case = case()
+    whole = whole_batch(case)
     values = kl_values.off_policy_rao_blackwell(
         whole.log_probs, whole.behaviour_log_probs, whole.log_dists, whole.prior_log_dists
     ).detach()
-    truth = along(scene, (whole.log_probs - whole.prior_log_probs).detach().sum(-1))[0]
-    assert along(scene, values, behaviour=True)[0] == pytest.approx(truth, rel=1e-13)
+    truth = along(case, (whole.log_probs - whole.prior_log_probs).detach().sum(-1))[0]
+    assert along(case, values, behaviour=True)[0] == pytest.approx(truth, rel=1e-13)
 
 
 def test_a_sample_that_the_policy_never_gives_weighs_nothing():

@@ -7,12 +7,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from klrl_edu.audit.claims.catalogue import answers_case
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.estimators.kl_values import per_token_kl
 from klrl_edu.estimators.top_k import top_k_tail_bucket, top_k_tail_sampled, top_k_truncated
 from klrl_edu.testing import log_probs
-from tests.estimators.scenes import answers, vector
+from tests.estimators.cases import vector, whole_batch
 from tests.exact.dictionaries import INF, assert_close
 
 P, Q = vector(0.5, 0.3, 0.15, 0.05), vector(0.25, 0.25, 0.25, 0.25)
@@ -79,7 +80,7 @@ def test_a_bucket_loses_nothing_where_the_tail_has_one_ratio():
 
 
 def test_along_sequences_that_end_the_mean_is_the_divergence():
-    whole = answers().whole
+    whole = whole_batch(answers_case())
     pi = whole.log_probs.detach().sum(-1).exp()
     truth = float(pi @ (whole.log_probs - whole.prior_log_probs).detach().sum(-1))
     for k in range(4):
@@ -92,7 +93,7 @@ def test_along_sequences_that_end_the_mean_is_the_divergence():
 
 
 def test_gradients_are_finite_where_mass_is_zero_and_vmap_gives_the_same():
-    whole = answers().whole
+    whole = whole_batch(answers_case())
     assert bool((whole.log_dists == -INF).any())
 
     def total(log_dists, prior, tokens):

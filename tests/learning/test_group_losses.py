@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klrl_edu.audit.cases import AuditCase
+from klrl_edu.audit.claims.catalogue import answers_case, four_sentences_case
 from klrl_edu.core.errors import InputError
 from klrl_edu.estimators import advantages
 from klrl_edu.exact.posterior import posterior
@@ -20,19 +22,11 @@ from klrl_edu.models.contract import conditional_log_probs
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
-from tests.estimators.scenes import (
-    Scene,
-    answers,
-    expectations,
-    flat_gradient,
-    sentences,
-    truths,
-    vector,
-)
+from tests.estimators.cases import expectations, flat_gradient, truths, vector, whole_batch
 from tests.exact.dictionaries import INF, assert_close
 
-SCENES = {"four sentences": sentences, "answers of several lengths": answers}
-scene_of = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+CASES = {"four sentences": four_sentences_case, "answers of several lengths": answers_case}
+case_of = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 SIX = {"abs": 5.1e-7}
 
 
@@ -40,16 +34,16 @@ def close(seen, expected):
     assert float((seen - expected).norm()) < 1e-13, (seen, expected)
 
 
-def on_policy(scene):
-    whole = scene.whole
+def on_policy(case):
+    whole = whole_batch(case)
     return dataclasses.replace(whole, behaviour_log_probs=whole.log_probs.detach())
 
 
-def pairs(scene, advantage, share):
+def pairs(case, advantage, share):
     """−E over two samples of A(r, r') · share(L, L') · s(y), by a double loop: what a group of two
     follows, if A is odd.
     """
-    whole = scene.whole
+    whole = whole_batch(case)
     log_pi, r, length = (
         whole.log_probs.sum(-1),
         whole.rewards.sum(-1).tolist(),
@@ -60,7 +54,7 @@ def pairs(scene, advantage, share):
         total = (
             total - pi[i] * pi[j] * advantage(r[i], r[j]) * share(length[i], length[j]) * log_pi[i]
         )
-    return flat_gradient(total, scene.policy)
+    return flat_gradient(total, case.policy)
 
 
 def sign(a, b):
@@ -76,28 +70,26 @@ def sample_score(a, b, epsilon=1e-4):
 
 
 def test_rloo_without_kl_follows_the_expected_reward_of_t11():
-    scene = sentences()
-    reward_only = Scene(
-        Problem(scene.problem.prior, scene.problem.reward, 0.0), scene.policy, scene.behaviour
-    )
+    case = four_sentences_case()
+    reward_only = case._replace(problem=dataclasses.replace(case.problem, kl_coef=0.0))
     assert expectations(losses.rloo, reward_only, 2)[0].tolist() == pytest.approx(
         [-0.05, 0.18, 0.09, -0.22], abs=1e-15
     )
 
 
 def test_grpo_of_two_follows_another_direction_by_the_numbers_of_t11():
-    scene = sentences()
-    seen = -expectations(losses.z_score, scene, 2)[0]
+    case = four_sentences_case()
+    seen = -expectations(losses.z_score, case, 2)[0]
     assert seen.tolist() == pytest.approx([0.05, -0.14, -0.07, 0.16], abs=1e-15)
-    ascent = -truths(scene)["expected_reward"]
+    ascent = -truths(case)["expected_reward"]
     assert float(seen @ ascent / (seen.norm() * ascent.norm())) == pytest.approx(0.998022, **SIX)
 
 
 def test_the_sample_std_scales_it_by_a_root_of_half_and_epsilon_shrinks_it_further():
-    scene = sentences()
-    population = expectations(losses.z_score, scene, 2)[0]
+    case = four_sentences_case()
+    population = expectations(losses.z_score, case, 2)[0]
     without, with_it = (
-        2 * expectations(partial(losses.grpo_without_kl, epsilon=e), scene, 2)[0]
+        2 * expectations(partial(losses.grpo_without_kl, epsilon=e), case, 2)[0]
         for e in (0.0, 1e-4)
     )  # T = 2
     close(without, math.sqrt(0.5) * population)
@@ -108,130 +100,125 @@ def test_the_sample_std_scales_it_by_a_root_of_half_and_epsilon_shrinks_it_furth
 # --- baselines and placements ---------------------------------------------------------------------
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_batch_mean_shrinks_the_gradient_to_g_minus_one_over_g(scene, size):
-    scene = scene() if size == 2 else sentences()
-    known = truths(scene)
-    close(expectations(losses.group_mean, scene, size)[0], (size - 1) / size * known["objective"])
+def test_the_batch_mean_shrinks_the_gradient_to_g_minus_one_over_g(case, size):
+    case = case() if size == 2 else four_sentences_case()
+    known = truths(case)
+    close(expectations(losses.group_mean, case, size)[0], (size - 1) / size * known["objective"])
     close(
-        expectations(losses.dr_grpo, scene, size)[0],
-        (size - 1) / size / scene.whole.tokens.shape[1] * known["expected_reward"],
+        expectations(losses.dr_grpo, case, size)[0],
+        (size - 1) / size / whole_batch(case).tokens.shape[1] * known["expected_reward"],
     )
-    close(expectations(losses.rloo, scene, size)[0], known["objective"])
+    close(expectations(losses.rloo, case, size)[0], known["objective"])
 
 
-@scene_of
-def test_z_scores_of_two_follow_who_wins(scene):
-    scene = scene()
-    close(expectations(losses.z_score, scene, 2)[0], pairs(scene, sign, lambda a, b: 1))
+@case_of
+def test_z_scores_of_two_follow_who_wins(case):
+    case = case()
+    close(expectations(losses.z_score, case, 2)[0], pairs(case, sign, lambda a, b: 1))
 
 
-@scene_of
-def test_grpo_weighs_by_length_and_adds_the_forward_divergence_where_that_is_one(scene):
+@case_of
+def test_grpo_weighs_by_length_and_adds_the_forward_divergence_where_that_is_one(case):
     """With lengths that vary it is not even E[(1/L) Σ_t ∇KL(q_t‖π_t)], as 1/L depends on the token
     whose score it weighs.
     """
-    scene = scene()
-    followed = pairs(scene, sample_score, lambda a, b: 1 / a)
-    close(expectations(losses.grpo_without_kl, scene, 2)[0], followed)
-    whole = scene.whole
+    case = case()
+    followed = pairs(case, sample_score, lambda a, b: 1 / a)
+    close(expectations(losses.grpo_without_kl, case, 2)[0], followed)
+    whole = whole_batch(case)
     slope = (1 - torch.exp(whole.prior_log_probs - whole.log_probs)).detach()  # of k3 by log π_t
     weight = whole.log_probs.detach().sum(-1).exp() / whole.live.sum(-1)
-    penalty = flat_gradient((weight * (slope * whole.log_probs).sum(-1)).sum(), scene.policy)
-    close(expectations(losses.grpo, scene, 2)[0], followed + scene.problem.kl_coef * penalty)
-    known = truths(scene)["forward_kl_per_token"]
+    penalty = flat_gradient((weight * (slope * whole.log_probs).sum(-1)).sum(), case.policy)
+    close(expectations(losses.grpo, case, 2)[0], followed + case.problem.kl_coef * penalty)
+    known = truths(case)["forward_kl_per_token"]
     assert (float((2 * penalty - known).norm()) < 1e-13) == bool(whole.live.all())
 
 
-@scene_of
-def test_dapo_divides_by_the_length_of_the_whole_batch(scene):
-    scene = scene()
+@case_of
+def test_dapo_divides_by_the_length_of_the_whole_batch(case):
+    case = case()
     # a batch of two sums to A s + A' s' over L + L': twice the mean over who is first
     close(
-        expectations(losses.dapo, scene, 2)[0], pairs(scene, sample_score, lambda a, b: 2 / (a + b))
+        expectations(losses.dapo, case, 2)[0], pairs(case, sample_score, lambda a, b: 2 / (a + b))
     )
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize(
     ("one", "other"), [(losses.gspo, losses.grpo_without_kl), (losses.cispo, losses.dapo)]
 )
-def test_on_policy_two_methods_are_one_sample_by_sample(scene, one, other):
-    scene = scene()
-    whole = on_policy(scene)
+def test_on_policy_two_methods_are_one_sample_by_sample(case, one, other):
+    case = case()
+    whole = on_policy(case)
     for rows in itertools.combinations_with_replacement(range(len(whole.tokens)), 3):
         batch = whole.pick(torch.tensor(rows))
-        close(flat_gradient(one(batch), scene.policy), flat_gradient(other(batch), scene.policy))
+        close(flat_gradient(one(batch), case.policy), flat_gradient(other(batch), case.policy))
 
 
 def test_grpo_does_not_rest_at_the_posterior():
     """There r − λu is constant and RLOO has nothing left to learn; GRPO's z-score and forward KL
     pull on.
     """
-    scene = answers()
-    target = posterior(scene.problem)
-    tokens = scene.problem.prior.tokens
-    star = Scene(
-        scene.problem,
-        SequenceTable(scene.problem.space, tokens, target.model.log_prob(tokens).detach()),
-        scene.behaviour,
-    )
+    case = answers_case()
+    target = posterior(case.problem)
+    tokens = case.problem.prior.tokens
+    at_star = SequenceTable(case.problem.space, tokens, target.model.log_prob(tokens).detach())
+    star = case._replace(policy=at_star)
     assert float(expectations(losses.rloo, star, 2)[0].norm()) < 1e-14
     assert float(expectations(losses.grpo, star, 2)[0].norm()) > 1e-2
 
 
 def test_grpo_on_wins_and_losses_follows_its_closed_form():
     """r in {0, 1}: E_{k~Bin(G,p)}[√(k/G (1 − k/G))] ∇p/(p(1 − p))."""
-    scene = sentences()
+    case = four_sentences_case()
     won = Problem(
-        scene.problem.prior, lambda tokens, prompt: (tokens[:, 1] == 2).double(), 1.0
+        case.problem.prior, lambda tokens, prompt: (tokens[:, 1] == 2).double(), 1.0
     )  # a cat
-    scene = Scene(won, scene.policy, scene.behaviour)
-    p, slope = 0.6, -truths(scene)["expected_reward"]
+    case = case._replace(problem=won)
+    p, slope = 0.6, -truths(case)["expected_reward"]
     for size in (2, 3):
         spread = sum(
             math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size))
             for k in range(size + 1)
         )
-        close(expectations(losses.z_score, scene, size)[0], -spread / (p * (1 - p)) * slope)
+        close(expectations(losses.z_score, case, size)[0], -spread / (p * (1 - p)) * slope)
 
 
 @settings(max_examples=10)
 @given(data=st.data())
 def test_the_unbiased_losses_are_so_for_any_problem_and_policy(data):
     problem = data.draw(problems(max_words=2, max_length=2, forbid=False))
-    scene = Scene(problem, data.draw(policies(problem)), None)
-    scene = scene._replace(behaviour=scene.policy)
-    truth = truths(scene)["objective"]
+    policy = data.draw(policies(problem))
+    case = AuditCase("drawn", policy, problem, policy)
+    truth = truths(case)["objective"]
     largest = 10 * (
         1
-        + float(scene.whole.rewards.abs().max())
-        + problem.kl_coef * float(scene.whole.prior_log_probs.abs().max())
+        + float(whole_batch(case).rewards.abs().max())
+        + problem.kl_coef * float(whole_batch(case).prior_log_probs.abs().max())
     )
-    assert_close(expectations(losses.reinforce, scene)[0], truth, largest)
-    assert_close(expectations(losses.rloo, scene, 2)[0], truth, largest)
-    assert_close(expectations(partial(losses.ppo_clip, values=0.7), scene)[0], truth, largest)
+    assert_close(expectations(losses.reinforce, case)[0], truth, largest)
+    assert_close(expectations(losses.rloo, case, 2)[0], truth, largest)
+    assert_close(expectations(partial(losses.ppo_clip, values=0.7), case)[0], truth, largest)
 
 
 # --- PPO ------------------------------------------------------------------------------------------
 
 
-@scene_of
-def test_ppo_on_policy_is_exact_for_any_values_without_decay_and_not_with_it(scene):
-    scene = scene()
+@case_of
+def test_ppo_on_policy_is_exact_for_any_values_without_decay_and_not_with_it(case):
+    case = case()
     values = (
-        conditional_log_probs(scene.problem.prior, scene.whole.tokens)[..., 0].exp().detach()
+        conditional_log_probs(case.problem.prior, whole_batch(case).tokens)[..., 0].exp().detach()
     )  # any function of the prefix
-    whole, pi, bias = on_policy(scene), scene.whole.log_probs.detach().sum(-1).exp(), {}
+    whole, pi, bias = on_policy(case), whole_batch(case).log_probs.detach().sum(-1).exp(), {}
     for decay in (1.0, 0.5):
         total = sum(
             pi[i] * losses.ppo_clip(whole.pick(torch.tensor([i])), values[i : i + 1], decay=decay)
             for i in range(len(pi))
         )
-        bias[decay] = float(
-            (flat_gradient(total, scene.policy) - truths(scene)["objective"]).norm()
-        )
+        bias[decay] = float((flat_gradient(total, case.policy) - truths(case)["objective"]).norm())
     assert bias[1.0] < 1e-13
     assert bias[0.5] > 1e-2
 
@@ -241,7 +228,7 @@ def one_step(ratio, reward, **changes):
     that.
     """
     log_prob = vector(math.log(0.5 * ratio))[None].requires_grad_()
-    batch = sentences().whole.pick(torch.tensor([0]))
+    batch = whole_batch(four_sentences_case()).pick(torch.tensor([0]))
     half = vector(math.log(0.5))[None]
     fields = {
         "log_probs": log_prob,
@@ -312,7 +299,7 @@ def test_dapo_lets_ratios_rise_further_than_grpo():
 
 
 def test_gspo_takes_the_geometric_mean_of_the_ratios():
-    whole = sentences().whole
+    whole = whole_batch(four_sentences_case())
     batch = whole.pick(torch.tensor([0, 3]))  # rewards 1 and 2
     ratio = torch.exp((batch.log_probs - batch.behaviour_log_probs).detach().sum(-1) / 2)
     score = sample_score(2.0, 1.0)
@@ -325,7 +312,7 @@ def test_gspo_takes_the_geometric_mean_of_the_ratios():
 # --- f-DPG ----------------------------------------------------------------------------------------
 
 
-@scene_of
+@case_of
 @pytest.mark.parametrize(
     "name",
     [
@@ -337,14 +324,14 @@ def test_gspo_takes_the_geometric_mean_of_the_ratios():
         "squared_hellinger",
     ],
 )
-def test_f_dpg_descends_its_divergence_to_the_posterior(scene, name):
-    scene = scene()
-    target = posterior(scene.problem)
-    whole = scene.whole
+def test_f_dpg_descends_its_divergence_to_the_posterior(case, name):
+    case = case()
+    target = posterior(case.problem)
+    whole = whole_batch(case)
     log_pi, p = (
         whole.log_probs.sum(-1),
-        scene.whole.prior_log_probs.sum(-1)
-        + whole.rewards.sum(-1) / scene.problem.kl_coef
+        whole_batch(case).prior_log_probs.sum(-1)
+        + whole.rewards.sum(-1) / case.problem.kl_coef
         - target.log_evidence,
     )
     pi, p = log_pi.exp(), p.exp()
@@ -365,18 +352,16 @@ def test_f_dpg_descends_its_divergence_to_the_posterior(scene, name):
         pseudo_reward=getattr(advantages, f"fdpg_{name}"),
         log_evidence=target.log_evidence,
     )
-    close(
-        expectations(lambda batch: loss(batch), scene)[0], flat_gradient(divergence, scene.policy)
-    )
+    close(expectations(lambda batch: loss(batch), case)[0], flat_gradient(divergence, case.policy))
 
 
 def test_f_dpg_of_the_reverse_divergence_is_the_objective_and_needs_no_evidence():
-    scene = answers()
+    case = answers_case()
     for guess in (0.0, 3.0):
         loss = partial(losses.f_dpg, pseudo_reward=advantages.fdpg_reverse_kl, log_evidence=guess)
         close(
-            expectations(lambda batch, loss=loss: loss(batch), scene)[0],
-            truths(scene)["objective"] / scene.problem.kl_coef,
+            expectations(lambda batch, loss=loss: loss(batch), case)[0],
+            truths(case)["objective"] / case.problem.kl_coef,
         )
 
 
@@ -394,14 +379,14 @@ GROUPED = (
 
 @pytest.mark.parametrize("loss", GROUPED)
 def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden_one(loss):
-    scene = sentences()
-    batch = on_policy(scene).pick(torch.tensor([1, 2, 1]))  # rewards 0, 0, 0
+    case = four_sentences_case()
+    batch = on_policy(case).pick(torch.tensor([1, 2, 1]))  # rewards 0, 0, 0
     gradient = flat_gradient(
-        loss(dataclasses.replace(batch, kl_coef=torch.zeros(3, dtype=torch.float64))), scene.policy
+        loss(dataclasses.replace(batch, kl_coef=torch.zeros(3, dtype=torch.float64))), case.policy
     )
     assert float(gradient.norm()) == 0
     with pytest.raises(InputError, match="group 0 holds one sequence"):
-        loss(on_policy(scene).pick(torch.tensor([1])))
+        loss(on_policy(case).pick(torch.tensor([1])))
     forbidden = batch.rewards.clone()
     forbidden[0, 1] = -INF
     with pytest.raises(InputError, match=r"values\[0\] = -inf is not finite"):
@@ -413,7 +398,7 @@ def test_equal_rewards_teach_nothing_one_alone_is_an_error_and_so_is_a_forbidden
     [*GROUPED, losses.reinforce, losses.rloo, losses.group_mean, losses.dr_grpo, losses.ppo_clip],
 )
 def test_losses_run_under_vmap(loss):
-    whole = answers().whole
+    whole = whole_batch(answers_case())
     fields = {
         name: value.detach().unflatten(0, (3, 2))
         for name, value in whole.tensors().items()
@@ -437,7 +422,7 @@ def test_losses_run_under_vmap(loss):
 
 def test_groups_do_not_mix():
     """Two prompts of two in one batch: RLOO and the z-score see each alone."""
-    whole = on_policy(sentences())
+    whole = on_policy(four_sentences_case())
     batch = dataclasses.replace(
         whole.pick(torch.tensor([0, 1, 2, 3])), group=torch.tensor([0, 0, 1, 1])
     )

@@ -12,9 +12,9 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.problems.rewards import (
     add,
     count_reward,
-    describe,
     length_reward,
     regex_reward,
+    reward_name,
     scale,
     table_reward,
     text_reward,
@@ -47,7 +47,7 @@ def test_a_function_of_the_text_is_called_once_a_distinct_text():
     assert reward(again, None).tolist() == [0, 1, 2, 3, 3] * 2
     assert reward(TOKENS[2:3], None).tolist() == [2]
     assert sorted(calls) == sorted(TEXTS)
-    assert describe(reward) == "words"
+    assert reward_name(reward) == "words"
 
 
 @pytest.mark.parametrize("bad", [None, "high", [1.0], object()])
@@ -78,7 +78,7 @@ def test_a_table_with_an_unknown_word_or_one_text_twice_is_refused():
 def test_a_regular_expression_is_searched_anywhere():
     assert values(regex_reward("a$", SPACE)) == [0, 1, 1, 1, 0]
     assert values(regex_reward("^(a|c)", SPACE, value=2.0, otherwise=-INF)) == [-INF, 2, -INF, 2, 2]
-    assert describe(regex_reward("a$", SPACE)) == "1 where /a$/ matches, else 0"
+    assert reward_name(regex_reward("a$", SPACE)) == "1 where /a$/ matches, else 0"
 
 
 @pytest.mark.parametrize(("pattern", "position"), [("(a", 0), ("a**", 2), ("[z-a]", 1)])
@@ -153,7 +153,7 @@ def test_causal_rewards_add_to_a_causal_one_and_others_to_whole_sequences():
     assert values(causal)[3] == [2, 1, 2, 0]
     mixed = add(count_reward("a", SPACE), regex_reward("b", SPACE, 10.0))
     assert values(mixed) == [0, 1, 11, 12, 0]
-    assert describe(mixed).startswith("1·(TokenReward) + 1·(10 where /b/")
+    assert reward_name(mixed).startswith("1·(TokenReward) + 1·(10 where /b/")
 
 
 def test_zero_times_forbidden_is_nothing():

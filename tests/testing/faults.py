@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klrl_edu.audit.cases import AuditCase
 from klrl_edu.estimators import kl_values
 from klrl_edu.learning import losses
 from klrl_edu.models.contract import enumerate_support, token_log_probs
-from klrl_edu.testing.assertions import Case
 
 # --- losses ---------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ FAULTS = [
 ]
 
 
-def known_mean(fault: Faulty, case: Case, batch_size: int) -> Tensor:
+def known_mean(fault: Faulty, case: AuditCase, batch_size: int) -> Tensor:
     """E[w s] [P], by one backward pass through Σ_y π w log π with π and w held fixed."""
     policy, problem = case.policy, case.problem
     tokens = enumerate_support(policy).tokens

@@ -20,8 +20,7 @@ from klrl_edu.theory.articles import control, feedback, importance, tabular, tra
 from klrl_edu.theory.articles.examples import (
     FOUR_AUXILIARY,
     Auxiliary,
-    four_sentences,
-    objective,
+    course_case,
     processes,
     sentences,
     with_auxiliary,
@@ -37,7 +36,7 @@ from klrl_edu.theory.claims import (
 )
 from klrl_edu.theory.verdicts import Claim, Finding, worst_error
 
-FOUR = four_sentences()
+FOUR = course_case()
 CHECKS = {check.claim.name: check for check in check_claims()}
 
 
@@ -354,7 +353,7 @@ def test_the_highest_objective_is_what_a_general_optimiser_finds():
     for example in sentences():
 
         def loss(logits, example=example):
-            return -float(objective(example, torch.log_softmax(torch.from_numpy(logits), 0)))
+            return -float(example.objective(torch.log_softmax(torch.from_numpy(logits), 0)))
 
         found = minimize(
             loss, torch.zeros(len(example.tokens), dtype=torch.float64).numpy(), tol=1e-10
@@ -406,7 +405,7 @@ def test_search_returns_the_mode_of_every_posterior():
 
 
 def test_a_score_without_a_return_follows_one_over_the_length():
-    ending, longer, fixed = feedback.texts()
+    ending, longer, fixed = feedback.two_word_texts()
     for case in (ending, longer):
         seen = feedback.e_score(case).printed
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Every estimator and loss of the package, checked against what it claims on two small worlds.
+"""Every estimator and loss of the package, checked against what it claims on two small cases.
 
     error = ‖E[g] − claim‖ / ‖claim‖ ≤ 1e-12                                                     (1)
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.audit import audit_gradient, audit_value
+from klrl_edu.audit.cases import AuditCase
 from klrl_edu.audit.claims import gradients, values
 from klrl_edu.audit.claims.entries import Entry
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.core.display import Cell, text_table
 from klrl_edu.exact.posterior import posterior
-from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem
@@ -43,24 +43,13 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
 CATALOGUE: tuple[Entry, ...] = tuple(entry for section in SECTIONS.values() for entry in section)
 
 
-class World(NamedTuple):
-    """Where the catalogue is checked: a problem, the policy, and the policy μ that draws the
-    samples of what is off-policy.
-    """
-
-    name: str
-    policy: LanguageModel
-    problem: Problem
-    behaviour: LanguageModel
-
-
-class Row(NamedTuple):
-    """An entry in a world: relative error of its claim, exact total variance of one estimate, and
+class CheckedEntry(NamedTuple):
+    """An entry on a case: relative error of its claim, exact total variance of one estimate, and
     seconds.
     """
 
     entry: Entry
-    world: str
+    case: str
     error: float
     variance: float
     seconds: float
@@ -77,7 +66,7 @@ class Row(NamedTuple):
             "kind": self.entry.kind,
             "formula": self.entry.formula,
             "mean": _said(self.entry),
-            "world": self.world,
+            "case": self.case,
         }
         return {
             **said,
@@ -88,7 +77,7 @@ class Row(NamedTuple):
         }
 
 
-def four_sentences_world() -> World:
+def four_sentences_case() -> AuditCase:
     """The four sentences: two tokens each; π and q agree on the first, so that forward KL per token
     and per sequence have one gradient.
     """
@@ -96,10 +85,10 @@ def four_sentences_world() -> World:
     behaviour = SequenceTable.from_texts(
         {"the cat": 0.25, "the dog": 0.3, "a cat": 0.35, "a dog": 0.1}, space=problem.space
     )
-    return World("four sentences", four_sentences_policy(), problem, behaviour)
+    return AuditCase("four sentences", four_sentences_policy(), problem, behaviour)
 
 
-def answers_world() -> World:
+def answers_case() -> AuditCase:
     """Texts of none to two words that end in EOS, so that lengths differ, with ties in the reward;
     no two targets agree.
     """
@@ -115,43 +104,43 @@ def answers_world() -> World:
     reward = table_reward(
         {"": 0.0, "a": 1.0, "b": 0.0, "a a": 2.0, "a b": 0.5, "b a": 1.0}, prior.space
     )
-    return World("answers", policy, Problem(prior, reward, 0.7), behaviour)
+    return AuditCase("answers", policy, Problem(prior, reward, 0.7), behaviour)
 
 
-def check_entry(entry: Entry, world: World) -> Row:
+def check_entry(entry: Entry, case: AuditCase) -> CheckedEntry:
     """Audits one entry and compares its exact mean with its claim."""
     started = time.perf_counter()
-    constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
+    constants = {} if entry.constants is None else entry.constants(case.policy, case.problem)
     function = partial(entry.audited or entry.function, **constants)
     audit = audit_value if entry.kind == "value" else audit_gradient
     drawn_by = {
         "policy": None,
-        "behaviour": world.behaviour,
-        "posterior": posterior(world.problem).model,
+        "behaviour": case.behaviour,
+        "posterior": posterior(case.problem).model,
     }[entry.drawn_by]
     report = audit(
-        function, world.policy, world.problem, batch_size=entry.batch_size, behaviour=drawn_by
+        function, case.policy, case.problem, batch_size=entry.batch_size, behaviour=drawn_by
     )
-    error = _error(report, _claimed(entry, report, world))
-    return Row(entry, world.name, error, report.variance, time.perf_counter() - started)
+    error = _error(report, _claimed(entry, report, case))
+    return CheckedEntry(entry, case.name, error, report.variance, time.perf_counter() - started)
 
 
 def check_catalogue(
-    entries: Sequence[Entry] = CATALOGUE, worlds: Sequence[World] | None = None
-) -> list[Row]:
-    """Every entry in every world (by default the four sentences and the answers): a row each, in
+    entries: Sequence[Entry] = CATALOGUE, cases: Sequence[AuditCase] | None = None
+) -> list[CheckedEntry]:
+    """Every entry on every case (by default the four sentences and the answers): a row each, in
     order.
     """
-    places = (four_sentences_world(), answers_world()) if worlds is None else worlds
-    return [check_entry(entry, world) for entry in entries for world in places]
+    tried = (four_sentences_case(), answers_case()) if cases is None else cases
+    return [check_entry(entry, case) for entry in entries for case in tried]
 
 
-def catalogue_text(rows: Sequence[Row]) -> str:
+def catalogue_text(rows: Sequence[CheckedEntry]) -> str:
     """The check as a table in plain text, an entry a line, and what it comes to."""
-    worlds = list(dict.fromkeys(row.world for row in rows))
-    by_entry: dict[str, dict[str, Row]] = {}
+    cases = list(dict.fromkeys(row.case for row in rows))
+    by_entry: dict[str, dict[str, CheckedEntry]] = {}
     for row in rows:
-        by_entry.setdefault(row.entry.name, {})[row.world] = row
+        by_entry.setdefault(row.entry.name, {})[row.case] = row
     lines: list[list[Cell]] = []
     for name, found in by_entry.items():
         entry = next(iter(found.values())).entry
@@ -160,17 +149,17 @@ def catalogue_text(rows: Sequence[Row]) -> str:
             [
                 name,
                 _said(entry),
-                *(f"{found[world].error:.1e}" if world in found else "–" for world in worlds),
+                *(f"{found[case].error:.1e}" if case in found else "–" for case in cases),
                 kept,
             ]
         )
     failures = sum(not row.holds for row in rows)
     verdict = (
-        f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(worlds)}."
+        f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(cases)}."
         if not failures
         else f"{failures} of {len(rows)} checks fail."
     )
-    header = ["estimator", "its mean", *(f"error, {world}" for world in worlds), "claim"]
+    header = ["estimator", "its mean", *(f"error, {case}" for case in cases), "claim"]
     return f"{text_table(header, lines)}\n{verdict}"
 
 
@@ -178,7 +167,7 @@ def markdown_table() -> str:
     """The tables of tutorials/estimators.md, a section each: name, formula, what it is unbiased for
     or follows, exact variance on the four sentences.
     """
-    world = four_sentences_world()
+    case = four_sentences_case()
     parts = []
     for title, entries in SECTIONS.items():
         lines = [f"| {title} | one estimate | its mean | variance |", "|---|---|---|---|"]
@@ -188,7 +177,7 @@ def markdown_table() -> str:
                 f"`{entry.name}`",
                 entry.formula,
                 _said(entry),
-                f"{check_entry(entry, world).variance:.6f}{drawn}",
+                f"{check_entry(entry, case).variance:.6f}{drawn}",
             ]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines))
@@ -199,10 +188,11 @@ def _said(entry: Entry) -> str:
     return f"unbiased for {entry.words}" if entry.unbiased else entry.words
 
 
-def _claimed(entry: Entry, report: AuditReport, world: World) -> Tensor:
+def _claimed(entry: Entry, report: AuditReport, case: AuditCase) -> Tensor:
     """The claimed mean in the coordinates of the report."""
     if callable(entry.claim):
-        return entry.claim(world.policy, world.problem, world.behaviour)
+        drawn_by = case.policy if case.behaviour is None else case.behaviour
+        return entry.claim(case.policy, case.problem, drawn_by)
     total = torch.zeros_like(report.mean)
     for name, coefficient in entry.claim.items():
         total = total + coefficient * report.targets[name]

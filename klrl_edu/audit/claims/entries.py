@@ -14,7 +14,7 @@ from klrl_edu.audit.claims.predictions import Prediction
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.problems.problem import Problem
 
-Claim = Mapping[str, float] | Prediction
+ClaimedMean = Mapping[str, float] | Prediction
 """Target name -> coefficient (none: 0), or a closed form."""
 
 REVERSE, FORWARD = {"reverse_kl": 1.0}, {"forward_kl": 1.0}
@@ -46,7 +46,7 @@ class Entry:
     function: Callable[..., Any]
     kind: Literal["value", "gradient"]
     formula: str
-    claim: Claim
+    claim: ClaimedMean
     words: str
     unbiased: bool
     batch_size: int = 1
@@ -55,10 +55,10 @@ class Entry:
     constants: Callable[[LanguageModel, Problem], dict[str, Any]] | None = None
 
 
-def value(
+def value_entry(
     function: Callable[..., Any],
     formula: str,
-    claim: Claim,
+    claim: ClaimedMean,
     words: str,
     *,
     unbiased: bool = False,
@@ -69,10 +69,10 @@ def value(
     return Entry(_name(function, label), function, "value", formula, claim, words, unbiased, **more)
 
 
-def gradient(
+def gradient_entry(
     function: Callable[..., Any],
     formula: str,
-    claim: Claim,
+    claim: ClaimedMean,
     words: str,
     *,
     unbiased: bool = False,

@@ -23,7 +23,7 @@ from klrl_edu.audit.claims.entries import (
     REVERSE,
     REVERSE_PER_TOKEN,
     Entry,
-    gradient,
+    gradient_entry,
 )
 from klrl_edu.audit.claims.predictions import of_divergence_to_posterior
 from klrl_edu.estimators import advantages
@@ -44,88 +44,100 @@ def _clamp(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
 
 
 KL_GRADIENTS: tuple[Entry, ...] = (
-    gradient(kl.reward_k1, "⟦u⟧ log π", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.reward_k1_to_go, "Σ_t ⟦Σ_{t'≥t} u⟧ log π_t", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(
+    gradient_entry(kl.reward_k1, "⟦u⟧ log π", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient_entry(
+        kl.reward_k1_to_go, "Σ_t ⟦Σ_{t'≥t} u⟧ log π_t", REVERSE, "∇KL(π‖q)", unbiased=True
+    ),
+    gradient_entry(
         kl.reward_rao_blackwell_to_go,
         "Σ_t ⟦u_t + Σ_{t'>t} KL_t'⟧ log π_t",
         REVERSE,
         "∇KL(π‖q)",
         unbiased=True,
     ),
-    gradient(kl.reward_full_kl, "⟦Σ_t KL_t⟧ log π", _LATER_ALONE, "∇KL(π‖q) − Σ_t ∇KL(π_t‖q_t)"),
-    gradient(kl.reward_k3, "⟦k3(u)⟧ log π", _LESS_FORWARD, "∇KL(π‖q) − ∇KL(q‖π)"),
-    gradient(
+    gradient_entry(
+        kl.reward_full_kl, "⟦Σ_t KL_t⟧ log π", _LATER_ALONE, "∇KL(π‖q) − Σ_t ∇KL(π_t‖q_t)"
+    ),
+    gradient_entry(kl.reward_k3, "⟦k3(u)⟧ log π", _LESS_FORWARD, "∇KL(π‖q) − ∇KL(q‖π)"),
+    gradient_entry(
         kl.reward_k3_token,
         "⟦Σ_t k3(u_t)⟧ log π",
         _LESS_FORWARD_PER_TOKEN,
         "∇KL(π‖q) − Σ_t ∇KL(q_t‖π_t)",
     ),
-    gradient(kl.loss_k1, "u", NOTHING, "0"),
-    gradient(kl.loss_k2, "u²/2", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.loss_k3, "k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
-    gradient(kl.loss_absolute_k1, "|u|", predictions.of_variation, "2∇TV(π, q)"),
-    gradient(kl.loss_k2_token, "Σ_t u_t²/2", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
-    gradient(kl.loss_k3_token, "Σ_t k3(u_t)", FORWARD_PER_TOKEN, _PER_TOKEN_FORWARD, unbiased=True),
-    gradient(
+    gradient_entry(kl.loss_k1, "u", NOTHING, "0"),
+    gradient_entry(kl.loss_k2, "u²/2", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient_entry(kl.loss_k3, "k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
+    gradient_entry(kl.loss_absolute_k1, "|u|", predictions.of_variation, "2∇TV(π, q)"),
+    gradient_entry(kl.loss_k2_token, "Σ_t u_t²/2", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
+    gradient_entry(
+        kl.loss_k3_token, "Σ_t k3(u_t)", FORWARD_PER_TOKEN, _PER_TOKEN_FORWARD, unbiased=True
+    ),
+    gradient_entry(
         kl.loss_absolute_k1_token, "Σ_t |u_t|", predictions.of_token_variation, "2Σ_t ∇TV(π_t, q_t)"
     ),
-    gradient(
+    gradient_entry(
         kl.loss_clamped_k3_token,
         "Σ_t min(k3(u_t), 0.05)",
         predictions.of_clamped_k3(0.05),
         "Σ_t ∇KL(q_t‖π_t) where k3 is below",
         constants=_clamp,
     ),
-    gradient(kl.loss_full_kl, "Σ_t KL(π_t‖q_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True),
-    gradient(
+    gradient_entry(
+        kl.loss_full_kl, "Σ_t KL(π_t‖q_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True
+    ),
+    gradient_entry(
         kl.loss_full_forward_kl,
         "Σ_t KL(q_t‖π_t)",
         FORWARD_PER_TOKEN,
         _PER_TOKEN_FORWARD,
         unbiased=True,
     ),
-    gradient(kl.reward_and_loss_k1, "⟦u⟧ log π + u", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.reward_and_loss_k2, "⟦u²/2⟧ log π + u²/2", predictions.of_mean_k2, "∇E_π[u²/2]"),
-    gradient(kl.reward_and_loss_k3, "⟦k3(u)⟧ log π + k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(
+    gradient_entry(kl.reward_and_loss_k1, "⟦u⟧ log π + u", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient_entry(
+        kl.reward_and_loss_k2, "⟦u²/2⟧ log π + u²/2", predictions.of_mean_k2, "∇E_π[u²/2]"
+    ),
+    gradient_entry(
+        kl.reward_and_loss_k3, "⟦k3(u)⟧ log π + k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True
+    ),
+    gradient_entry(
         kl.reward_and_loss_k3_token,
         "Σ_t [⟦Σ_{t'≥t} k3(u_t')⟧ log π_t + k3(u_t)]",
         REVERSE,
         "∇KL(π‖q)",
         unbiased=True,
     ),
-    gradient(
+    gradient_entry(
         kl.rao_blackwell_to_go,
         "Σ_t [KL_t + ⟦Σ_{t'>t} KL_t'⟧ log π_t]",
         REVERSE,
         "∇KL(π‖q)",
         unbiased=True,
     ),
-    gradient(
+    gradient_entry(
         kl.straight_through_k2,
         "Σ_t [u_t²/2 + ⟦k3 − u_t²/2⟧]",
         REVERSE_PER_TOKEN,
         _PER_TOKEN,
         unbiased=True,
     ),
-    gradient(
+    gradient_entry(
         kl.live_ratio_k3_token, "Σ_t ρ_t k3(u_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True
     ),
-    gradient(kl.live_ratio_k3_prefix, "Σ_t ρ_≤t k3(u_t)", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(kl.live_ratio_k3, "ρ k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
-    gradient(
+    gradient_entry(kl.live_ratio_k3_prefix, "Σ_t ρ_≤t k3(u_t)", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient_entry(kl.live_ratio_k3, "ρ k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
+    gradient_entry(
         kl.detached_ratio_k3_token,
         "Σ_t ⟦ρ_t⟧ k3(u_t)",
         FORWARD_PER_TOKEN,
         _PER_TOKEN_FORWARD,
         unbiased=True,
     ),
-    gradient(kl.detached_ratio_k3, "⟦ρ⟧ k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
+    gradient_entry(kl.detached_ratio_k3, "⟦ρ⟧ k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
 )
 
 OFF_POLICY: tuple[Entry, ...] = (
-    gradient(
+    gradient_entry(
         kl.live_ratio_k3_token,
         "Σ_t ρ_t k3(u_t)",
         predictions.of_reverse_kl_elsewhere,
@@ -133,7 +145,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(
+    gradient_entry(
         kl.live_ratio_k3_prefix,
         "Σ_t ρ_≤t k3(u_t)",
         REVERSE,
@@ -142,7 +154,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(
+    gradient_entry(
         kl.live_ratio_k3,
         "ρ k3(u)",
         REVERSE,
@@ -151,7 +163,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(
+    gradient_entry(
         kl.detached_ratio_k3_token,
         "Σ_t ⟦ρ_t⟧ k3(u_t)",
         predictions.of_forward_kl_elsewhere,
@@ -159,7 +171,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(
+    gradient_entry(
         kl.detached_ratio_k3,
         "⟦ρ⟧ k3(u)",
         FORWARD,
@@ -168,21 +180,21 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
-    gradient(
+    gradient_entry(
         kl.off_policy_unweighted,
         "⟦u⟧ log π",
         predictions.of_mean_k2_elsewhere,
         "∇½E_μ[u²]",
         drawn_by="behaviour",
     ),
-    gradient(
+    gradient_entry(
         kl.off_policy_token,
         "Σ_t ⟦ρ_t u_t⟧ log π_t",
         predictions.of_reverse_kl_elsewhere,
         f"{_PER_TOKEN} over μ's prefixes",
         drawn_by="behaviour",
     ),
-    gradient(
+    gradient_entry(
         kl.off_policy_prefix,
         "Σ_t ⟦Σ_{t'≥t} ρ_≤t' u_t'⟧ log π_t",
         REVERSE,
@@ -190,7 +202,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         unbiased=True,
         drawn_by="behaviour",
     ),
-    gradient(
+    gradient_entry(
         kl.off_policy_sequence,
         "⟦ρu⟧ log π",
         REVERSE,
@@ -228,9 +240,9 @@ def _best_baseline(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
 
 
 POLICY_GRADIENTS: tuple[Entry, ...] = (
-    gradient(losses.exact, "−J", OBJECTIVE, "−∇J, without noise"),
-    gradient(losses.reinforce, "−⟦r − λu⟧ log π", OBJECTIVE, "−∇J", unbiased=True),
-    gradient(
+    gradient_entry(losses.exact, "−J", OBJECTIVE, "−∇J, without noise"),
+    gradient_entry(losses.reinforce, "−⟦r − λu⟧ log π", OBJECTIVE, "−∇J", unbiased=True),
+    gradient_entry(
         losses.reinforce,
         "−⟦r − λu − b*⟧ log π",
         OBJECTIVE,
@@ -239,46 +251,50 @@ POLICY_GRADIENTS: tuple[Entry, ...] = (
         label="best constant",
         constants=_best_baseline,
     ),
-    gradient(
+    gradient_entry(
         losses.rloo, "−⟦R − mean of others⟧ log π", OBJECTIVE, "−∇J", unbiased=True, batch_size=2
     ),
-    gradient(
+    gradient_entry(
         losses.group_mean, "−⟦R − mean⟧ log π", {"objective": 0.5}, "−(G − 1)/G ∇J", batch_size=2
     ),
-    gradient(losses.ppo_clip, "−Σ_t min(ρ_t A_t, clip(ρ_t) A_t)", OBJECTIVE, "−∇J", unbiased=True),
-    gradient(
+    gradient_entry(
+        losses.ppo_clip, "−Σ_t min(ρ_t A_t, clip(ρ_t) A_t)", OBJECTIVE, "−∇J", unbiased=True
+    ),
+    gradient_entry(
         losses.z_score,
         "−⟦(r − mean)/std⟧ log π",
         predictions.of_winning,
         "−∇ of winning against π held fixed (G = 2)",
         batch_size=2,
     ),
-    gradient(
+    gradient_entry(
         losses.grpo,
         "−(1/L) Σ_t [ρ_t A − λ k3(u_t)]",
         predictions.of_grpo,
         "−E[As/L] + λE[Σ_t (1 − w_t)s_t/L]",
         batch_size=2,
     ),
-    gradient(
+    gradient_entry(
         losses.grpo_without_kl,
         "−(1/L) Σ_t ρ_t A",
         predictions.of_grpo_without_kl,
         "−E[As/L]",
         batch_size=2,
     ),
-    gradient(
+    gradient_entry(
         losses.dr_grpo,
         "−(1/T) Σ_t ρ_t (r − mean)",
         predictions.of_dr_grpo,
         "−(G − 1)/(GT) ∇E[r]",
         batch_size=2,
     ),
-    gradient(
+    gradient_entry(
         losses.dapo, "−Σ_i Σ_t ρ_t A / Σ_i L", predictions.of_dapo, "−E[ΣAs/ΣL]", batch_size=2
     ),
-    gradient(losses.gspo, "−ρ^{1/L} A", predictions.of_grpo_without_kl, "−E[As/L]", batch_size=2),
-    gradient(
+    gradient_entry(
+        losses.gspo, "−ρ^{1/L} A", predictions.of_grpo_without_kl, "−E[As/L]", batch_size=2
+    ),
+    gradient_entry(
         losses.cispo,
         "−Σ_i Σ_t ⟦ρ_t⟧ A log π_t / Σ_i L",
         predictions.of_dapo,
@@ -294,7 +310,7 @@ def _log_evidence(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
 
 def _f_dpg(pseudo_reward: Any, formula: str, generator: Any, words: str) -> Entry:
     """f-DPG with one pseudo-reward."""
-    return gradient(
+    return gradient_entry(
         losses.f_dpg,
         f"−⟦{formula}⟧ log π",
         of_divergence_to_posterior(generator),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.claims import predictions
-from klrl_edu.audit.claims.entries import FORWARD, REVERSE, Entry, value
+from klrl_edu.audit.claims.entries import FORWARD, REVERSE, Entry, value_entry
 from klrl_edu.audit.claims.predictions import Prediction, mean_of
 from klrl_edu.estimators import divergences, evidence
 from klrl_edu.estimators.aggregation import (
@@ -186,10 +186,10 @@ def _jensen_shannon(share: float) -> Prediction:
 
 
 KL_VALUES: tuple[Entry, ...] = (
-    value(k1, "u", REVERSE, "KL(π‖q)", unbiased=True),
-    value(k2, "u²/2", _HALF_SQUARE, "½E[u²]"),
-    value(k3, "w − 1 + u", REVERSE, "KL(π‖q)", unbiased=True),
-    value(
+    value_entry(k1, "u", REVERSE, "KL(π‖q)", unbiased=True),
+    value_entry(k2, "u²/2", _HALF_SQUARE, "½E[u²]"),
+    value_entry(k3, "w − 1 + u", REVERSE, "KL(π‖q)", unbiased=True),
+    value_entry(
         control_variate,
         "u + c*(w − 1)",
         REVERSE,
@@ -197,45 +197,45 @@ KL_VALUES: tuple[Entry, ...] = (
         unbiased=True,
         constants=_best_coefficient,
     ),
-    value(absolute_k1, "|u|", _ABSOLUTE, "KL(π‖q) + 2E[max(−u, 0)]"),
-    value(opposite_k3, "1/w − 1 − u", _CHI_LESS_KL, "χ²(π‖q) − KL(π‖q)"),
-    value(
+    value_entry(absolute_k1, "|u|", _ABSOLUTE, "KL(π‖q) + 2E[max(−u, 0)]"),
+    value_entry(opposite_k3, "1/w − 1 − u", _CHI_LESS_KL, "χ²(π‖q) − KL(π‖q)"),
+    value_entry(
         clamped_k1,
         "u within ±0.3",
         mean_of(_clamped_mean),
         "KL(π‖q) without tails",
         constants=_bound(0.3),
     ),
-    value(
+    value_entry(
         clamped_k3,
         "min(k3, 0.05)",
         mean_of(_clamped_k3_mean),
         "KL(π‖q) − E[(k3 − 0.05)₊]",
         constants=_bound(0.05),
     ),
-    value(
+    value_entry(
         input_clamped_k3,
         "k3 of u within ±0.3",
         mean_of(_input_clamped_mean),
         "E[k3] without tails",
         constants=_bound(0.3),
     ),
-    value(rao_blackwell, "Σ_t KL_t", REVERSE, "KL(π‖q)", unbiased=True),
-    value(
+    value_entry(rao_blackwell, "Σ_t KL_t", REVERSE, "KL(π‖q)", unbiased=True),
+    value_entry(
         top_k_truncated,
         "Σ_t Σ_top1 π log π/q",
         predictions.of_kept_terms(1, bucket=False),
         "the head of KL(π‖q)",
         constants=_top_one,
     ),
-    value(
+    value_entry(
         top_k_tail_bucket,
         "Σ_t KL of top 1 and rest",
         predictions.of_kept_terms(1, bucket=True),
         "less than KL(π‖q)",
         constants=_top_one,
     ),
-    value(
+    value_entry(
         top_k_tail_sampled,
         "Σ_t [Σ_top1 π log π/q + tail u_t]",
         REVERSE,
@@ -243,18 +243,18 @@ KL_VALUES: tuple[Entry, ...] = (
         unbiased=True,
         constants=_top_one,
     ),
-    value(
+    value_entry(
         off_policy_token,
         "Σ_t ρ_t u_t",
         predictions.per_token_elsewhere,
         "Σ_t KL_t over μ's prefixes",
         drawn_by="behaviour",
     ),
-    value(
+    value_entry(
         off_policy_prefix, "Σ_t ρ_≤t u_t", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"
     ),
-    value(off_policy_sequence, "ρu", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"),
-    value(
+    value_entry(off_policy_sequence, "ρu", REVERSE, "KL(π‖q)", unbiased=True, drawn_by="behaviour"),
+    value_entry(
         off_policy_rao_blackwell,
         "Σ_t ρ_<t KL_t",
         REVERSE,
@@ -265,20 +265,26 @@ KL_VALUES: tuple[Entry, ...] = (
 )
 
 DIVERGENCES: tuple[Entry, ...] = (
-    value(divergences.forward_kl, "−uw", FORWARD, "KL(q‖π)", unbiased=True),
-    value(divergences.forward_kl_nonnegative, "−uw − w + 1", FORWARD, "KL(q‖π)", unbiased=True),
-    value(divergences.chi_squared, "cosh u − 1", _CHI, "½χ²(π‖q)", unbiased=True),
-    value(divergences.reverse_chi_squared, "½(w − 1)²", _REVERSE_CHI, "½χ²(q‖π)", unbiased=True),
-    value(divergences.total_variation, "½|1 − w|", _VARIATION, "TV(π, q)", unbiased=True),
-    value(divergences.squared_hellinger, "½(1 − √w)²", _HELLINGER, "½Σ(√π − √q)²", unbiased=True),
-    value(
+    value_entry(divergences.forward_kl, "−uw", FORWARD, "KL(q‖π)", unbiased=True),
+    value_entry(
+        divergences.forward_kl_nonnegative, "−uw − w + 1", FORWARD, "KL(q‖π)", unbiased=True
+    ),
+    value_entry(divergences.chi_squared, "cosh u − 1", _CHI, "½χ²(π‖q)", unbiased=True),
+    value_entry(
+        divergences.reverse_chi_squared, "½(w − 1)²", _REVERSE_CHI, "½χ²(q‖π)", unbiased=True
+    ),
+    value_entry(divergences.total_variation, "½|1 − w|", _VARIATION, "TV(π, q)", unbiased=True),
+    value_entry(
+        divergences.squared_hellinger, "½(1 − √w)²", _HELLINGER, "½Σ(√π − √q)²", unbiased=True
+    ),
+    value_entry(
         divergences.jensen_shannon,
         "½ log π/m + ½w log q/m",
         _jensen_shannon(0.5),
         "JS(π, q)",
         unbiased=True,
     ),
-    value(
+    value_entry(
         divergences.generalised_jensen_shannon,
         "β log π/m + (1 − β)w log q/m, β = 0.1",
         _jensen_shannon(0.1),
@@ -286,11 +292,13 @@ DIVERGENCES: tuple[Entry, ...] = (
         unbiased=True,
         constants=_one_tenth,
     ),
-    value(divergences.alpha_divergence, "2(1 − √w)²", _ALPHA, "D_α(π‖q), α = ½", unbiased=True),
+    value_entry(
+        divergences.alpha_divergence, "2(1 − √w)²", _ALPHA, "D_α(π‖q), α = ½", unbiased=True
+    ),
 )
 
 AGGREGATES: tuple[Entry, ...] = (
-    value(
+    value_entry(
         seq_mean_token_sum,
         "(1/N) Σ_i Σ_t u",
         REVERSE,
@@ -299,7 +307,7 @@ AGGREGATES: tuple[Entry, ...] = (
         batch_size=2,
         audited=_token_sum,
     ),
-    value(
+    value_entry(
         fixed_length,
         "(1/NT) Σ_i Σ_t u",
         predictions.of_fixed_length,
@@ -307,7 +315,7 @@ AGGREGATES: tuple[Entry, ...] = (
         batch_size=2,
         audited=_fixed_length,
     ),
-    value(
+    value_entry(
         seq_mean_token_mean,
         "(1/N) Σ_i (1/L) Σ_t u",
         predictions.of_ratios,
@@ -315,7 +323,7 @@ AGGREGATES: tuple[Entry, ...] = (
         batch_size=2,
         audited=_sequence_mean,
     ),
-    value(
+    value_entry(
         token_mean,
         "Σ_i Σ_t u / Σ_i L",
         predictions.of_ratio_of_sums,
@@ -323,7 +331,7 @@ AGGREGATES: tuple[Entry, ...] = (
         batch_size=2,
         audited=_token_mean,
     ),
-    value(
+    value_entry(
         kl_per_token,
         "Σ_i Σ_t u / Σ_i L",
         predictions.of_ratio_of_sums,
@@ -334,7 +342,7 @@ AGGREGATES: tuple[Entry, ...] = (
 )
 
 EVIDENCE: tuple[Entry, ...] = (
-    value(
+    value_entry(
         evidence.importance_sampling,
         "Ẑ = (1/N) Σ w",
         predictions.of_evidence,
@@ -343,7 +351,7 @@ EVIDENCE: tuple[Entry, ...] = (
         batch_size=2,
         audited=_evidence,
     ),
-    value(
+    value_entry(
         evidence.importance_sampling,
         "log Ẑ",
         predictions.of_log_importance_sampling,
@@ -352,7 +360,7 @@ EVIDENCE: tuple[Entry, ...] = (
         batch_size=2,
         audited=_log_evidence,
     ),
-    value(
+    value_entry(
         evidence.lower_bound,
         "(1/N) Σ log w",
         predictions.of_lower_bound,
@@ -360,7 +368,7 @@ EVIDENCE: tuple[Entry, ...] = (
         batch_size=2,
         audited=_lower_bound,
     ),
-    value(
+    value_entry(
         evidence.upper_bound,
         "(1/N) Σ log w",
         predictions.of_upper_bound,
@@ -369,7 +377,7 @@ EVIDENCE: tuple[Entry, ...] = (
         drawn_by="posterior",
         audited=_upper_bound,
     ),
-    value(
+    value_entry(
         evidence.harmonic_mean,
         "(1/N) Σ 1/w",
         predictions.of_inverse_evidence,
@@ -379,7 +387,7 @@ EVIDENCE: tuple[Entry, ...] = (
         drawn_by="posterior",
         audited=_inverse_evidence,
     ),
-    value(
+    value_entry(
         evidence.self_normalised,
         "Σwr/Σw",
         predictions.of_self_normalised,

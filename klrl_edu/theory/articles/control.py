@@ -21,13 +21,12 @@ from klrl_edu.theory.articles.examples import (
     climb,
     log_mass,
     mean_score,
-    objective,
     processes,
     sentences,
     uniform,
 )
 from klrl_edu.theory.cases import Case
-from klrl_edu.theory.gradients import gradient
+from klrl_edu.theory.gradients import logit_gradient
 from klrl_edu.theory.verdicts import Formulas, corrected, false, holds, shown
 
 _STEP_SIZE = 0.1
@@ -46,7 +45,7 @@ def d_step(case: Case) -> Formulas:
     """The direction of ascent of J [K], ∇J = E_π[s (r − λ log π/q)]: the printed step is that of
     the loss L = −J, by autograd.
     """
-    of_loss = gradient(case, lambda log_policy: -objective(case, log_policy))
+    of_loss = logit_gradient(case, lambda log_policy: -case.objective(log_policy))
     return Formulas(
         truth=mean_score(case, case.rewards - case.kl_coef * case.log_ratio),
         printed=of_loss,
@@ -58,8 +57,8 @@ def d_step(case: Case) -> Formulas:
 def _(case: Case, found: Formulas) -> str:
     here, up, down = (
         float(
-            objective(
-                case, torch.log_softmax(case.log_policy + sign * _STEP_SIZE * found.printed, 0)
+            case.objective(
+                torch.log_softmax(case.log_policy + sign * _STEP_SIZE * found.printed, 0)
             )
         )
         for sign in (0, -1, 1)

@@ -26,7 +26,6 @@ from klrl_edu.problems.examples import (
     four_sentences_space,
 )
 from klrl_edu.theory.cases import Case
-from klrl_edu.theory.gradients import kl
 
 FOUR_AUXILIARY = {"the cat": 0.3, "the dog": 0.4, "a cat": 0.2, "a dog": 0.1}
 _RANDOM = ((1, 2, 2, 0.5), (2, 3, 2, 2.0), (3, 2, 3, 0.7))  # seed, words, length, λ
@@ -66,7 +65,7 @@ def sentences() -> tuple[Case, ...]:
     return tuple(example.case for example in with_auxiliary())
 
 
-def four_sentences() -> Case:
+def course_case() -> Case:
     """The course's q, π and r at λ = 1."""
     return sentences()[0]
 
@@ -138,13 +137,6 @@ def mean_score(case: Case, values: Tensor) -> Tensor:
     """The mean score weighed by f [K]: E_π[f ∇log π] [K] in sequence logits, exactly by (1)."""
     probs = case.log_policy.exp()
     return probs * (values - probs @ values)
-
-
-def objective(case: Case, log_probs: Tensor) -> Tensor:
-    """The objective of a distribution [K], J = E[r] − λ KL(·‖q), a scalar in reward units."""
-    return logspace.expectation(log_probs, case.rewards) - case.kl_coef * kl(
-        log_probs, case.log_prior
-    )
 
 
 def log_mass(case: Case, log_probs: Tensor, positions: Sequence[int]) -> Tensor:

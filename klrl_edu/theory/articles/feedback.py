@@ -23,7 +23,7 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.soft_bellman import soft_bellman
 from klrl_edu.models.contract import token_log_probs
 from klrl_edu.models.table import PrefixTable
-from klrl_edu.theory.articles.examples import TwoSteps, four_sentences, processes, sentences
+from klrl_edu.theory.articles.examples import TwoSteps, course_case, processes, sentences
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.gradients import kl
 from klrl_edu.theory.verdicts import Formulas, corrected, false, shown
@@ -82,7 +82,7 @@ def _(process: TwoSteps, found: Formulas) -> str:
         ", ".join(f"{value:.4f}" for value in values[:2].tolist())
         for values in (found.printed, found.truth)
     )
-    soft = float(soft_update_value(four_sentences()))
+    soft = float(soft_update_value(course_case()))
     return (
         f"at α = ½ the printed update settles at {seen} for the two first actions, and their best"
         f" returns are {true}; its soft form on the four sentences settles at V(∅) = {soft:.9f} = λ"
@@ -127,7 +127,7 @@ class Texts(NamedTuple):
 
 
 @cache
-def texts() -> tuple[Texts, ...]:
+def two_word_texts() -> tuple[Texts, ...]:
     """Two words: up to three tokens with EOS, up to four, and exactly two."""
     return tuple(_random_texts(*shape) for shape in ((8, 3, True), (9, 4, True), (10, 2, False)))
 
@@ -149,7 +149,7 @@ def _random_texts(seed: int, length: int, eos: bool) -> Texts:
     r" \theta \right]$",
     "reward units",
     "t05",
-    texts,
+    two_word_texts,
 )
 def e_score(case: Texts) -> Formulas:
     """The gradient of the mean reward [prefixes·V]: the printed mean score a token knows no reward;
@@ -164,7 +164,7 @@ def e_score(case: Texts) -> Formulas:
 
 @e_score.says
 def _(ending: Texts, found: Formulas) -> str:
-    fixed = texts()[-1]
+    fixed = two_word_texts()[-1]
     none = float(fixed.mean_score(1 / fixed.lengths).abs().max())
     logits = ending.policy.logits.detach()
     pushed = PrefixTable(ending.policy.space, logits=logits + found.printed.reshape_as(logits))

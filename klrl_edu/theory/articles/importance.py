@@ -23,14 +23,13 @@ from klrl_edu.learning import losses
 from klrl_edu.problems.problem import Problem
 from klrl_edu.theory.articles.examples import (
     Auxiliary,
-    four_sentences,
+    course_case,
     mean_score,
-    objective,
     sentences,
     with_auxiliary,
 )
 from klrl_edu.theory.cases import Case
-from klrl_edu.theory.gradients import batch_mean, forward_kl_gradient, gradient, kl, scores
+from klrl_edu.theory.gradients import batch_mean, forward_kl_gradient, kl, logit_gradient, scores
 from klrl_edu.theory.verdicts import Formulas, corrected, false, holds, shown
 
 
@@ -49,7 +48,7 @@ def _vector(values: Tensor) -> str:
 def c_objective(case: Case) -> Formulas:
     """The objective; the truth is λ log Z − λ KL(π‖π*), by (1)."""
     gap = case.kl_coef * kl(case.log_policy, case.log_star)
-    return Formulas(truth=case.tilted.value - gap, printed=objective(case, case.log_policy))
+    return Formulas(truth=case.tilted.value - gap, printed=case.objective(case.log_policy))
 
 
 c_objective.says(
@@ -62,7 +61,7 @@ c_objective.says(
 c_objective.broken(
     "the penalty added",
     lambda case: (
-        objective(case, case.log_policy) + 2 * case.kl_coef * kl(case.log_policy, case.log_prior)
+        case.objective(case.log_policy) + 2 * case.kl_coef * kl(case.log_policy, case.log_prior)
     ),
 )
 
@@ -80,7 +79,7 @@ def c_reinforce(case: Case) -> Formulas:
     truth by autograd.
     """
     return Formulas(
-        truth=gradient(case, lambda log_pi: logspace.expectation(log_pi, case.rewards)),
+        truth=logit_gradient(case, lambda log_pi: logspace.expectation(log_pi, case.rewards)),
         printed=-audit_gradient(
             losses.reinforce, case.policy, _unpenalised(case), batch_size=2
         ).mean,
@@ -119,7 +118,7 @@ def c_kl_gradient(case: Case) -> Formulas:
 
 def _kl_gradient(case: Case, log_reference: Tensor) -> Tensor:
     """The gradient of KL(π‖reference) [K], by autograd."""
-    return gradient(case, lambda log_pi: kl(log_pi, log_reference))
+    return logit_gradient(case, lambda log_pi: kl(log_pi, log_reference))
 
 
 @c_kl_gradient.says
@@ -255,7 +254,7 @@ c_constant.broken(
     r"$D_{KL} \approx 0.0998$ nats $= 0.1440$ bits",
     "nats or bits",
     "t01",
-    lambda: (four_sentences(),),
+    lambda: (course_case(),),
     tolerance=5e-5,
 )
 def c_kl_example(case: Case) -> Formulas:
@@ -358,7 +357,7 @@ def c_importance(weighting: Weighting) -> Formulas:
 
 @c_importance.says
 def _(weighting: Weighting, found: Formulas) -> str:
-    full = c_importance(weighting._replace(log_q=four_sentences().log_prior)).printed
+    full = c_importance(weighting._replace(log_q=course_case().log_prior)).printed
     return (
         f"E_π[r] = {found.truth:.4g}, and with Q = q weighting gives {full:.4g};"
         f" with Q(a dog) = 0 it gives {found.printed:.4g}, the mass that Q never draws"

@@ -22,9 +22,8 @@ from klrl_edu.models.contract import conditional_log_probs
 from klrl_edu.theory.articles.examples import (
     TwoSteps,
     climb,
-    four_sentences,
+    course_case,
     log_mass,
-    objective,
     processes,
     sentences,
     uniform,
@@ -167,7 +166,7 @@ a_kl_states.broken("prefixes averaged under q", lambda case: chain_rule_kl(case,
 
 def _from_half() -> tuple[Case, ...]:
     """The four sentences at λ = ½, where the printed formula's missing λ shows, then the others."""
-    return (four_sentences().at(0.5), *sentences())
+    return (course_case().at(0.5), *sentences())
 
 
 @corrected(
@@ -186,8 +185,8 @@ def a_objective(case: Case) -> Formulas:
     """
     at_one = tilt(case.log_prior, case.rewards, 1.0).log_posterior
     return Formulas(
-        truth=objective(case, climb(case, uniform(case))),
-        printed=objective(case, at_one),
+        truth=case.objective(climb(case, uniform(case))),
+        printed=case.objective(at_one),
         corrected=case.tilted.value,
     )
 

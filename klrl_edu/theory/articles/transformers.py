@@ -19,7 +19,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.draws import enumerate_executions
 from klrl_edu.models.contract import token_log_probs
 from klrl_edu.theory.articles.examples import (
-    four_sentences,
+    course_case,
     log_mass,
     marginal_log_probs,
     sentences,
@@ -204,7 +204,7 @@ _TWO_MODES = torch.tensor(
 
 def _from_two_modes() -> tuple[Case, ...]:
     """A target with two modes, then the others."""
-    return (replace(four_sentences(), log_policy=_TWO_MODES), *sentences())
+    return (replace(course_case(), log_policy=_TWO_MODES), *sentences())
 
 
 @false(
@@ -262,7 +262,7 @@ def mode_seeking_entropy(log_target: Tensor, rounds: int = 200) -> float:
 @b_compact.says
 def _(case: Case, found: Formulas) -> str:
     tempered = [
-        abs(logspace.entropy(four_sentences().at(kl_coef).log_star))
+        abs(logspace.entropy(course_case().at(kl_coef).log_star))
         for kl_coef in (0.0, 1.0, math.inf)
     ]
     return (

@@ -12,11 +12,11 @@ from klrl_edu.audit.audit import audit_gradient
 from klrl_edu.audit.claims import catalogue
 from klrl_edu.audit.claims.catalogue import (
     CATALOGUE,
-    answers_world,
+    answers_case,
     catalogue_text,
     check_catalogue,
     check_entry,
-    four_sentences_world,
+    four_sentences_case,
 )
 from klrl_edu.estimators import (
     advantages,
@@ -57,10 +57,10 @@ def named(name):
     return entry
 
 
-@pytest.mark.parametrize("world", [four_sentences_world, answers_world])
+@pytest.mark.parametrize("case", [four_sentences_case, answers_case])
 @pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
-def test_each_claim_holds_to_twelve_digits(entry, world):
-    row = check_entry(entry, world())
+def test_each_claim_holds_to_twelve_digits(entry, case):
+    row = check_entry(entry, case())
     assert row.error <= 1e-12
     assert row.holds
 
@@ -79,8 +79,8 @@ def test_two_sequences_give_the_mean_of_both(entry):
     """Averaged over a batch: the same mean and half the variance. A sum over sequences would double
     the mean, and no single one would tell.
     """
-    world = answers_world()
-    one, two = (check_entry(dataclasses.replace(entry, batch_size=size), world) for size in (1, 2))
+    case = answers_case()
+    one, two = (check_entry(dataclasses.replace(entry, batch_size=size), case) for size in (1, 2))
     assert two.error <= 1e-12
     assert two.variance == pytest.approx(one.variance / 2, rel=1e-10)
 
@@ -149,7 +149,7 @@ def test_a_target_that_is_claimed_unbiased_stands_alone_with_one():
         ("kl_gradients.live_ratio_k3_token (off-policy)", {"reverse_kl": 1.0}),
     ],
 )
-def test_a_wrong_claim_is_noticed_in_both_worlds(name, claim):
+def test_a_wrong_claim_is_noticed_on_both_cases(name, claim):
     wrong = dataclasses.replace(named(name), claim=claim)
     rows = check_catalogue([wrong])
     assert [row.holds for row in rows] == [False, False]
@@ -171,15 +171,15 @@ def test_a_broken_twin_of_an_estimator_is_noticed():
 
 def test_variances_are_those_of_t06():
     for name, variance in (("kl_values.k1", 0.191954080129), ("kl_values.k3", 0.008973476020)):
-        assert check_entry(named(name), four_sentences_world()).variance == pytest.approx(
+        assert check_entry(named(name), four_sentences_case()).variance == pytest.approx(
             variance, abs=5.1e-13
         )
 
 
 def test_the_best_constant_and_the_best_coefficient_have_the_least_variance():
-    world = answers_world()
+    case = answers_case()
     variance = {
-        entry.name: check_entry(entry, world).variance
+        entry.name: check_entry(entry, case).variance
         for entry in CATALOGUE
         if entry.batch_size == 1 and entry.drawn_by == "policy"
     }
@@ -200,12 +200,12 @@ def test_the_best_constant_and_the_best_coefficient_have_the_least_variance():
     ids=lambda entry: entry.name,
 )
 def test_every_loss_is_audited_in_one_vmapped_pass(entry):
-    world = answers_world()
-    constants = {} if entry.constants is None else entry.constants(world.policy, world.problem)
+    case = answers_case()
+    constants = {} if entry.constants is None else entry.constants(case.policy, case.problem)
     report = audit_gradient(
         partial(entry.audited or entry.function, **constants),
-        world.policy,
-        world.problem,
+        case.policy,
+        case.problem,
         batch_size=max(2, entry.batch_size),
     )
     assert report.differentiation == "vmap"
@@ -227,6 +227,6 @@ def test_the_readme_table_has_a_row_an_entry_and_keeps_its_bars():
 
 
 def test_the_worlds_are_told_apart_by_their_lengths():
-    for world, even in ((four_sentences_world(), True), (answers_world(), False)):
-        tokens = world.problem.prior.tokens
-        assert (len(torch.unique(world.problem.space.live(tokens).sum(-1))) == 1) == even
+    for case, even in ((four_sentences_case(), True), (answers_case(), False)):
+        tokens = case.problem.prior.tokens
+        assert (len(torch.unique(case.problem.space.live(tokens).sum(-1))) == 1) == even
