@@ -225,3 +225,102 @@ def test_no_global_seed_is_set_or_drawn_from():
         for path in MODULES
         if words.search((ROOT.parent / path).read_text(encoding="utf-8"))
     ] == []
+
+
+# --- one name a thing -----------------------------------------------------------------------------
+
+MODULE_READ = "two things, each read through its module; a bare import means one of them everywhere"
+STATEMENT = "a statement is named after what it states, by which `klrl check --name` finds it"
+COMMAND = "the command line's word; the function behind it calls the library's of that name"
+PROGRAM = "where a program starts"
+IN_TWO_FILES = {  # the reason -> where -> the names; reference.py, which restates on purpose, apart
+    MODULE_READ: {
+        # the optimum under a divergence as penalty; its estimator from samples
+        ("closed_forms.regularizers", "estimators.divergences"): (
+            "alpha_divergence chi_squared forward_kl jensen_shannon squared_hellinger"
+        ),
+        # the moments of an estimator between two Gaussians; the estimator
+        ("closed_forms.gaussian_kl", "estimators.kl_values"): (
+            "best_coefficient control_variate k1 k2 k3"
+        ),
+        # an estimate of KL from another policy's samples; the surrogate of its gradient
+        ("estimators.kl_gradients", "estimators.kl_values"): (
+            "off_policy_prefix off_policy_sequence off_policy_token"
+        ),
+        # the prior as a proposal for the posterior; any weights
+        ("closed_forms.acceptance", "core.logspace"): "effective_sample_size",
+        # of a posterior along its chain; of a vector
+        ("core.logspace", "exact.chain_moments"): "entropy",
+    },
+    STATEMENT: {
+        ("closed_forms.acceptance", "theory.sampling"): "rejection_acceptance",
+        ("decisions.soft_control", "theory.gradients"): "policy_gradient",
+        ("estimators.evidence", "theory.sampling"): "importance_sampling",
+    },
+    COMMAND: {
+        ("evaluation.compare", "experiments.compare_command"): "compare",
+        ("exact.posterior", "experiments.posterior_command"): "posterior",
+        ("experiments.train_command", "learning.training"): "train",
+    },
+    PROGRAM: {("__main__", "experiments.cli", "experiments.figures", "site.student"): "main"},
+}
+ALLOWED = {
+    name: where
+    for places in IN_TWO_FILES.values()
+    for where, names in places.items()
+    for name in names.split()
+}
+SOURCES = {
+    ".".join(path.with_suffix("").parts[1:]): (ROOT.parent / path).read_text(encoding="utf-8")
+    for path in MODULES
+    if path.parts[1] not in ("reference.py", "exercises")  # both say again what stands elsewhere
+}
+
+
+def public_names(source: str) -> set[str]:
+    """The public functions, classes and types that a module defines; constants apart."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            targets = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            names |= {name for name in targets if not name.isupper() and name[0].isupper()}
+    return {name for name in names if not name.startswith("_")}
+
+
+def in_two_files(sources: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Each public name that several modules define, with those modules."""
+    where: dict[str, list[str]] = {}
+    for module, source in sorted(sources.items()):
+        for name in public_names(source):
+            where.setdefault(name, []).append(module)
+    return {name: tuple(modules) for name, modules in where.items() if len(modules) > 1}
+
+
+def test_a_public_name_is_defined_in_one_file_but_for_those_listed_with_their_reason():
+    assert in_two_files(SOURCES) == ALLOWED
+
+
+def test_a_name_in_two_files_is_noticed():
+    twice = {"a": "def f(): ...\nKind = int", "b": "class f: ...", "c": "Kind = str\ndef _g(): ..."}
+    assert in_two_files(twice) == {"f": ("a", "b"), "Kind": ("a", "c")}
+
+
+def test_a_bare_import_of_a_name_in_two_files_means_the_same_thing_everywhere():
+    """Commands apart, which only the command line imports."""
+    imported: dict[str, set[str]] = {}
+    for source in SOURCES.values():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").endswith("_command"):
+                for alias in node.names:
+                    if alias.name in ALLOWED and alias.asname is None:
+                        imported.setdefault(alias.name, set()).add(str(node.module))
+    assert {name: modules for name, modules in imported.items() if len(modules) > 1} == {}
+
+
+def test_what_shares_its_name_in_the_theory_is_a_statement():
+    from klrl_edu.theory.identities import IDENTITIES
+
+    names = {statement.function.__name__ for statement in IDENTITIES.values()}
+    assert {name for where in IN_TWO_FILES[STATEMENT].values() for name in where.split()} <= names
