@@ -54,12 +54,11 @@ def check_arguments(call: str, **given: tuple[Any, Kinds]) -> None:
                 for other, (one, place) in given.items()
                 if other != name and isinstance(one, kinds) and isinstance(value, place)
             ]
-            raise InputError(
-                f"{call}: {name} is {describe(value)}; expected {_in_words(kinds)}."
-                + _remedy(value, kinds, name, swapped)
-            )
-        model = isinstance(value, nn.Module) and hasattr(value, "in_words")
-        if model and not isinstance(getattr(value, "space", None), SequenceSpace):
+            expected = f"{call}: {name} is {describe(value)}; expected {_in_words(kinds)}."
+            raise InputError(expected + _remedy(value, kinds, name, swapped))
+        # a LanguageModel of one's own may have forgotten its space
+        is_model = isinstance(value, nn.Module) and hasattr(value, "in_words")
+        if is_model and not isinstance(getattr(value, "space", None), SequenceSpace):
             raise InputError(
                 f"{call}: {name}, {describe(value)}, has no space; set self.space ="
                 " SequenceSpace(vocabulary, max_length) in its __init__."
@@ -67,6 +66,7 @@ def check_arguments(call: str, **given: tuple[Any, Kinds]) -> None:
 
 
 def _in_words(kinds: Kinds) -> str:
+    """The kinds as a message names them: by their own words, else by their class."""
     listed = kinds if isinstance(kinds, tuple) else (kinds,)
     return " or ".join(getattr(kind, "in_words", kind.__name__) for kind in listed)
 
@@ -94,6 +94,7 @@ def check_draw(draw: Any, name: str = "draw") -> None:
         InputError: with the call that makes one.
     """
     if not callable(draw):
+        # the remedy repeats the seed or the generator that was given in its place
         seed = "generator" if isinstance(draw, Generator) else draw if type(draw) is int else 0
         raise InputError(
             f"{name} is {describe(draw)}; expected the source of randomness:"

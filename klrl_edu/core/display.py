@@ -18,30 +18,25 @@ def format_number(value: Cell, digits: int = 6) -> str:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], digits: int = 6) -> str:
     """A table in plain text: text to the left, numbers to the right."""
+    columns = range(len(header))
     cells = [list(header), *([format_number(cell, digits) for cell in row] for row in rows)]
-    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [
-        all(not isinstance(row[column], str) for row in rows) for column in range(len(header))
-    ]
-    lines = [
-        "  ".join(
-            _pad(cell, width, right)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    widths = [max(_width(row[column]) for row in cells) for column in columns]
+    numeric = [all(not isinstance(row[column], str) for row in rows) for column in columns]
+    lines = []
+    for row in cells:
+        padded = [_pad(row[column], widths[column], numeric[column]) for column in columns]
+        lines.append("  ".join(padded).rstrip())
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], digits: int = 6) -> str:
     """The same table for a notebook; every cell is escaped."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(format_number(cell, digits))}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(format_number(cell, digits))}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -52,7 +47,8 @@ def _pad(cell: str, width: int, right: bool) -> str:
 
 def _width(cell: str) -> int:
     """Columns on a terminal: wide East Asian characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in cell
-    )
+    columns = 0
+    for character in cell:
+        if not unicodedata.combining(character):
+            columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return columns

@@ -27,9 +27,7 @@ class Draw(Protocol):
 
 
 def as_generator(seed: int | torch.Generator) -> torch.Generator:
-    """A CPU generator from a seed; a generator passes through, so that one stream can serve several
-    calls.
-    """
+    """A CPU generator from a seed; one that is given passes, to serve several calls."""
     if isinstance(seed, torch.Generator):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -58,12 +56,11 @@ def seeded_draw(seed: int | torch.Generator) -> Draw:
             )
         if rows is not None:
             cumulative = cumulative.index_select(0, rows)
-        uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64).to(
-            cumulative.device
-        )
+        uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)
+        level = uniform.to(cumulative.device) * cumulative[:, -1:]
         # right=True: the first entry whose cumulative mass exceeds u·total, so an entry of zero
         # mass is never taken
-        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
+        return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
 
     return draw
 
@@ -77,9 +74,7 @@ class Execution(NamedTuple, Generic[Result]):
 
 @dataclass
 class _Choice:
-    """One scalar draw: the indices that have mass, their log-probabilities, and which is being
-    taken.
-    """
+    """One scalar draw: the indices that have mass, their log-probabilities, and which is taken."""
 
     options: list[int]
     log_probs: list[float]
@@ -99,6 +94,7 @@ def enumerate_executions(
     Raises:
         TooLargeError: there are more outcomes.
     """
+    # the path from the root of the tree of draws to the outcome that is being run
     choices: list[_Choice] = []
     executions: list[Execution[Result]] = []
     while True:
@@ -107,7 +103,7 @@ def enumerate_executions(
                 f"the program has more than max_executions = {max_executions:,} outcomes; shrink"
                 " it, or sample with seeded_draw."
             )
-        replayed = 0
+        replayed = 0  # draws answered in this run: by the path first, then by new choices
 
         def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
             nonlocal replayed
@@ -117,18 +113,22 @@ def enumerate_executions(
                 raise InputError(
                     "draw: a row of log_probs has no mass (or NaN); normalise the rows first."
                 )
-            rows_of_logs: list[list[float]] = (table - total).tolist()
+            log_rows: list[list[float]] = (table - total).tolist()
+            asked = range(len(log_rows)) if rows is None else rows.tolist()
             picked = []
-            for row in range(len(rows_of_logs)) if rows is None else rows.tolist():
+            for row in asked:
                 if replayed == len(choices):
-                    options = [k for k, value in enumerate(rows_of_logs[row]) if value > -math.inf]
-                    choices.append(_Choice(options, [rows_of_logs[row][k] for k in options]))
-                picked.append(choices[replayed].options[choices[replayed].taken])
+                    logs = log_rows[row]
+                    options = [k for k, value in enumerate(logs) if value > -math.inf]
+                    choices.append(_Choice(options, [logs[k] for k in options]))
+                choice = choices[replayed]
+                picked.append(choice.options[choice.taken])
                 replayed += 1
             return torch.tensor(picked, dtype=torch.long, device=log_probs.device)
 
         result = program(draw)
         executions.append(Execution(result, math.fsum(c.log_probs[c.taken] for c in choices)))
+        # to the next leaf: up from choices that are exhausted, and one option on
         while choices and choices[-1].taken == len(choices[-1].options) - 1:
             choices.pop()
         if not choices:

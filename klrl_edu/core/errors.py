@@ -1,11 +1,10 @@
-"""The errors a user can meet. Each message says what was given, what was expected, and the
-remedy.
-"""
+"""The errors a user can meet: each says what was given, what was expected, and the remedy."""
 
 
 class KlrlError(Exception):
-    """Base of every error that this package raises on purpose; the command line turns it into one
-    line and exit code 2.
+    """Base of every error that this package raises on purpose.
+
+    The command line turns it into one line and exit code 2.
     """
 
 
@@ -18,15 +17,14 @@ class InfeasibleError(InputError):
 
 
 class TooLargeError(InputError):
-    """An exact computation would need more memory or time than allowed: the message states the
-    count and what to use instead.
+    """An exact computation would need more memory or time than allowed.
+
+    The message states the count and what to use instead.
     """
 
 
 class UnsupportedPolicyError(InputError):
-    """The policy gives mass to sequences where the posterior has none, so KL(policy‖posterior) is
-    infinite.
-    """
+    """The policy gives mass where the posterior has none, so KL(policy‖posterior) is infinite."""
 
 
 class DivergedError(KlrlError, ArithmeticError):

@@ -16,7 +16,7 @@ from typing import Any
 def lazy_names(
     package: str, file: str
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package, from the .pyi beside its __init__.py.
+    """`__getattr__`, `__dir__` and `__all__` of a package, from the stub beside its __init__.py.
 
     Args:
         package: `__name__` of the package.
@@ -34,6 +34,7 @@ def lazy_names(
         if name not in homes:
             raise AttributeError(f"module {package!r} has no public name {name!r}")
         value = _imported(homes[name], name)
+        # from now on Python finds it without asking __getattr__
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,5 +1,4 @@
-"""Arithmetic on log-probabilities that stays exact where mass is zero, and whose gradients stay
-finite there.
+"""Arithmetic on log-probabilities: exact where mass is zero, with finite gradients there.
 
     log Σ e^x,    0 · (±inf) = 0,    KL(p‖q) = Σ_{p>0} p (e^d − 1 − d) + q{p = 0},
     d = log q − log p                                                                            (1)
@@ -18,21 +17,19 @@ from torch import Tensor
 from klrl_edu.core.errors import InfeasibleError
 from klrl_edu.core.validation import any_known
 
-_SERIES_RADIUS = (
-    0.5  # below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
-)
-_WELL_ABOVE_ZERO = (
-    1e-2  # a KL above this loses under 1e-13 of itself to the cancellation of terms of both signs
-)
-IN_CACHE = (
-    1 << 16
-)  # outcomes worked on at once, so that what lies between two passes stays in the processor's cache
+# below this |x|, e^x − 1 − x loses digits to cancellation and the series takes over
+_SERIES_RADIUS = 0.5
 _SERIES_TERMS = 18  # 0.5^18/20! is far below 2^-53 of the leading ½
+# a KL above this loses under 1e-13 of itself to the cancellation of terms of both signs
+_WELL_ABOVE_ZERO = 1e-2
+# outcomes worked on at once: what lies between two passes stays in the processor's cache
+IN_CACHE = 1 << 16
 
 
 def logsumexp(x: Tensor, dim: int = -1) -> Tensor:
-    """log Σ e^x along `dim`; −inf where every entry is −inf, with a zero gradient there (torch
-    gives NaN).
+    """log Σ e^x along `dim`; −inf, with a zero gradient, where every entry is −inf.
+
+    There torch's own gradient is NaN.
 
     Args:
         x: log-weights [..., K] in nats; −inf is zero mass.
@@ -58,9 +55,8 @@ def log_normalize(log_weights: Tensor, dim: int = -1) -> Tensor:
             "every log-weight is -inf (total mass 0), so it cannot be normalised; give at least one"
             " finite log-weight."
         )
-    shifted = (
-        log_weights - top
-    )  # first by the largest, so that weights around e^800 keep the digits of their ratios
+    # first by the largest, so that weights around e^800 keep the digits of their ratios
+    shifted = log_weights - top
     return shifted - logsumexp(shifted, dim).unsqueeze(dim)
 
 
@@ -71,8 +67,10 @@ def log_normalize_alive(log_weights: Tensor, dim: int = -1) -> Tensor:
 
 
 def uniform_where_dead(log_weights: Tensor, dead: Tensor | None = None) -> Tensor:
-    """Log-weights [..., K] with 0 throughout in rows that nothing can reach, where any law will do
-    and a row of −inf would be none (its softmax is NaN, and nothing can be drawn from it).
+    """Log-weights [..., K] with 0 throughout in rows that nothing can reach.
+
+    Any law will do there, and a row of −inf is none: its softmax is NaN, and nothing can be drawn
+    from it.
 
     Args:
         dead: which rows [...]; by default those without mass.
@@ -83,9 +81,13 @@ def uniform_where_dead(log_weights: Tensor, dead: Tensor | None = None) -> Tenso
 
 
 def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
-    """log Σ e^x over the entries of each segment: x [E] and index [E] in 0…segments−1 ->
-    [segments]; −inf where a segment has no mass.
+    """log Σ e^x over each segment's entries [segments]; −inf where a segment has no mass.
+
+    Args:
+        x: [E] in nats.
+        index: [E], the segment of each entry, in 0 … segments − 1.
     """
+    # the shift is any number near the largest entry: no gradient passes through it
     top = x.new_full((segments,), -math.inf).scatter_reduce(0, index, x.detach(), "amax")
     alive = top != -math.inf  # NaN stays NaN
     shift = torch.where(alive, top, torch.zeros_like(top))
@@ -95,19 +97,17 @@ def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
 
 
 def mul_exp(x: Tensor, log_p: Tensor) -> Tensor:
-    """x · e^{log p} with 0 · (±inf) = 0 · NaN = 0, and a zero gradient to both where p = 0;
-    broadcasts.
-    """
+    """x · e^{log p}; 0 where p = 0, whatever x is, with a zero gradient to both; broadcasts."""
     x, log_p = torch.broadcast_tensors(x, log_p)
     dead = log_p == -math.inf
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(
-        dead, zero, torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p))
-    )
+    # both factors are masked before the product: 0 · inf there would send NaN into the gradient
+    product = torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p))
+    return torch.where(dead, zero, product)
 
 
 def expectation(log_p: Tensor, x: Tensor, dim: int = -1) -> Tensor:
-    """E_p[x] = Σ p·x along `dim`, where outcomes of zero mass do not count, whatever x is there."""
+    """E_p[x] = Σ p·x along `dim`; outcomes of zero mass do not count, whatever x is there."""
     return mul_exp(x, log_p).sum(dim)
 
 
@@ -117,27 +117,23 @@ def entropy(log_p: Tensor, dim: int = -1) -> Tensor:
 
 
 def expm1_minus_identity(x: Tensor) -> Tensor:
-    """e^x − 1 − x ≥ 0 to full relative accuracy: a series near zero, where the subtraction would
-    cancel.
-    """
+    """e^x − 1 − x ≥ 0 to full relative accuracy, also near zero, where the subtraction cancels."""
     near = x.abs() < _SERIES_RADIUS
+    # near zero: x²/2 · (1 + x/3 (1 + x/4 (…))), by Horner's rule from the last term
     small = torch.where(near, x, torch.zeros_like(x))
     series = torch.ones_like(x)
-    for k in range(_SERIES_TERMS, 2, -1):  # Horner on 1 + x/3 (1 + x/4 (…))
+    for k in range(_SERIES_TERMS, 2, -1):
         series = 1 + small / k * series
+    # elsewhere as it stands; x = −inf gives −1 + inf = inf, and x = +inf must not be inf − inf
     large = torch.where(near, torch.ones_like(x), x)
-    # x = −inf gives −1 + inf = inf and x = +inf must give inf, not inf − inf
-    direct = torch.where(
-        large == math.inf,
-        large,
-        torch.expm1(large) - torch.where(large == math.inf, torch.zeros_like(large), large),
-    )
+    infinite = large == math.inf
+    subtracted = torch.where(infinite, torch.zeros_like(large), large)
+    direct = torch.where(infinite, large, torch.expm1(large) - subtracted)
     return torch.where(near, small * small / 2 * series, direct)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
-    """KL(p‖q) in nats along `dim` by (1): never negative, +inf where q = 0 < p, exact for outcomes
-    with p = q = 0.
+    """KL(p‖q) in nats along `dim` by (1): never negative, and +inf where q = 0 < p.
 
     Args:
         log_p, log_q: normalised log-probabilities [..., K]; −inf is zero mass.
@@ -150,6 +146,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
         return plain
     dead_p, dead_q = log_p == -math.inf, log_q == -math.inf
     zero = torch.zeros((), dtype=log_p.dtype, device=log_p.device)
+    # where both have mass: p (e^d − 1 − d)
     both = ~dead_p & ~dead_q
     safe_p, safe_q = torch.where(both, log_p, zero), torch.where(both, log_q, zero)
     d = safe_q - safe_p
@@ -157,19 +154,22 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
     near = torch.exp(safe_p) * expm1_minus_identity(torch.where(close, d, zero))
     far = torch.exp(safe_q) - torch.exp(safe_p) * (1 + d)
     terms = torch.where(both, torch.where(close, near, far), zero)
-    terms = terms + torch.where(dead_p & ~dead_q, torch.exp(torch.where(dead_q, zero, log_q)), zero)
+    # where p alone is zero: q{p = 0}; where q alone is: inf; where both are: 0
+    q_alone = torch.exp(torch.where(dead_q, zero, log_q))
+    terms = terms + torch.where(dead_p & ~dead_q, q_alone, zero)
     return torch.where(dead_q & ~dead_p, torch.full_like(terms, math.inf), terms).sum(dim)
 
 
 def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:
-    """−Σ p·d, which is (1) for normalised p and q, where it keeps the digits: float64, no zero
-    mass, every KL above a hundredth.
+    """The fast path: −Σ p·d, which is (1) for normalised p and q; None where it loses digits.
+
+    It keeps them in float64 where no mass is zero and every KL is above a hundredth.
     """
-    if (
-        log_p.dtype != torch.float64
-        or any_known(~((log_p.detach().amin() > -math.inf) & (log_q.detach().amin() > -math.inf)))
-        is not False
-    ):
+    if log_p.dtype != torch.float64:
+        return None
+    least_p, least_q = log_p.detach().amin(), log_q.detach().amin()
+    # "is not False": under vmap the answer is None, and the general path is taken
+    if any_known(~((least_p > -math.inf) & (least_q > -math.inf))) is not False:
         return None
     parts = []
     for part_p, part_q in zip(log_p.split(IN_CACHE, dim), log_q.split(IN_CACHE, dim), strict=True):
@@ -181,11 +181,11 @@ def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − e^x) for x ≤ 0: the log of a complement, exact for x near 0 and for x far below."""
     near = x > -math.log(2)
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x)))),
-        torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x))),
-    )
+    # −1 stands in where the other form is taken: harmless to both, and to their gradients
+    elsewhere = -torch.ones_like(x)
+    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, elsewhere)))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near, elsewhere, x)))
+    return torch.where(near, by_expm1, by_log1p)
 
 
 def effective_sample_size(log_weights: Tensor, dim: int = -1) -> Tensor:

@@ -1,5 +1,6 @@
-"""Every batch of B independent draws from S outcomes: in each of its orders, or as a multiset,
-which is all that a loss sees where the order is nothing to it.
+"""Every batch of B independent draws from S outcomes, in each of its orders or as a multiset.
+
+A multiset is all that a loss sees where the order is nothing to it.
 
     P(multiset) = B!/Π_y n_y! · Π_y p(y)^{n_y},    C(S+B−1, B) of them; S^B orders               (1)
 
@@ -59,9 +60,8 @@ def _table(batches: Iterable[tuple[int, ...]], count: int, size: int) -> Tensor:
 
 
 def _log_orders(rows: Tensor) -> Tensor:
-    """log B!/Π n_y! of ascending rows [X,B] -> [X]: the k-th copy of a sequence in a row divides by
-    k.
-    """
+    """log B!/Π n_y! [X] of ascending rows [X,B]."""
+    # equal entries stand side by side: the k-th copy of an outcome divides by k
     run = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
     total = torch.full_like(run, math.lgamma(rows.shape[1] + 1))
     for column in range(1, rows.shape[1]):

@@ -28,6 +28,7 @@ def takes_numbers(function: Function) -> Function:
 
     @functools.wraps(function)
     def with_tensors(*args: Any, **options: Any) -> Any:
+        # lists and arrays go where the first tensor of the call is
         given = [*args, *options.values()]
         device = next((value.device for value in given if isinstance(value, Tensor)), None)
 
@@ -35,9 +36,8 @@ def takes_numbers(function: Function) -> Function:
             return as_numbers(value, name, device) if name in numbers else value
 
         names = [*order, *[""] * len(args)]  # as many as it takes for Python's own complaint
-        return function(
-            *map(ready, names, args), **{name: ready(name, one) for name, one in options.items()}
-        )
+        ready_options = {name: ready(name, value) for name, value in options.items()}
+        return function(*map(ready, names, args), **ready_options)
 
     return with_tensors  # type: ignore[return-value]
 

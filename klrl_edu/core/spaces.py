@@ -40,11 +40,9 @@ class SequenceSpace:
     separator: str = " "
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self,
-            "vocabulary",
-            tuple(unicodedata.normalize("NFC", word) for word in self.vocabulary),
-        )
+        # one text, one spelling: "é" is one character, not an e and its accent
+        vocabulary = tuple(unicodedata.normalize("NFC", word) for word in self.vocabulary)
+        object.__setattr__(self, "vocabulary", vocabulary)
         check_count(self.max_length, "max_length")
         if not self.vocabulary:
             raise InputError("vocabulary is empty; give at least one word.")
@@ -66,8 +64,9 @@ class SequenceSpace:
     def from_texts(
         cls, texts: Sequence[str], *, separator: str = " ", eos: bool | None = None
     ) -> "SequenceSpace":
-        """The smallest space that holds `texts`: words in order of appearance, EOS only where the
-        lengths differ (unless `eos` says).
+        """The smallest space that holds `texts`, its words in order of appearance.
+
+        It has EOS only where the lengths differ, unless `eos` says.
         """
         if not texts:
             raise InputError("texts is empty; give at least one text.")
@@ -109,33 +108,28 @@ class SequenceSpace:
 
     def in_short(self) -> str:
         """The numbers of words and tokens, for the line that describes a model."""
-        return (
-            f"{len(self.vocabulary):,} words, T = {self.max_length},"
-            f" {'EOS' if self.eos else 'no EOS'}"
-        )
+        ends = "EOS" if self.eos else "no EOS"
+        return f"{len(self.vocabulary):,} words, T = {self.max_length}, {ends}"
 
     def __repr__(self) -> str:
-        words = ", ".join(map(repr, self.vocabulary[:4])) + (
-            ", …" if len(self.vocabulary) > 4 else ""
-        )
-        return (
-            f"SequenceSpace({len(self.vocabulary)} words: {words}; T = {self.max_length},"
-            f" {'EOS' if self.eos else 'no EOS'})"
-        )
+        count = len(self.vocabulary)
+        words = ", ".join(map(repr, self.vocabulary[:4])) + (", …" if count > 4 else "")
+        ends = "EOS" if self.eos else "no EOS"
+        return f"SequenceSpace({count} words: {words}; T = {self.max_length}, {ends})"
 
     def live(self, tokens: Tensor) -> Tensor:
         """Which tokens count: up to and including the first EOS. [N,T] -> bool [N,T]."""
         if not self.eos:
             return torch.ones_like(tokens, dtype=torch.bool)
         ended = tokens.eq(len(self.vocabulary))
+        # no EOS so far, the token itself not counted
         return (ended.cumsum(-1) - ended.long()) == 0
 
     def last(self, tokens: Tensor) -> Tensor:
-        """Which token is the last one that counts, the first EOS where there is one. [N,T] -> bool
-        [N,T].
-        """
+        """The last token that counts, the first EOS where there is one. [N,T] -> bool [N,T]."""
         live = self.live(tokens)
-        return live & ~torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
+        live_after = torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
+        return live & ~live_after
 
     @overload
     def encode(self, text: str) -> Tensor: ...
@@ -161,12 +155,11 @@ class SequenceSpace:
         """Tokens [N,T] -> N texts, without the EOS."""
         rows = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         end = self.eos_id
-        return [
-            self.separator.join(
-                self.vocabulary[i] for i in (row[: row.index(end)] if end in row else row)
-            )
-            for row in rows
-        ]
+        texts = []
+        for row in rows:
+            words = row[: row.index(end)] if end in row else row
+            texts.append(self.separator.join(self.vocabulary[i] for i in words))
+        return texts
 
     def encode_prompt(self, text: str) -> Tensor:
         """A prompt as text -> token ids [S]: its words, of any number, without EOS or padding.
@@ -177,9 +170,7 @@ class SequenceSpace:
         return torch.tensor(self._word_ids(text, 0, len(text)), dtype=torch.long)
 
     def decode_prompt(self, prompt: Tensor | Sequence[int]) -> str:
-        """A prompt [S] -> its text, without the padding; an id that is no word is shown as
-        <id>.
-        """
+        """A prompt [S] -> its text, without padding; an id that is no word is shown as <id>."""
         ids = [int(token) for token in prompt if token >= 0]
         words = (self.vocabulary[i] if i < len(self.vocabulary) else f"<{i}>" for i in ids)
         return self.separator.join(words)
@@ -201,9 +192,9 @@ class SequenceSpace:
             bad[:, -1] |= tokens[:, -1] != self.eos_id
         if bool(bad.any()):
             n, t = bad.nonzero()[0].tolist()
-            rule = f"ids run from 0 to {self.vocab_size - 1}" + (
-                ", every token after EOS is EOS, and the last one is EOS" if self.eos else ""
-            )
+            rule = f"ids run from 0 to {self.vocab_size - 1}"
+            if self.eos:
+                rule += ", every token after EOS is EOS, and the last one is EOS"
             raise InputError(
                 f"{name}[{n}, {t}] = {int(tokens[n, t])} does not belong to {self!r}: {rule}."
             )
@@ -224,17 +215,17 @@ class SequenceSpace:
         return torch.cat([self._all_of_length(length) for length in lengths])
 
     def _all_of_length(self, length: int) -> Tensor:
-        words = torch.arange(len(self.vocabulary))
-        grid = (
-            torch.cartesian_prod(*[words] * length).reshape(-1, length)
-            if length
-            else words.new_zeros(1, 0)
-        )
-        return torch.nn.functional.pad(
-            grid, (0, self.max_length - length), value=len(self.vocabulary)
-        )
+        """The sequences [W^length,T] of `length` words, filled up with EOS."""
+        count = len(self.vocabulary)
+        words = torch.arange(count)
+        if length:
+            grid = torch.cartesian_prod(*[words] * length).reshape(-1, length)
+        else:  # cartesian_prod takes at least one factor
+            grid = words.new_zeros(1, 0)
+        return torch.nn.functional.pad(grid, (0, self.max_length - length), value=count)
 
     def _ids(self, text: str) -> list[int]:
+        """The T tokens of a text."""
         room = self.max_length - self.eos
         ids = self._word_ids(text, 0 if self.eos else room, room)
         return ids + [len(self.vocabulary)] * (self.max_length - len(ids))
@@ -274,8 +265,10 @@ class SequenceSpace:
         return found[0]
 
     def _spellings(self, text: str, least: int, most: int) -> list[list[int]]:
-        """Up to two sequences of words that spell a text, depth-first; a place from which the end
-        is out of reach is tried once for each number of words.
+        """Up to two sequences of words that spell a text: two already make it ambiguous.
+
+        Depth-first. A state is a place in the text and a number of words: one that was opened twice
+        is not opened again, as two ways through it would have been found, or none leads to the end.
         """
         lengths = sorted({len(word) for word in self.vocabulary}, reverse=True)
         gap, found = self.separator, list[list[int]]()
@@ -285,9 +278,10 @@ class SequenceSpace:
             place, ids = stack.pop()
             if place == len(text) and least <= len(ids):
                 found.append(ids)
-            if len(ids) == most or visits.get((place, len(ids)), 0) > 1:
+            opened = visits.get((place, len(ids)), 0)
+            if len(ids) == most or opened > 1:
                 continue
-            visits[place, len(ids)] = visits.get((place, len(ids)), 0) + 1
+            visits[place, len(ids)] = opened + 1
             start = place + len(gap) if ids else place
             if ids and not text.startswith(gap, place):
                 continue
@@ -299,6 +293,9 @@ class SequenceSpace:
 
 
 def _split(text: str, separator: str) -> list[str]:
+    """The words of a text, where the separator alone tells them apart."""
     if separator == "":
         return list(text)
-    return text.split() if separator == " " else text.split(separator) if text else []
+    if separator == " ":  # several blanks, or a line's end, are one separator
+        return text.split()
+    return text.split(separator) if text else []

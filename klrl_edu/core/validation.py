@@ -49,13 +49,10 @@ def check_probabilities(
             f"{name} has shape {list(values.shape)}; expected one probability a sequence, [K] with"
             " K at least 1."
         )
-    _refuse(
-        ~torch.isfinite(values),
-        values,
-        name,
-        "is not finite; probabilities are numbers from 0 to 1.",
-    )
+    not_finite = ~torch.isfinite(values)
+    _refuse(not_finite, values, name, "is not finite; probabilities are numbers from 0 to 1.")
     _refuse(values < 0, values, name, "is negative; probabilities are at least 0.")
+    # by the largest, so that huge or tiny weights neither overflow nor vanish
     top = float(values.max())
     total = top * math.fsum((values / top).tolist()) if top > 0 else 0.0
     if normalize:
@@ -64,9 +61,7 @@ def check_probabilities(
                 f"{name} are all 0, so they cannot be normalised; give at least one positive"
                 " weight."
             )
-        scaled = (
-            values / top
-        )  # first by the largest, so that huge or tiny weights neither overflow nor vanish
+        scaled = values / top
         return scaled / math.fsum(scaled.tolist())
     if abs(total - 1) > SUM_TOLERANCE:
         raise InputError(f"{name} sum to {total:.12g}, not 1. Raw weights? Pass normalize=True.")
@@ -74,21 +69,13 @@ def check_probabilities(
 
 
 def check_finite_vector(values: Any, name: str, length: int | None = None) -> Tensor:
-    """Numbers [K] as float64 without NaN or +inf; −inf is allowed (a hard constraint, zero
-    mass).
-    """
+    """Numbers [K] as float64 without NaN or +inf; −inf (zero mass) is allowed."""
     vector = torch.as_tensor(values, dtype=torch.float64)
     if vector.ndim != 1 or (length is not None and len(vector) != length):
-        raise InputError(
-            f"{name} has shape {list(vector.shape)}; expected"
-            f" [{'K' if length is None else length}]."
-        )
-    _refuse(
-        torch.isnan(vector) | (vector == math.inf),
-        vector,
-        name,
-        "is not allowed; give a number, or -inf for zero mass.",
-    )
+        expected = "K" if length is None else length
+        raise InputError(f"{name} has shape {list(vector.shape)}; expected [{expected}].")
+    bad = torch.isnan(vector) | (vector == math.inf)
+    _refuse(bad, vector, name, "is not allowed; give a number, or -inf for zero mass.")
     return vector
 
 
@@ -102,8 +89,9 @@ def check_same_space(left: Any, right: Any, what: str) -> None:
 
 
 def any_known(condition: Tensor) -> bool | None:
-    """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`, where one tensor
-    stands for many and no branch can be taken.
+    """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`.
+
+    There one tensor stands for many, and no branch can be taken.
     """
     # under vmap a tensor hides the dimension along which it stands for many; under grad it does not
     if torch.func.debug_unwrap(condition).ndim > condition.ndim:
@@ -112,6 +100,7 @@ def any_known(condition: Tensor) -> bool | None:
 
 
 def _refuse(bad: Tensor, values: Tensor, name: str, why: str) -> None:
+    """Raises for the first entry where `bad` [K] holds."""
     if bool(bad.any()):
         index = int(bad.nonzero()[0, 0])
         raise InputError(f"{name}[{index}] = {float(values[index])!r} {why}")

@@ -1,5 +1,6 @@
-"""Sequences with log-weights: exact tables and particles alike; logsumexp(log_weights) is log Z or
-its estimate.
+"""Sequences with log-weights, exact tables and particles alike.
+
+The logsumexp of the weights is log Z, or its estimate.
 """
 
 from dataclasses import dataclass
