@@ -38,7 +38,12 @@ class QuasiRejection(NamedTuple):
 
 @takes_numbers
 def rejection_acceptance(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
-    """(1), a probability: log_prior and rewards [K]; the mean of e^{(r − max r)/λ} under q."""
+    """The probability (1) that a draw from q is accepted: the mean of e^{(r − max r)/λ} under q.
+
+    Args:
+        log_prior, rewards: [K].
+    """
+    # max π*/q is e^{max r/λ}/Z, the inverse of (1)
     log_star = tilt(log_prior, rewards, kl_coef).log_posterior
     return math.exp(-float(_log_weights(log_prior, log_star).amax()))
 
@@ -47,8 +52,11 @@ def rejection_acceptance(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> 
 def quasi_rejection(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, log_beta: float
 ) -> QuasiRejection:
-    """(2): log_prior and rewards [K]; log β in nats. From log β = max r/λ on it is rejection, and
-    exact.
+    """What quasi-rejection (2) draws from, and its cost.
+
+    Args:
+        log_prior, rewards: [K].
+        log_beta: log β in nats; from max r/λ on it is rejection, and exact.
 
     Raises:
         InputError: β not positive and finite.
@@ -60,38 +68,46 @@ def quasi_rejection(
     capped = torch.minimum(log_unnormalised, log_prior + log_beta)
     log_mass = logspace.logsumexp(capped)
     log_probs = capped - log_mass
+    acceptance = math.exp(float(log_mass) - log_beta)
     distance = float((log_probs.exp() - tilted.log_posterior.exp()).abs().sum()) / 2
-    return QuasiRejection(log_probs, math.exp(float(log_mass) - log_beta), distance)
+    return QuasiRejection(log_probs, acceptance, distance)
 
 
 @takes_numbers
 def metropolis_matrix(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tensor:
-    """The transition matrix [K,K] of (3) on the supported outcomes (rows sum to one); where π* has
-    none a row moves as q.
+    """The transition matrix [K,K] of (3): a row moves from one outcome, and sums to one.
+
+    From an outcome without posterior mass every proposal is accepted.
+
+    Args:
+        log_prior, rewards: [K].
     """
     log_a = _log_weights(log_prior, tilt(log_prior, rewards, kl_coef).log_posterior)
-    ratio = (
-        log_a[None, :]
-        - torch.where(log_a > -math.inf, log_a, torch.full_like(log_a, -math.inf))[:, None]
-    )
-    accept = torch.where((log_a == -math.inf)[:, None], 0.0, ratio).clamp(max=0.0).exp()
+    log_ratio = log_a[None, :] - log_a[:, None]  # log a′/a, NaN where both are 0
+    leaves_nothing = (log_a == -math.inf)[:, None]
+    accept = torch.where(leaves_nothing, 0.0, log_ratio).clamp(max=0.0).exp()
     moves = log_prior.exp()[None, :] * accept
+    # what is not accepted stays
     moves.fill_diagonal_(0)
     return moves + torch.diag(1 - moves.sum(-1))
 
 
 @takes_numbers
 def metropolis_second_eigenvalue(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
-    """1 − 1/max a of (3): log_prior and rewards [K]; the rate at which the chain forgets
-    its start.
+    """The rate 1 − 1/max a of (3) at which the chain forgets its start.
+
+    Args:
+        log_prior, rewards: [K].
     """
     return 1 - rejection_acceptance(log_prior, rewards, kl_coef)
 
 
 @takes_numbers
 def effective_sample_size(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
-    """1/E_q[(π*/q)²] in (0, 1]: the limit of the effective sample size a draw; log_prior and
-    rewards [K].
+    """The effective sample size a draw, in the limit of many: 1/E_q[(π*/q)²] in (0, 1].
+
+    Args:
+        log_prior, rewards: [K].
     """
     log_star = tilt(log_prior, rewards, kl_coef).log_posterior
     covered = log_star > -math.inf
@@ -102,8 +118,14 @@ def effective_sample_size(log_prior: Tensor, rewards: Tensor, kl_coef: float) ->
 def importance_sampling_mean(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, values: Tensor, n: int
 ) -> float:
-    """(4): E of Σ w f/Σ w over n draws from q, w = e^{r/λ}: log_prior, rewards and values f [K];
-    less E_π*[f] it is the exact bias.
+    """The exact mean (4) of Σ w f/Σ w over n draws from q, w = e^{r/λ}.
+
+    Less E_π*[f] it is the estimator's bias.
+
+    Args:
+        log_prior, rewards: [K].
+        values: f [K].
+        n: draws.
 
     Raises:
         TooLargeError: more multisets than MAX_MULTISETS.
@@ -132,8 +154,5 @@ def importance_sampling_mean(
 
 def _log_weights(log_prior: Tensor, log_star: Tensor) -> Tensor:
     """log a = log π*/q [K], −inf where π* is 0."""
-    return torch.where(
-        log_star > -math.inf,
-        log_star - torch.where(log_prior > -math.inf, log_prior, 0.0),
-        -math.inf,
-    )
+    safe_prior = torch.where(log_prior > -math.inf, log_prior, 0.0)
+    return torch.where(log_star > -math.inf, log_star - safe_prior, -math.inf)

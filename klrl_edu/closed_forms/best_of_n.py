@@ -23,8 +23,14 @@ from klrl_edu.core.validation import SUM_TOLERANCE, check_count
 
 
 class BestOfN(NamedTuple):
-    """log π_n [K] in nats; KL(π_n‖q) and its bound in nats; E[r] in reward units; the probability
-    of beating a draw from q, ties half.
+    """The law of the best of n, and what it costs and gains.
+
+    Attributes:
+        log_probs: log π_n [K] in nats.
+        kl: KL(π_n‖q) in nats.
+        kl_bound: what it never exceeds, in nats.
+        expected_reward: E[r] in reward units.
+        win_rate: the probability of beating a draw from q, a tie counting half.
     """
 
     log_probs: Tensor
@@ -54,24 +60,21 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
     _, level = torch.unique(r, return_inverse=True)  # in rising order
     log_level = logspace.segment_logsumexp(log_q, level, int(level.max()) + 1)
     log_below, log_up_to = _cumulative(log_level)
+    # log F₋/F, from the level's share of F where that is the smaller part
     share = (log_level - log_up_to).clamp(max=0)
-    log_rest = torch.where(
-        share < -math.log(2), logspace.log1mexp(share), log_below - log_up_to
-    )  # log F₋/F
+    log_rest = torch.where(share < -math.log(2), logspace.log1mexp(share), log_below - log_up_to)
     log_gain = n * log_up_to + logspace.log1mexp(n * log_rest.clamp(max=0))  # (2)
     log_pi = torch.full_like(log_prior, -math.inf)
     log_pi[supported] = log_q - log_level[level] + log_gain[level]
-    # said outright: at large n the worst outcomes' mass underflows, and 0·(−inf) is no number
-    mean = (
-        -math.inf
-        if bool((r == -math.inf).any())
-        else float(logspace.expectation(log_pi[supported], r))
-    )
+    if bool((r == -math.inf).any()):
+        # said outright: at large n the worst outcomes' mass underflows, and 0·(−inf) is no number
+        mean = -math.inf
+    else:
+        mean = float(logspace.expectation(log_pi[supported], r))
     wins = log_below.exp() + log_level.exp() / 2
+    win_rate = float((log_pi[supported].exp() * wins[level]).sum())
     kl = float(logspace.kl_divergence(log_pi, log_prior))
-    return BestOfN(
-        log_pi, kl, kl_bound(n), mean, float((log_pi[supported].exp() * wins[level]).sum())
-    )
+    return BestOfN(log_pi, kl, kl_bound(n), mean, win_rate)
 
 
 def kl_bound(n: int) -> float:
@@ -101,14 +104,12 @@ def _check(log_prior: Tensor, rewards: Tensor) -> None:
 
 
 def _cumulative(log_level: Tensor) -> tuple[Tensor, Tensor]:
-    """log F₋ and log F of each level, rising; F from the side that keeps its digits, so that masses
-    near 1 come from their complement.
-    """
+    """log F₋ and log F of each level, rising."""
     nothing = log_level.new_full((1,), -math.inf)
-    log_above = torch.cat([torch.logcumsumexp(log_level.flip(0), 0).flip(0)[1:], nothing])
-    log_up_to = torch.where(
-        log_above < -math.log(2),
-        logspace.log1mexp(log_above.clamp(max=0)),
-        torch.logcumsumexp(log_level, 0),
-    )
+    log_from_here = torch.logcumsumexp(log_level.flip(0), 0).flip(0)
+    log_above = torch.cat([log_from_here[1:], nothing])
+    # F from the side that keeps its digits: a mass near 1 comes from its complement
+    by_complement = logspace.log1mexp(log_above.clamp(max=0))
+    by_sum = torch.logcumsumexp(log_level, 0)
+    log_up_to = torch.where(log_above < -math.log(2), by_complement, by_sum)
     return torch.cat([nothing, log_up_to[:-1]]), log_up_to

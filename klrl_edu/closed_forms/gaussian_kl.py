@@ -32,48 +32,46 @@ class EstimatorMoments(NamedTuple):
 
     @property
     def relative_bias(self) -> Tensor:
-        """(mean − d)/d."""
+        """The bias as a part of the KL: (mean − d)/d [...]."""
         return (self.mean - self.kl) / self.kl
 
     @property
     def relative_std(self) -> Tensor:
-        """std/d, of one sample."""
+        """The standard deviation of one sample as a part of the KL: std/d [...]."""
         return self.variance.sqrt() / self.kl
 
 
 def k1(kl: float | Tensor) -> EstimatorMoments:
-    """Of u, at d = `kl` [...]: std/d = √(2/d), without bound as d → 0."""
+    """The moments of u at d = `kl` [...]: std/d = √(2/d), without bound as d → 0."""
     d = torch.as_tensor(kl, dtype=torch.float64)
     return EstimatorMoments(d, d, 2 * d)
 
 
 def k2(kl: float | Tensor) -> EstimatorMoments:
-    """Of u²/2, at d = `kl` [...]: relative bias d/2, std/d = √(2 + 2d)."""
+    """The moments of u²/2 at d = `kl` [...]: relative bias d/2, std/d = √(2 + 2d)."""
     d = torch.as_tensor(kl, dtype=torch.float64)
     return EstimatorMoments(d, d + d.square() / 2, 2 * d.square() * (1 + d))
 
 
 def k3(kl: float | Tensor) -> EstimatorMoments:
-    """Of w − 1 + u, at d = `kl` [...]: std/d → √2 as d → 0, growing as e^d/d."""
+    """The moments of w − 1 + u at d = `kl` [...]: std/d → √2 as d → 0, and grows as e^d/d."""
     d = torch.as_tensor(kl, dtype=torch.float64)
     return EstimatorMoments(d, d, logspace.expm1_minus_identity(2 * d))
 
 
 @takes_numbers
 def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> EstimatorMoments:
-    """Of u + c(w − 1), at d = `kl` [...] and c [...]: (2)."""
+    """The moments (2) of u + c(w − 1) at d = `kl` [...] and c = `coefficient` [...]."""
     d = torch.as_tensor(kl, dtype=torch.float64)
     return EstimatorMoments(d, d, 2 * d - 4 * coefficient * d + coefficient**2 * torch.expm1(2 * d))
 
 
 def best_coefficient(kl: float | Tensor) -> Tensor:
-    """c* of (2), at d = `kl` [...] > 0: near 1 (k3) for small d, falling to 0 (k1)."""
+    """The c* of least variance (2) at d = `kl` [...] > 0: near 1 (k3) for small d, falling to 0."""
     d = torch.as_tensor(kl, dtype=torch.float64)
     return 2 * d / torch.expm1(2 * d)
 
 
 def crossing() -> float:
-    """The KL in nats at which k3 and k1 have equal variance, e^{2d} − 1 = 4d: 0.628…; above it k3
-    is the worse.
-    """
+    """The KL in nats, 0.628…, at which k3 and k1 have equal variance; above it k3 is the worse."""
     return float(brentq(lambda d: math.expm1(2 * d) - 4 * d, 0.5, 1.0, xtol=1e-15))

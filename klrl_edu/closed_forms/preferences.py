@@ -1,5 +1,4 @@
-"""Preferences without a written reward: where DPO and IPO end, and the equilibrium of the
-regularised preference game.
+"""Preferences without a written reward: where DPO, IPO and the regularised game end.
 
     Bradley–Terry:  P(i ≻ j) = σ(r_i − r_j);     DPO:  −E log σ(λΔu), u = log π/q;
     its optimum under (full) Bradley–Terry is π*                                                 (1)
@@ -35,7 +34,7 @@ class Equilibrium(NamedTuple):
 
 @takes_numbers
 def bradley_terry(rewards: Tensor) -> Tensor:
-    """P(i ≻ j) [K,K] for rewards [K]."""
+    """The probabilities P(i ≻ j) = σ(r_i − r_j) [K,K] that i is preferred, for rewards [K]."""
     return torch.sigmoid(rewards[:, None] - rewards[None, :])
 
 
@@ -48,16 +47,14 @@ def check_preferences(preferences: Tensor) -> Tensor:
     """
     if preferences.ndim != 2 or preferences.shape[0] != preferences.shape[1]:
         raise InputError(f"preferences has shape {list(preferences.shape)}; expected [K, K].")
-    bad = ~((preferences >= 0) & (preferences <= 1)) | ~(
-        (preferences + preferences.T - 1).abs() <= 1e-12
-    )
+    in_range = (preferences >= 0) & (preferences <= 1)
+    sums_to_one = (preferences + preferences.T - 1).abs() <= 1e-12
+    bad = ~in_range | ~sums_to_one  # so, and NaN is bad too
     if bool(bad.any()):
         i, j = bad.nonzero()[0].tolist()
-        pair = (
-            f"preferences[{i}, {j}] = {float(preferences[i, j])} and preferences[{j}, {i}] ="
-            f" {float(preferences[j, i])}"
-        )
-        raise InputError(f"{pair} must lie in [0, 1] and sum to 1.")
+        one = f"preferences[{i}, {j}] = {float(preferences[i, j])}"
+        other = f"preferences[{j}, {i}] = {float(preferences[j, i])}"
+        raise InputError(f"{one} and {other} must lie in [0, 1] and sum to 1.")
     return preferences
 
 
@@ -78,13 +75,10 @@ def dpo_loss(
             prior by default.
     """
     weights = (log_prior if log_behaviour is None else log_behaviour).exp()
-    margin = kl_coef * (log_policy - log_prior)
-    return -(
-        weights[:, None]
-        * weights
-        * check_preferences(preferences)
-        * logsigmoid(margin[:, None] - margin)
-    ).sum()
+    margin = kl_coef * (log_policy - log_prior)  # λu
+    log_wins = logsigmoid(margin[:, None] - margin)
+    pairs = weights[:, None] * weights * check_preferences(preferences)
+    return -(pairs * log_wins).sum()
 
 
 @takes_numbers
@@ -95,17 +89,14 @@ def ipo_loss(
     tau: float,
     log_behaviour: Tensor | None = None,
 ) -> Tensor:
-    """The population loss of IPO (2), a scalar, with gradient to log_policy [K]; arguments as in
-    `dpo_loss`, τ in preference units a nat.
+    """The population loss of IPO (2), a scalar, with gradient to log_policy [K].
+
+    Arguments as in `dpo_loss`; τ in preference units a nat.
     """
     weights = (log_prior if log_behaviour is None else log_behaviour).exp()
-    ratio = log_policy - log_prior
-    return (
-        weights[:, None]
-        * weights
-        * check_preferences(preferences)
-        * (ratio[:, None] - ratio - 1 / (2 * tau)) ** 2
-    ).sum()
+    ratio = log_policy - log_prior  # u
+    pairs = weights[:, None] * weights * check_preferences(preferences)
+    return (pairs * (ratio[:, None] - ratio - 1 / (2 * tau)) ** 2).sum()
 
 
 @takes_numbers
@@ -123,9 +114,9 @@ def ipo_optimum(
 
 @takes_numbers
 def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau: float) -> Tensor:
-    """What both players of (3) could gain at π by their best responses, in preference units: a
-    scalar ≥ 0, 0 at the equilibrium.
+    """What both players of (3) could gain at π by their best responses, in preference units.
 
+    It is 0 at the equilibrium alone, and in closed form
     2(τ log Σ q e^{P(y ≻ π)/τ} + τKL(π‖q) − ½) = 2τKL(π‖best response), the game being symmetric
     with P(π ≻ π) = ½.
     """
@@ -137,8 +128,9 @@ def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau:
 def nash_equilibrium(
     log_prior: Tensor, preferences: Tensor, tau: float, tolerance: float = 1e-13
 ) -> Equilibrium:
-    """The fixed point of (3) by damped mirror steps, log π ← (1 − ητ) log π + η(P(y ≻ π) + τ log
-    q), with the gap as its certificate.
+    """The fixed point of (3), with its duality gap as a certificate.
+
+    By damped mirror steps, log π ← (1 − ητ) log π + η(P(y ≻ π) + τ log q).
 
     Raises:
         InputError: τ not positive, a matrix that is no preference, or no convergence (raise τ).
@@ -156,9 +148,8 @@ def nash_equilibrium(
         if gap <= tolerance:
             return Equilibrium(log_policy, gap, iteration)
         target = tilt(log_prior, preferences @ log_policy.exp(), tau).log_posterior
-        mixed = torch.where(
-            log_prior > -math.inf, (1 - step) * log_policy + step * target, -math.inf
-        )
+        mixed = (1 - step) * log_policy + step * target
+        mixed = torch.where(log_prior > -math.inf, mixed, -math.inf)
         log_policy = logspace.log_normalize(torch.where(torch.isnan(mixed), -math.inf, mixed))
     raise InputError(
         f"the equilibrium at tau = {tau:g} was not reached: duality gap {gap:.3g} after {_STEPS:,}"

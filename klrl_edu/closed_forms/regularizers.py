@@ -31,8 +31,12 @@ from klrl_edu.core.validation import check_kl_coef
 
 
 class Optimum(NamedTuple):
-    """A regularised optimum: log π [K] in nats (−inf is zero mass), ν and the objective in reward
-    units.
+    """A regularised optimum.
+
+    Attributes:
+        log_probs: log π [K] in nats; −inf is zero mass.
+        normaliser: ν in reward units.
+        objective: E_π[r] − λ D_f(π‖q) in reward units.
     """
 
     log_probs: Tensor
@@ -68,8 +72,9 @@ def reverse_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
 
 @takes_numbers
 def forward_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
-    """π = λq/(ν − r), ν > max r: log_prior and rewards [K] -> Optimum. A supported outcome of
-    reward −inf makes every objective −inf.
+    """π = λq/(ν − r), ν > max r: log_prior and rewards [K] -> Optimum.
+
+    A supported outcome of reward −inf makes every objective −inf.
 
     Raises:
         InfeasibleError: a supported outcome is forbidden.
@@ -79,16 +84,18 @@ def forward_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
 
 @takes_numbers
 def chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
-    """π = q[1 + (r − ν)/λ]₊ with D = ½E_q(t − 1)²: log_prior and rewards [K] -> Optimum; truly zero
-    where r ≤ ν − λ.
+    """π = q[1 + (r − ν)/λ]₊, where D = ½E_q(t − 1)²: truly zero where r ≤ ν − λ.
+
+    log_prior and rewards [K] -> Optimum.
     """
     return _optimum(_CHI_SQUARED, log_prior, rewards, kl_coef)
 
 
 @takes_numbers
 def kl_plus_chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
-    """π = q W₀(e^{(r − ν)/λ}) with D = KL(π‖q) + ½E_q(t − 1)²: log_prior and rewards [K] ->
-    Optimum.
+    """π = q W₀(e^{(r − ν)/λ}), where D = KL(π‖q) + ½E_q(t − 1)².
+
+    log_prior and rewards [K] -> Optimum.
     """
     return _optimum(_KL_CHI_SQUARED, log_prior, rewards, kl_coef)
 
@@ -97,8 +104,9 @@ def kl_plus_chi_squared(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> O
 def alpha_divergence(
     log_prior: Tensor, rewards: Tensor, kl_coef: float, alpha: float = 0.5
 ) -> Optimum:
-    """π = q(1 − (1−α)(r − ν)/λ)^{1/(α−1)}, 0 < α < 1, between forward KL (α → 0) and reverse KL (α
-    → 1): log_prior and rewards [K] -> Optimum.
+    """π = q(1 − (1−α)(r − ν)/λ)^{1/(α−1)}, 0 < α < 1: log_prior and rewards [K] -> Optimum.
+
+    Between forward KL (α → 0) and reverse KL (α → 1).
 
     Raises:
         InputError: α outside (0, 1).
@@ -149,8 +157,9 @@ def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float)
 
 @takes_numbers
 def density_ratio(divergence: str, x: Tensor) -> Tensor:
-    """t = π/q [K] at x = (r − ν)/λ [K], the right column of (1): what the optimum multiplies q by,
-    for a divergence by its name (α = ½).
+    """What the optimum multiplies q by: t = π/q [K] at x = (r − ν)/λ [K], by the table of (1).
+
+    The divergence is given by its name; α = ½.
 
     Raises:
         InputError: no such name.
@@ -160,8 +169,9 @@ def density_ratio(divergence: str, x: Tensor) -> Tensor:
         "chi_squared": _CHI_SQUARED,
         "kl_plus_chi_squared": _KL_CHI_SQUARED,
         "alpha": _alpha(0.5),
+        "jensen_shannon": _JENSEN_SHANNON,
+        "squared_hellinger": _HELLINGER,
     }
-    shapes |= {"jensen_shannon": _JENSEN_SHANNON, "squared_hellinger": _HELLINGER}
     if divergence == "reverse_kl":
         return x.exp()
     if divergence not in shapes:
@@ -175,9 +185,8 @@ def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float)
     """(1) with ν by bracketing: Σ_k q_k t((r_k − ν)/λ) falls in ν from above 1 to below 1."""
     check_kl_coef(kl_coef)
     if kl_coef == 0 or kl_coef == math.inf:
-        tilted = tilt(
-            log_prior, rewards, kl_coef
-        )  # the limits do not depend on f: q on argmax r, where ties keep q's proportions, and q
+        # the limits do not depend on f: q on argmax r, where ties keep q's proportions, and q
+        tilted = tilt(log_prior, rewards, kl_coef)
         return Optimum(tilted.log_posterior, float(tilted.value), float(tilted.value))
     supported = log_prior > -math.inf
     feasible = supported & (rewards > -math.inf)
@@ -186,8 +195,9 @@ def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float)
             "every supported outcome has reward -inf: no policy has a finite objective. Relax the"
             " constraint."
         )
-    if f.at_zero == math.inf and bool((supported & ~feasible).any()):
-        index = int((supported & ~feasible).nonzero()[0])
+    forbidden = supported & ~feasible
+    if f.at_zero == math.inf and bool(forbidden.any()):
+        index = int(forbidden.nonzero()[0])
         raise InfeasibleError(
             f"rewards[{index}] is -inf where the prior has mass, and this divergence is infinite at"
             " zero mass: no policy is finite."
@@ -196,20 +206,22 @@ def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float)
     below = (rewards[feasible] - top) / kl_coef  # (r − max r)/λ ≤ 0
 
     def excess(shift: float) -> float:
-        return math.expm1(min(700.0, float(torch.logsumexp(log_q + f.log_ratio(below - shift), 0))))
+        """Σπ − 1 at ν = max r + λ·shift; below e^700, which the search has no use for."""
+        log_total = float(torch.logsumexp(log_q + f.log_ratio(below - shift), 0))
+        return math.expm1(min(700.0, log_total))
 
     low, high = _bracket(f, excess)
-    shift = (
-        low
-        if low == high
-        else float(brentq(excess, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=1000))
-    )
+    shift = low
+    if low != high:
+        shift = float(brentq(excess, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=1000))
     log_t = f.log_ratio(below - shift)
     log_pi = torch.full_like(log_prior, -math.inf)
+    # normalised once more: the root is exact to rounding only
     log_pi[feasible] = log_q + log_t - torch.logsumexp(log_q + log_t, 0)
+    # D_f: over what is feasible, and f(0) for what the reward forbids (inf · 0 is 0)
     penalty = float((log_q.exp() * f.generator(log_pi[feasible] - log_q)).sum())
-    forbidden = float(log_prior[supported & ~feasible].exp().sum())
-    penalty += f.at_zero * forbidden if forbidden else 0.0
+    forbidden_mass = float(log_prior[forbidden].exp().sum())
+    penalty += f.at_zero * forbidden_mass if forbidden_mass else 0.0
     mean = float((log_pi[feasible].exp() * rewards[feasible]).sum())
     return Optimum(log_pi, float(top) + kl_coef * shift, mean - kl_coef * penalty)
 
@@ -223,6 +235,7 @@ def _bracket(f: _Divergence, excess: Callable[[float], float]) -> tuple[float, f
     high = -f.at_one
     if excess(high) >= 0:
         return high, high
+    # down, in steps that double, until the sum is above 1 or a pole is passed
     width = 1e-3
     low = high - width
     while low > -f.ceiling and excess(low) < 0:
@@ -248,44 +261,69 @@ def _log_w(x: Tensor) -> Tensor:
 
 
 def _t_log_t(log_t: Tensor) -> Tensor:
+    """t log t, 0 at t = 0."""
     return torch.where(log_t == -math.inf, 0.0, log_t.exp() * log_t.clamp(min=-1e300))
 
 
 def _half_square(log_t: Tensor) -> Tensor:
+    """½(t − 1)²."""
     return torch.expm1(log_t) ** 2 / 2
 
 
 def _js_generator(log_t: Tensor) -> Tensor:
+    """½[t log t − (1+t) log((1+t)/2)], by m log m at the middle m = (1+t)/2."""
     log_middle = torch.logaddexp(log_t, torch.zeros_like(log_t)) - math.log(2)
     return (_t_log_t(log_t) - 2 * _t_log_t(log_middle)) / 2
 
 
 def _alpha(alpha: float) -> _Divergence:
+    """The α-divergence, 0 < α < 1."""
+
+    def generator(log_t: Tensor) -> Tensor:
+        above = torch.exp(alpha * log_t) - alpha * log_t.exp() - (1 - alpha)
+        return above / (alpha * (alpha - 1))
+
     return _Divergence(
-        lambda x: torch.log1p(-(1 - alpha) * x) / (alpha - 1),
-        lambda log_t: (
-            (torch.exp(alpha * log_t) - alpha * log_t.exp() - (1 - alpha)) / (alpha * (alpha - 1))
-        ),
-        1 / (1 - alpha),
-        1 / alpha,
-        0.0,
+        log_ratio=lambda x: torch.log1p(-(1 - alpha) * x) / (alpha - 1),
+        generator=generator,
+        ceiling=1 / (1 - alpha),
+        at_zero=1 / alpha,
+        at_one=0.0,
     )
 
 
-_FORWARD = _Divergence(lambda x: -torch.log(-x), lambda log_t: -log_t, 0.0, math.inf, -1.0)
+_FORWARD = _Divergence(
+    log_ratio=lambda x: -torch.log(-x),
+    generator=lambda log_t: -log_t,
+    ceiling=0.0,
+    at_zero=math.inf,
+    at_one=-1.0,
+)
 _CHI_SQUARED = _Divergence(
-    lambda x: torch.log((1 + x).clamp(min=0)), _half_square, math.inf, 0.5, 0.0
+    log_ratio=lambda x: torch.log((1 + x).clamp(min=0)),
+    generator=_half_square,
+    ceiling=math.inf,
+    at_zero=0.5,
+    at_one=0.0,
 )
 _KL_CHI_SQUARED = _Divergence(
-    _log_w, lambda log_t: _t_log_t(log_t) + _half_square(log_t), math.inf, 0.5, 1.0
+    log_ratio=_log_w,
+    generator=lambda log_t: _t_log_t(log_t) + _half_square(log_t),
+    ceiling=math.inf,
+    at_zero=0.5,
+    at_one=1.0,
 )
 _JENSEN_SHANNON = _Divergence(
-    lambda x: -torch.log(torch.expm1(math.log(2) - 2 * x)),
-    _js_generator,
-    math.log(2) / 2,
-    math.log(2) / 2,
-    0.0,
+    log_ratio=lambda x: -torch.log(torch.expm1(math.log(2) - 2 * x)),
+    generator=_js_generator,
+    ceiling=math.log(2) / 2,
+    at_zero=math.log(2) / 2,
+    at_one=0.0,
 )
 _HELLINGER = _Divergence(
-    lambda x: -2 * torch.log1p(-2 * x), lambda log_t: torch.expm1(log_t / 2) ** 2 / 2, 0.5, 0.5, 0.0
+    log_ratio=lambda x: -2 * torch.log1p(-2 * x),
+    generator=lambda log_t: torch.expm1(log_t / 2) ** 2 / 2,
+    ceiling=0.5,
+    at_zero=0.5,
+    at_one=0.0,
 )

@@ -63,20 +63,25 @@ def _tilt_below_the_best(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> 
             f"every supported outcome has reward -inf ({count} of {count}): the posterior is empty."
             " Relax the constraint."
         )
-    top = rewards.amax().detach()
+    top = rewards.amax().detach()  # any m gives the same: no gradient passes through it
     lifted = log_prior + scaled_advantage(rewards, top, kl_coef)
     residual = logspace.logsumexp(lifted)
     if kl_coef == math.inf:
         value, log_evidence = logspace.expectation(log_prior, rewards), residual
     else:
         value = top + kl_coef * residual
-        log_evidence = residual + (top / kl_coef if kl_coef > 0 else _infinite_unless_zero(top))
+        if kl_coef > 0:
+            scaled_top = top / kl_coef
+        else:  # m/λ in the limit: ±inf, or 0 where m is
+            scaled_top = torch.where(top == 0, top, torch.sign(top) * math.inf)
+        log_evidence = residual + scaled_top
     return Tilted(lifted - residual, value, log_evidence)
 
 
 def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
-    """(r − m)/λ ≤ 0 with its limits: 0 on the argmax and −inf elsewhere at λ = 0, 0 at λ = inf;
-    −inf where r = −inf.
+    """(r − m)/λ ≤ 0, and −inf where r = −inf.
+
+    In the limits: 0 on the argmax and −inf elsewhere at λ = 0; 0 at λ = inf.
     """
     feasible = rewards > -math.inf
     below = torch.where(feasible, rewards, top) - top
@@ -88,32 +93,23 @@ def scaled_advantage(rewards: Tensor, top: Tensor, kl_coef: float) -> Tensor:
     return torch.where(feasible, scaled, forbidden)
 
 
-def _infinite_unless_zero(top: Tensor) -> Tensor:
-    return torch.where(top == 0, top, torch.sign(top) * math.inf)
-
-
 # --- the fast path: no gradient and moderate rewards ----------------------------------------------
 
 
 def _is_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> bool:
     """No gradient, no limit, and |r|/λ small everywhere: log q + r/λ can be formed as it stands."""
-    if (
-        log_prior.requires_grad
-        or rewards.requires_grad
-        or not _SMALL < kl_coef < math.inf
-        or not rewards.numel()
-    ):
+    if log_prior.requires_grad or rewards.requires_grad or not rewards.numel():
+        return False
+    if not _SMALL < kl_coef < math.inf:
         return False
     low, high = torch.aminmax(rewards)
     return bool((low >= -_PLAIN * kl_coef) & (high <= _PLAIN * kl_coef))
 
 
 def _tilt_plain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tilted:
-    """(1) and (2) with m = 0, in one allocation; log Z is NaN where the prior has no mass
-    or a NaN.
-    """
+    """(1) and (2) with m = 0, in one allocation; log Z is NaN where the prior has no mass."""
     lifted = torch.add(log_prior, rewards, alpha=1 / kl_coef)
     top = lifted.amax()
     log_posterior = torch.log_softmax(lifted, 0, out=lifted)
-    log_evidence = top - log_posterior.amax()
+    log_evidence = top - log_posterior.amax()  # both at the best outcome: lifted − log π*
     return Tilted(log_posterior, kl_coef * log_evidence, log_evidence)
