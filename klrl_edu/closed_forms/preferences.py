@@ -116,9 +116,11 @@ def ipo_optimum(
 def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau: float) -> Tensor:
     """What both players of (3) could gain at π by their best responses, in preference units.
 
-    It is 0 at the equilibrium alone, and in closed form
-    2(τ log Σ q e^{P(y ≻ π)/τ} + τKL(π‖q) − ½) = 2τKL(π‖best response), the game being symmetric
-    with P(π ≻ π) = ½.
+    A scalar ≥ 0, and 0 at the equilibrium:
+
+        2(τ log Σ q e^{P(y ≻ π)/τ} + τKL(π‖q) − ½) = 2τKL(π‖best response),
+
+    the game being symmetric with P(π ≻ π) = ½.
     """
     best = tilt(log_prior, check_preferences(preferences) @ log_policy.exp(), tau)
     return 2 * tau * logspace.kl_divergence(log_policy, best.log_posterior)

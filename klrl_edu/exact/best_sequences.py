@@ -35,8 +35,9 @@ class _Prefix(NamedTuple):
 
 
 def best_sequences(chain: PosteriorChain, k: int) -> WeightedSequences:
-    """The k most probable sequences with log π*(y), best first (fewer where the support is
-    smaller).
+    """The k most probable sequences with log π*(y), best first.
+
+    They are fewer than k where the support is smaller.
 
     Raises:
         InputError: k < 1, or hidden contexts, under which a sequence is a sum over paths.
@@ -57,6 +58,7 @@ def best_sequences(chain: PosteriorChain, k: int) -> WeightedSequences:
     while heap and len(found) < k:
         prefix = heapq.heappop(heap)
         t = -prefix.minus_length
+        # nothing that still waits is worth more: a whole sequence here is the next best
         if prefix.pair == _ENDED or t == lattice.words:
             found.append(prefix)
             continue
@@ -85,7 +87,9 @@ def _best_to_go(lattice: Lattice, tables: list[Tensor]) -> list[Tensor]:
     best = [lattice.log_initial.new_zeros(lattice.pairs)]
     for table in reversed(tables):
         ahead = (table[:, :words] + best[-1][lattice.next_pair]).amax(-1)
-        best.append(torch.maximum(ahead, table[:, -1]) if lattice.space.eos else ahead)
+        if lattice.space.eos:  # to end here and now is another way on
+            ahead = torch.maximum(ahead, table[:, -1])
+        best.append(ahead)
     return best[::-1]
 
 

@@ -42,9 +42,8 @@ class PosteriorChain:
     def moved(self, fn: Callable[[Tensor], Tensor]) -> "PosteriorChain":
         """The same chain, its tensors changed by `fn`: to another device or dtype."""
         parts: dict[str, Tensor | None] = self.messages._asdict()
-        messages = self.messages._replace(
-            **{name: fn(part) for name, part in parts.items() if part is not None}
-        )
+        given = {name: fn(part) for name, part in parts.items() if part is not None}
+        messages = self.messages._replace(**given)
         numbers = (fn(part) for part in (self.best_return, self.log_start, self.log_mass))
         return PosteriorChain(self.lattice.moved(fn), messages, *numbers)
 
@@ -55,8 +54,11 @@ class PosteriorChain:
     # --- the conditionals ---
 
     def edges(self, t: int, context: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """For rows (c,s) [M] at position t < L: the reward of each column, beside the best ahead,
-        and log q(v|c) + log β ahead, both [M,V].
+        """What each column of rows (c,s) [M] leads to at position t < L, both [M,V].
+
+        Returns:
+            the reward of the column, with the best return ahead where messages are logarithms, in
+            reward units; and log q(v|c) + log β ahead in nats, −inf where the reward is.
         """
         lattice, messages = self.lattice, self.messages
         after = lattice.next_pair[context * lattice.states + state]
@@ -67,31 +69,37 @@ class PosteriorChain:
             reward = reward + messages.best_ahead[t + 1].reshape(-1)[after]
         if lattice.space.eos:
             reward = torch.cat([reward, lattice.final_rewards[state, None]], -1)
-            ahead = torch.nn.functional.pad(ahead, (0, 1))
+            ahead = torch.nn.functional.pad(ahead, (0, 1))  # nothing follows EOS: log 1
         return reward, torch.where(reward > -math.inf, log_q + ahead, -math.inf)
 
     def log_weights(self, t: int, context: Tensor, state: Tensor) -> Tensor:
-        """The right side of (1) [M,V] for rows (c,s) [M] at position t < L, as logs, up to a
-        constant a row; −inf throughout for a dead row.
+        """The logs of (1)'s right side [M,V] for rows (c,s) [M] at t < L, up to a constant a row.
+
+        A dead row is −inf throughout.
         """
         reward, log_q = self.edges(t, context, state)
         return _lifted(log_q, reward, self.lattice.kl_coef)
 
     def word_log_weights(self, t: int) -> Tensor:
         """(1) for every pair: log-weights [C·S,V]."""
-        lattice, messages = self.lattice, self.messages
+        lattice = self.lattice
         one_future = bool((lattice.successor == lattice.successor[:1]).all())
-        if messages.best is None and one_future:
-            # the next context is the last word: what lies ahead of it is the same from every one
-            ahead = (
-                messages.log_ahead[t + 1].reshape(-1)[lattice.next_pair[: lattice.states]]
-                + lattice.word_rewards / lattice.kl_coef
-            )
-            if lattice.space.eos:
-                ahead = torch.cat([ahead, lattice.final_rewards[:, None] / lattice.kl_coef], -1)
-            return (lattice.log_emission[:, None] + ahead).view(lattice.pairs, -1)
+        if self.messages.best is None and one_future:
+            return self._bigram_log_weights(t)
         pair = torch.arange(lattice.pairs, device=lattice.successor.device)
         return self.log_weights(t, pair // lattice.states, pair % lattice.states)
+
+    def _bigram_log_weights(self, t: int) -> Tensor:
+        """The fast path of `word_log_weights` where the next context is the last word.
+
+        What lies ahead of a word is then the same from every context: [S,V], once for all.
+        """
+        lattice = self.lattice
+        beta = self.messages.log_ahead[t + 1].reshape(-1)[lattice.next_pair[: lattice.states]]
+        ahead = beta + lattice.word_rewards / lattice.kl_coef
+        if lattice.space.eos:
+            ahead = torch.cat([ahead, lattice.final_rewards[:, None] / lattice.kl_coef], -1)
+        return (lattice.log_emission[:, None] + ahead).view(lattice.pairs, -1)
 
     def hidden_log_weights(self, t: int) -> Tensor:
         """(2) before position t for every pair: log-weights [C·S,C]."""
@@ -103,21 +111,28 @@ class PosteriorChain:
         return log_q.reshape(-1, lattice.contexts)
 
     def hidden_word_log_weights(self, t: int, log_filtered: Tensor, state: Tensor) -> Tensor:
-        """(1) where a row's context is known by its law alone: log-weights [N,V] for rows of
-        log-laws [N,C] and states [N].
+        """(1) where a row's context is known by its law alone: log-weights [N,V].
+
+        Args:
+            log_filtered: the log-laws [N,C] of the contexts, given what was read.
+            state: [N], of the automaton.
         """
         n, contexts = log_filtered.shape
         every = torch.arange(contexts, device=state.device)
         reward, log_q = self.edges(t, every.repeat(n), state.repeat_interleave(contexts))
         reward = reward.view(n, contexts, -1)
         log_q = log_q.view(n, contexts, -1) + log_filtered[:, :, None]
-        return logspace.logsumexp(_lifted(log_q, reward, self.lattice.kl_coef, (1, 2)), 1)
+        # one best reward for a whole row: its contexts are summed
+        lifted = _lifted(log_q, reward, self.lattice.kl_coef, (1, 2))
+        return logspace.logsumexp(lifted, 1)
 
     # --- where it stands ---
 
     def occupancy(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For t = 0 … L−1: t, the probability [C·S] that π* stands at each pair before word t, and
-        log p_t [C·S,V].
+        """Where π* stands before each word.
+
+        Yields:
+            for t = 0 … L−1: t, the probability [C·S] of each pair, and log p_t [C·S,V].
         """
         lattice = self.lattice
         prob = self.log_start.new_zeros(lattice.contexts, lattice.states)
@@ -133,8 +148,11 @@ class PosteriorChain:
                 prob = torch.einsum("cs,csd->ds", prob.view(lattice.contexts, -1), law).reshape(-1)
 
     def after_word(self, prob: Tensor, log_table: Tensor) -> Tensor:
-        """Where π* stands after a word [C·S], from where it stood; hidden contexts not moved
-        yet.
+        """Where π* stands after a word [C·S], before a hidden context moves.
+
+        Args:
+            prob: where it stood [C·S].
+            log_table: log p_t [C·S,V].
         """
         after = self.lattice.next_pair
         moved = prob[:, None] * log_table[:, : after.shape[-1]].exp()
@@ -148,7 +166,9 @@ def posterior_chain(lattice: Lattice, messages: Messages) -> PosteriorChain:
         InfeasibleError: no sequence with prior mass satisfies the reward's constraint.
     """
     mass = messages.log_mass[0, :, lattice.start]
-    best = torch.zeros_like(mass) if messages.best is None else messages.best[0, :, lattice.start]
+    best = torch.zeros_like(mass)  # of messages that are numbers, which hold the rewards
+    if messages.best is not None:
+        best = messages.best[0, :, lattice.start]
     allowed = (lattice.log_initial > -math.inf) & (mass > -math.inf)
     if not bool(allowed.any()):
         raise InfeasibleError(
@@ -156,9 +176,8 @@ def posterior_chain(lattice: Lattice, messages: Messages) -> PosteriorChain:
             " posterior is empty. Relax it."
         )
     best_return = best[allowed].amax()
-    advantage = scaled_advantage(
-        torch.where(allowed, best, -math.inf), best_return, lattice.kl_coef
-    )
+    reachable = torch.where(allowed, best, -math.inf)
+    advantage = scaled_advantage(reachable, best_return, lattice.kl_coef)
     log_start = lattice.log_initial + mass + advantage  # [C]
     return PosteriorChain(lattice, messages, best_return, log_start, logspace.logsumexp(log_start))
 

@@ -61,10 +61,11 @@ def feature_moments(
         mean = torch.einsum("mv,mvd->md", p, values)
         # total covariance: of the conditional means, and the mean of the conditional covariances
         away = (values - mean[:, None]) * p.sqrt()[..., None]
-        moves = p.new_zeros(pairs, pairs).index_put(
-            (every[:, None].expand_as(after), after), p[:, :words], accumulate=True
-        )
-        covariance = (moves @ covariance.view(pairs, -1)).view_as(covariance) + away.mT @ away
+        # the law of the next pair [C·S,C·S]: words that lead to one pair are added up
+        edges = (every[:, None].expand_as(after), after)
+        moves = p.new_zeros(pairs, pairs).index_put(edges, p[:, :words], accumulate=True)
+        within = (moves @ covariance.view(pairs, -1)).view_as(covariance)
+        covariance = within + away.mT @ away
     start = every.view(lattice.contexts, -1)[:, lattice.start]
     law = logspace.log_normalize_alive(chain.log_start[None]).exp()
     whole = _mixture(law, mean[start][None], covariance[start][None])
@@ -84,8 +85,11 @@ def _over_hidden_contexts(
 
 
 def _mixture(weights: Tensor, mean: Tensor, covariance: Tensor) -> FeatureMoments:
-    """Moments of M mixtures: weights [M,J], means [M,J,D], covariances [M,J,D,D] -> [M,D] and
-    [M,D,D].
+    """Mean [M,D] and covariance [M,D,D] of M mixtures of J parts each.
+
+    Args:
+        weights: [M,J].
+        mean: [M,J,D], of the parts; covariance: [M,J,D,D].
     """
     together = torch.einsum("mj,mjd->md", weights, mean)
     away = (mean - together[:, None]) * weights.sqrt()[..., None]
@@ -148,8 +152,9 @@ def entropy(chain: PosteriorChain) -> Tensor:
 
 
 def _along(chain: PosteriorChain, gain: Callable[[Tensor], Tensor]) -> Tensor:
-    """E Σ_t gain(log p_t [C·S,V]) [C·S] along π*, a scalar; with the divergences of hidden steps
-    from the prior where there are any.
+    """E Σ_t gain_t of where π* stands, a scalar, gain: log p_t [C·S,V] -> [C·S].
+
+    The divergences of hidden steps from the prior are added where there are any.
     """
     lattice = chain.lattice
     total = chain.log_mass.new_zeros(())
@@ -167,6 +172,7 @@ def _hidden_divergence(chain: PosteriorChain, t: int) -> Tensor:
     assert lattice.log_transition is not None
     law = logspace.log_normalize_alive(chain.hidden_log_weights(t))
     prior = lattice.log_transition.repeat_interleave(lattice.states, 0)
+    # a dead pair is never reached; without mass on either side its KL is 0
     alive = (law > -math.inf).any(-1, keepdim=True)
     return logspace.kl_divergence(law, torch.where(alive, prior, -math.inf))
 
@@ -177,9 +183,7 @@ def mean_where_reached(prob: Tensor, values: Tensor) -> Tensor:
 
 
 def length_law(chain: PosteriorChain) -> Tensor:
-    """P(the text has ℓ words) under π* for ℓ = 0 … L: [L+1]; all at L where the length is
-    fixed.
-    """
+    """P(the text has ℓ words) under π* [L+1], ℓ = 0 … L; all at L where the length is fixed."""
     law = chain.log_start.new_zeros(chain.lattice.words + 1)
     left = torch.ones_like(law[0])
     if chain.lattice.space.eos:

@@ -1,8 +1,7 @@
-"""An n-gram policy π against the posterior π* of a lattice: exact sums over all sequences, none of
-them listed.
+"""An n-gram policy π against the posterior π* of a lattice, by exact sums over all sequences.
 
-Both are chains, so every sum runs over the triples (π's context, the prior's context, the
-automaton's state) that are reached. With p_t and π(·) the conditionals at a triple,
+No sequence is listed: both are chains, so every sum runs over the triples (π's context, the
+prior's context, the automaton's state) that are reached. With p_t and π(·) the conditionals there,
 
     KL(π‖π*) = E_π Σ_t KL(π(·)‖p_t),    E_π[r] = E_π Σ_t w,    and so on                        (1)
     Σ_y π*²/π: F_L = 1,    F_t = Σ_v p_t(v)²/π(v) F_{t+1}                                        (2)
@@ -25,8 +24,9 @@ from klrl_edu.problems.automata import reachable_pairs
 
 
 def sums_by_context(chain: PosteriorChain, policy: NGramModel) -> ExactSums:
-    """(1) and (2) by sweeps over the triples; no total variation and no Jensen–Shannon divergence,
-    whose terms are no products along a sequence.
+    """Every sum of (1) and (2), by sweeps over the triples.
+
+    Total variation and Jensen–Shannon are left out: their terms are no products along a sequence.
 
     Raises:
         InputError: hidden contexts, which no finite set of triples sums out.
@@ -49,12 +49,14 @@ def sums_by_context(chain: PosteriorChain, policy: NGramModel) -> ExactSums:
         rewards = torch.cat([rewards, final[:, None]], -1)
     reward = [logspace.expectation(log_pi, rewards)] * lattice.words
 
-    # what has no mass on the other side: by a forbidden column on the way, or at a forced end
+    # what has no mass on the other side leaves by a column on the way, or at a forced end: the
+    # chain goes on along the columns that both take
     forbidden = final == -math.inf
     covered = [torch.where(log_p > -math.inf, log_pi, -math.inf) for log_p in star]
     leaving = [torch.where(log_p > -math.inf, 0.0, log_pi.exp()).sum(-1) for log_p in star]
     shared = [torch.where(log_pi > -math.inf, log_p, -math.inf) for log_p in star]
     missing = [torch.where(log_pi > -math.inf, 0.0, log_p.exp()).sum(-1) for log_p in star]
+    # π*²/π, factor by factor
     squares = [torch.where(log_p > -math.inf, 2 * log_p - log_pi, -math.inf) for log_p in star]
 
     return ExactSums(
@@ -71,8 +73,9 @@ def sums_by_context(chain: PosteriorChain, policy: NGramModel) -> ExactSums:
 def _along(
     log_steps: list[Tensor], after: Tensor, gains: list[Tensor], ends: Tensor | None = None
 ) -> Tensor:
-    """E Σ_t gain_t of where it stands [P], along the chain of conditionals [P,V] that starts at
-    triple 0; `ends` [P] is gained where the last token is forced.
+    """E Σ_t gain_t [P] along the chain of conditionals [P,V] that starts at triple 0, a scalar.
+
+    `ends` [P] is gained where the last token is forced.
     """
     prob = torch.zeros(len(after), dtype=torch.float64, device=after.device)
     prob[0] = 1
@@ -85,14 +88,14 @@ def _along(
 
 
 def _log_total(log_steps: list[Tensor], after: Tensor, ends: Tensor) -> Tensor:
-    """(2), the log of a sum over sequences of the product of their weights, backwards: an end by
-    EOS, or by `ends` [P] once L words are read.
+    """(2) backwards: the log of a sum over sequences of the product of their weights.
+
+    A sequence ends by EOS, or by `ends` [P] once L words are read.
     """
     ahead, words = ends, after.shape[1]
     for log_w in reversed(log_steps):
+        by_word, by_eos = log_w[:, :words], log_w[:, words:]
         # where π misses π* the sum beyond may be inf, and 0·inf is 0
-        going = torch.where(
-            log_w[:, :words] > -math.inf, log_w[:, :words] + ahead[after], -math.inf
-        )
-        ahead = logspace.logsumexp(torch.cat([going, log_w[:, words:]], -1))
+        going = torch.where(by_word > -math.inf, by_word + ahead[after], -math.inf)
+        ahead = logspace.logsumexp(torch.cat([going, by_eos], -1))
     return ahead[0]

@@ -18,8 +18,7 @@ from klrl_edu.problems.rewards import reward_name
 
 @dataclass(frozen=True)
 class Support:
-    """Everything an exact computation needs, on the prior's support, in lexicographic order of
-    tokens.
+    """What an exact computation needs, on the prior's support, in lexicographic order of tokens.
 
     Attributes:
         tokens: [K,T].
@@ -35,7 +34,7 @@ class Support:
 
     @property
     def rewards(self) -> Tensor:
-        """r(y) [K] in reward units."""
+        """The reward r(y) of each sequence [K] in reward units."""
         return self.token_rewards.sum(-1)
 
 
@@ -50,13 +49,13 @@ def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Sup
     weighted = enumerate_support(problem.prior, max_sequences, problem.prompt)
     rewards = problem.token_rewards(weighted.tokens)
     if not bool((rewards.sum(-1) > -math.inf).any()):
+        count = len(weighted)
         raise InfeasibleError(
-            f"every supported sequence has reward -inf ({len(weighted)} of {len(weighted)}): the"
-            f" posterior is empty. Relax the reward {reward_name(problem.reward)!r}."
+            f"every supported sequence has reward -inf ({count} of {count}): the posterior is"
+            f" empty. Relax the reward {reward_name(problem.reward)!r}."
         )
-    return Support(
-        weighted.tokens, weighted.log_weights, rewards, PrefixTrie(problem.space, weighted.tokens)
-    )
+    trie = PrefixTrie(problem.space, weighted.tokens)
+    return Support(weighted.tokens, weighted.log_weights, rewards, trie)
 
 
 def not_enumerated(method: str) -> InputError:

@@ -1,5 +1,6 @@
-"""A prior with C contexts times an automaton with S states: the lattice on which a posterior is
-summed without listing sequences.
+"""A prior with C contexts times an automaton with S states.
+
+On this lattice a posterior is summed without listing sequences:
 
     q(y) e^{r(y)/λ} = q(c_0) Π_t q(y_t|c_t) e^{w(s_t,y_t)/λ} · e^{f(s_end)/λ}, summed over contexts
     that are hidden                                                                              (1)
@@ -60,17 +61,17 @@ class Lattice:
 
     @property
     def words(self) -> int:
-        """L."""
+        """L, the most words of a text: EOS, where there is one, is forced at T."""
         return self.space.max_length - self.space.eos
 
     @property
     def contexts(self) -> int:
-        """C."""
+        """C, how many contexts the prior has."""
         return len(self.log_initial)
 
     @property
     def states(self) -> int:
-        """S."""
+        """S, how many states the automaton has."""
         return len(self.final_rewards)
 
     @property
@@ -85,9 +86,8 @@ class Lattice:
 
     @cached_property
     def next_pair(self) -> Tensor:
-        """The pair that each word leads to [C·S,K], a hidden context not moved yet; made when it is
-        first needed, which log Z alone does not.
-        """
+        """The pair that each word leads to [C·S,K], before a hidden context moves."""
+        # made when it is first needed, as log Z alone does without
         pair = self.successor[:, None, :] * self.states + self.next_state  # [C,S,K]
         return pair.view(self.pairs, -1)
 
@@ -97,18 +97,14 @@ class Lattice:
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> "Lattice":
         """The same lattice, its tensors changed by `fn`: to another device or dtype."""
-        moved: dict[str, Any] = {
-            f.name: fn(part)
-            for f in fields(self)
-            if isinstance(part := getattr(self, f.name), Tensor)
-        }
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: fn(part) for name, part in parts.items() if isinstance(part, Tensor)}
         return replace(self, **moved)
 
     @torch.no_grad()
     def forbids(self) -> bool:
-        """Whether the prior gives mass to a sequence with reward −inf: a walk over the pairs that
-        the prior reaches.
-        """
+        """Whether the prior gives mass to a sequence with reward −inf."""
+        # a walk over the pairs that the prior reaches, whatever the reward forbids on the way
         words = self.next_pair.shape[-1]
         emits = self.pair_emission() > -math.inf
         closed = (self.word_rewards == -math.inf).repeat(self.contexts, 1)
@@ -148,15 +144,15 @@ def build_lattice(problem: Problem) -> Lattice:
             " use method='enumeration'."
         )
     check_same_vocabulary(prior.space, reward.space)
+    # how long texts may be is the prior's matter: the spaces may differ in T alone
     if prior.space.eos != reward.space.eos:
-        check_same_space(
-            prior.space, reward.space, "prior and reward"
-        )  # how long texts may be is the prior's matter
+        check_same_space(prior.space, reward.space, "prior and reward")
     return _lattice(prior, reward, problem.kl_coef)
 
 
 @torch.no_grad()
 def _lattice(prior: FiniteStateModel, reward: AutomatonReward, kl_coef: float) -> Lattice:
+    """The parts of a lattice, checked: normalised laws of one kind, and not too many numbers."""
     initial, emission = prior.initial_log_probs().double(), prior.emission_log_probs().double()
     transition = prior.transition_log_probs()
     successor = prior.successors()
@@ -169,24 +165,31 @@ def _lattice(prior: FiniteStateModel, reward: AutomatonReward, kl_coef: float) -
         raise InputError(
             f"{type(prior).__name__} must give either successors or transition_log_probs."
         )
-    words = len(prior.space.vocabulary)
+    words, device = len(prior.space.vocabulary), initial.device
     if successor is None:
-        successor = torch.arange(len(initial), device=initial.device)[:, None].expand(-1, words)
-    count = len(initial) * len(reward.final_rewards) * max(prior.space.max_length, words)
+        # a word leaves a hidden context where it is: it moves afterwards, by the transition
+        successor = torch.arange(len(initial), device=device)[:, None].expand(-1, words)
+    contexts, states = len(initial), len(reward.final_rewards)
+    longer = max(prior.space.max_length, words)
+    count = contexts * states * longer
     if count > MAX_MESSAGES:
         raise TooLargeError(
-            f"{len(initial):,} contexts × {len(reward.final_rewards):,} automaton states ×"
-            f" {max(prior.space.max_length, words):,} make {count:,} numbers, more than"
-            f" {MAX_MESSAGES:,}; lower the order of the prior, or simplify the automaton."
+            f"{contexts:,} contexts × {states:,} automaton states × {longer:,} make {count:,}"
+            f" numbers, more than {MAX_MESSAGES:,}; lower the order of the prior, or simplify the"
+            " automaton."
         )
-    automaton = (
-        reward.transitions.to(initial.device),
-        reward.start,
-        reward.word_rewards.to(initial.device),
-        reward.final_rewards.to(initial.device),
-    )
     return Lattice(
-        prior.space, initial, emission, successor, transition, *automaton, kl_coef, reward.text
+        space=prior.space,
+        log_initial=initial,
+        log_emission=emission,
+        successor=successor,
+        log_transition=transition,
+        next_state=reward.transitions.to(device),
+        start=reward.start,
+        word_rewards=reward.word_rewards.to(device),
+        final_rewards=reward.final_rewards.to(device),
+        kl_coef=kl_coef,
+        text=reward.text,
     )
 
 

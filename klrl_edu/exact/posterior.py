@@ -78,8 +78,10 @@ class Posterior:
 
     @torch.no_grad()
     def against(self, approximation: LanguageModel | WeightedSequences) -> ExactSums:
-        """Exact sums over all sequences of an approximation π against π*: on the support where it
-        was enumerated, by contexts for an n-gram policy where it was not.
+        """Exact sums over all sequences of an approximation π against π*.
+
+        They run over the support where it was enumerated, and by contexts for an n-gram policy
+        where it was not.
 
         Raises:
             InputError: the support was not enumerated, and the approximation is no n-gram policy or
@@ -92,9 +94,7 @@ class Posterior:
         )
 
     def rows(self, count: int | None = None) -> list[tuple[str, float, float, float]]:
-        """(text, prior, reward, posterior) of the `count` most probable sequences, all by
-        default.
-        """
+        """(text, prior, reward, posterior) of the `count` most probable sequences; None: all."""
         support, log_probs = self.enumerated(), self.log_probs
         order = torch.argsort(log_probs, descending=True, stable=True)[:count]
         texts = self.problem.space.decode(support.tokens[order])
@@ -120,16 +120,17 @@ class Posterior:
     def text(self, count: int = _SHOWN) -> str:
         """The value, log Z and the `count` most probable sequences as plain text."""
         head = (
-            f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}: log Z ="
-            f" {float(self.log_evidence):.12g} nats, "
+            f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}:"
+            f" log Z = {float(self.log_evidence):.12g} nats,"
+            f" λ log Z = {float(self.value):.12g}"
         )
-        head += f"λ log Z = {float(self.value):.12g}"
         if self.support is None:
             return head
+        lines = [head, text_table(*self._table(count))]
         more = len(self.support.tokens) - count
-        return f"{head}\n{text_table(*self._table(count))}" + (
-            f"\n… and {more:,} more" if more > 0 else ""
-        )
+        if more > 0:
+            lines.append(f"… and {more:,} more")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return html_table(*self._table(_SHOWN)) if self.support is not None else f"<p>{self}</p>"
@@ -175,41 +176,35 @@ def posterior(
 
 
 def _choose(problem: Problem, max_sequences: int) -> Method:
-    finite = isinstance(problem.prior, FiniteStateModel)
+    """The method that "auto" takes."""
     if as_automaton_reward(problem.reward, problem.space) is None:
-        return "enumeration"
-    if finite and problem.space.size > max_sequences:
-        return "forward_backward"
-    return (
-        "enumeration"
-        if finite or isinstance(problem.prior, SequenceTable | PrefixTable)
-        else "soft_bellman"
-    )
+        return "enumeration"  # no causal form of the reward is known
+    if isinstance(problem.prior, FiniteStateModel):
+        return "forward_backward" if problem.space.size > max_sequences else "enumeration"
+    is_table = isinstance(problem.prior, SequenceTable | PrefixTable)
+    return "enumeration" if is_table else "soft_bellman"
 
 
 def _by_forward_backward(problem: Problem) -> Posterior:
     lattice = build_lattice(problem)
     model = StructuredPosterior(lattice, backward(lattice)).for_prompt(problem.prompt)
-    if problem.kl_coef == math.inf:
-        value = (
-            model.log_mass.new_tensor(-math.inf) if model.forbids() else model.reward_moments()[0]
-        )
+    if problem.kl_coef == math.inf:  # value is E_q[r], which a forbidden sequence makes −inf
+        if model.forbids():
+            value = model.log_mass.new_tensor(-math.inf)
+        else:
+            value = model.reward_moments()[0]
         return Posterior(problem, model, value, model.log_mass, "forward_backward")
     value = model.best_return + problem.kl_coef * model.log_mass
-    return Posterior(
-        problem,
-        model,
-        value,
-        _log_evidence(model.best_return, model.log_mass, problem.kl_coef),
-        "forward_backward",
-    )
+    log_evidence = _log_evidence(model.best_return, model.log_mass, problem.kl_coef)
+    return Posterior(problem, model, value, log_evidence, "forward_backward")
 
 
 def feasible_prior(
     problem: Problem | Sequence[Problem], max_sequences: int = MAX_SEQUENCES
 ) -> LanguageModel:
-    """q restricted to the sequences with r > −inf and renormalised: the support of π*_λ for every λ
-    > 0, and its limit at λ = inf.
+    """q restricted to the sequences with r > −inf and renormalised: the limit of π* at λ = inf.
+
+    It has the support of π* at every λ > 0.
 
     A SequenceTable, or a StructuredPosterior where `posterior` takes forward–backward; it belongs
     to the problem's prompt. Of several problems, of different prompts: PromptedModels, which pick
@@ -244,8 +239,9 @@ class _EnumeratedReward:
 
 
 def looked_up(target: Posterior) -> Problem:
-    """The same problem, prompt included, with log q and r read from the enumerated support: the
-    same numbers, without computing them again at each training step.
+    """The same problem, prompt included, with log q and r read from the enumerated support.
+
+    The numbers are the same, without computing them again at each training step.
 
     Raises:
         InputError: the support was not enumerated.
@@ -266,18 +262,13 @@ def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
     logits = values.log_policy.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
     logits[trie.parent, trie.token] = values.log_policy
     model = PrefixTable(problem.space, support.tokens, logits).for_prompt(problem.prompt)
-    return Posterior(
-        problem,
-        model,
-        values.state_values[0],
-        _log_evidence(values.best_return, values.log_mass, problem.kl_coef),
-        "soft_bellman",
-        support,
-    )
+    value = values.state_values[0]
+    log_evidence = _log_evidence(values.best_return, values.log_mass, problem.kl_coef)
+    return Posterior(problem, model, value, log_evidence, "soft_bellman", support)
 
 
 def _log_evidence(best_return: Tensor, log_mass: Tensor, kl_coef: float) -> Tensor:
-    """log Z = m/λ + ℓ, with its limit at λ = 0."""
+    """log Z = m/λ + ℓ, from the best return m and the log-mass ℓ, with its limit at λ = 0."""
     if kl_coef == 0:
         return log_mass if best_return == 0 else torch.sign(best_return) * math.inf
     return best_return / kl_coef + log_mass

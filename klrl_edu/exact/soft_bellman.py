@@ -1,13 +1,13 @@
-"""The posterior by backward induction over prefixes (soft Bellman; Todorov 2006; Levine 2018, §2;
-Korbak et al. 2022).
+"""The posterior by backward induction over prefixes (soft Bellman).
 
     Q(s,a) = r(s,a) + V(sa),    V(s) = λ log Σ_a q(a|s) e^{Q(s,a)/λ},
     π*(a|s) = q(a|s) e^{(Q(s,a) − V(s))/λ}                                                       (1)
     V(∅) = λ log Z                                                                               (2)
 
 Each V is carried as m + λℓ: m the best return still in reach, ℓ ≤ 0 the log-mass left, so that (1)
-stays finite for any λ > 0 and its limit λ = 0 needs no other code. Nodes s and edges (s,a) are
-those of the support's trie; values in reward units.
+stays finite for any λ > 0 and its limit λ = 0 needs no other code. Todorov (2006); Levine (2018),
+§2; Korbak et al. (2022). Nodes s and edges (s,a) are those of the support's trie; values in reward
+units.
 """
 
 import math
@@ -64,18 +64,21 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     trie = support.trie
     log_prior = edge_log_prior(support)
     reward = edge_rewards(support)
-    best, mass = (
-        reward.new_full((trie.nodes,), -math.inf),
-        reward.new_full((trie.nodes,), -math.inf),
-    )  # m and ℓ of V
-    mean = reward.new_zeros(trie.nodes)  # E_q of what follows: V at λ = inf
+    # V = m + λℓ of each node, and E_q of what follows, which is V at λ = inf
+    best = reward.new_full((trie.nodes,), -math.inf)
+    mass = reward.new_full((trie.nodes,), -math.inf)
+    mean = reward.new_zeros(trie.nodes)
+    # the same for Q of each edge, where ℓ holds log q(a|s) too
     edge_best, edge_mass, edge_mean = reward.clone(), log_prior.clone(), reward.clone()
-    for first, last in reversed(list(zip(trie.depth_edges, trie.depth_edges[1:], strict=False))):
+    depths = list(zip(trie.depth_edges, trie.depth_edges[1:], strict=False))
+    for first, last in reversed(depths):
         edges, child = slice(first, last), trie.child[first:last]
+        # Q = r + V(sa); nothing follows the last token
         inner = child >= 0
-        edge_best[edges] += torch.where(inner, best[child], 0)  # Q = r + V(sa), in its two parts
+        edge_best[edges] += torch.where(inner, best[child], 0)
         edge_mass[edges] += torch.where(inner, mass[child], 0)
         edge_mean[edges] += torch.where(inner, mean[child], 0)
+        # V = λ log Σ_a q e^{Q/λ}, with the best Q of each node taken out
         parent = trie.parent[edges]
         best = best.scatter_reduce(0, parent, edge_best[edges], "amax")
         lifted = edge_mass[edges] + scaled_advantage(edge_best[edges], best[parent], kl_coef)
@@ -87,23 +90,20 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     if kl_coef == math.inf:
         state_values, action_values = mean, edge_mean
     else:
+        # without mass m is −inf already, and 0·(−inf) at λ = 0 would be NaN
         state_values = best + torch.where(mass == -math.inf, 0, kl_coef * mass)
-        action_values = edge_best + torch.where(
-            edge_mass == -math.inf, 0, kl_coef * (edge_mass - log_prior)
-        )
+        log_after = edge_mass - log_prior
+        action_values = edge_best + torch.where(edge_mass == -math.inf, 0, kl_coef * log_after)
     return SoftValues(trie, state_values, action_values, log_prior, log_policy, mass[0], best[0])
 
 
 def edge_log_prior(support: Support) -> Tensor:
-    """log q(a|s) [E] from the sequences' log-probabilities: mass below the edge over mass below the
-    node.
-    """
+    """log q(a|s) [E] from log q(y): the mass below the edge over the mass below its node."""
     trie = support.trie
     on_path = trie.edge_of >= 0
     spread = support.log_prior[:, None].expand_as(trie.edge_of)[on_path]
-    return _normalise_edges(
-        logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key)), trie
-    )
+    log_mass = logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key))
+    return _normalise_edges(log_mass, trie)
 
 
 def edge_rewards(support: Support) -> Tensor:
@@ -111,6 +111,7 @@ def edge_rewards(support: Support) -> Tensor:
     trie = support.trie
     on_path = trie.edge_of >= 0
     rewards = support.log_prior.new_zeros(len(trie.key))
+    # of the sequences through an edge one is kept; the others must agree with it
     rewards[trie.edge_of[on_path]] = support.token_rewards[on_path]
     differs = on_path & (rewards[trie.edge_of.clamp(min=0)] != support.token_rewards)
     if bool(differs.any()):

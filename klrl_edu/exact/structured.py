@@ -1,10 +1,11 @@
-"""The posterior of a lattice as a language model: conditionals, exact samples, and doors to its
-moments, its best sequences and its comparison with an n-gram policy.
+"""The posterior of a lattice as a language model, with exact samples.
 
     π*(v|y_<t) ∝ Σ_c π*(c|y_<t) p_t(v|c,s)                                                       (1)
 
 p_t are the conditionals of `chain.py`; where contexts are not hidden, c is known and (1) is p_t
-itself. C contexts, S automaton states, K words, V columns, L words at most, D features.
+itself. Its moments, its best sequences and its comparison with an n-gram policy are opened here,
+and stand in files of their own. C contexts, S automaton states, K words, V columns, L words at
+most, D features.
 """
 
 import math
@@ -32,8 +33,12 @@ from klrl_edu.models.ngram import NGramModel
 
 
 class LatticeState(NamedTuple):
-    """Where each row stands: its context [N], or the log-law of a hidden one given what was read
-    [N,C]; its automaton state [N].
+    """Where each row stands.
+
+    Attributes:
+        context: [N], or the log-law [N,C] of a hidden one given what was read.
+        state: [N], of the automaton.
+        position: of the last logits.
     """
 
     context: Tensor
@@ -76,8 +81,9 @@ class StructuredPosterior(LanguageModel):
 
     @property
     def best_return(self) -> Tensor:
-        """The highest return of a sequence with prior mass, a scalar in reward units; 0 where the
-        messages are numbers.
+        """The highest return of a sequence with prior mass, a scalar in reward units.
+
+        It is 0 where the messages are numbers, which hold the rewards themselves.
         """
         return self.chain.best_return
 
@@ -102,20 +108,18 @@ class StructuredPosterior(LanguageModel):
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, LatticeState]:
         self.check_prompt(prompt)
         lattice = self.lattice
-        context = (
-            lattice.log_initial.expand(n, -1)
-            if lattice.hidden
-            else lattice.log_initial.argmax().expand(n)
-        )
+        if lattice.hidden:
+            context = lattice.log_initial.expand(n, -1)
+        else:  # every text starts in one context
+            context = lattice.log_initial.argmax().expand(n)
         state = LatticeState(context, torch.full((n,), lattice.start, device=context.device), 0)
         return self._logits(state), state
 
     def step(self, state: LatticeState, token: Tensor) -> tuple[Tensor, LatticeState]:
         check_room(self.space, state.position + 1)
         lattice = self.lattice
-        word = token.clamp(
-            max=lattice.successor.shape[1] - 1
-        )  # after EOS nothing more is read: the contract forces EOS
+        # EOS is no word: what is read after it is nothing to the contract, which forces EOS
+        word = token.clamp(max=lattice.successor.shape[1] - 1)
         if lattice.log_transition is not None:
             joint = state.context + lattice.log_emission.T[token]  # log q(c, y_{≤t}) [N,C]
             moved = torch.logsumexp(joint[:, :, None] + lattice.log_transition, 1)
@@ -126,8 +130,9 @@ class StructuredPosterior(LanguageModel):
         return self._logits(after), after
 
     def _logits(self, at: LatticeState) -> Tensor:
-        """log p(v|prefix) [N,V] up to a constant a row; uniform where nothing feasible lies ahead,
-        and where EOS is forced.
+        """log p(v|prefix) [N,V] up to a constant a row.
+
+        Uniform where nothing feasible lies ahead, and where EOS is forced.
         """
         if at.position >= self.lattice.words:
             return self.log_mass.new_zeros(len(at.state), self.space.vocab_size)
@@ -138,9 +143,7 @@ class StructuredPosterior(LanguageModel):
 
     @torch.no_grad()
     def sample(self, n: int, *, draw: Draw, prompt: Tensor | None = None) -> Tensor:
-        """n exact, independent sequences [n,T]: one table of conditionals a step, for the pairs
-        (c,s) that are in use.
-        """
+        """n exact, independent sequences [n,T], by one table of conditionals a step."""
         check_count(n, "n")
         check_draw(draw)
         self.check_prompt(prompt)
@@ -150,7 +153,7 @@ class StructuredPosterior(LanguageModel):
         pair = context * states + lattice.start
         end = self.space.vocab_size - 1
         tokens = torch.full((n, self.space.max_length), end, dtype=torch.long, device=device)
-        live = torch.arange(n, device=device)
+        live = torch.arange(n, device=device)  # rows that have not ended
         for t in range(lattice.words):
             token = self._draw_words(t, pair, draw)
             tokens[live, t] = token
@@ -160,23 +163,25 @@ class StructuredPosterior(LanguageModel):
                 if not len(live):
                     break
             pair = lattice.next_pair[pair, token]
-            if lattice.hidden and t + 1 < lattice.words:
+            if lattice.hidden and t + 1 < lattice.words:  # no word follows the last move
                 distinct, row = torch.unique(pair, return_inverse=True)
                 context = draw(chain.hidden_log_weights(t + 1)[distinct], row)
                 pair = context * states + pair % states
         return tokens
 
     def _draw_words(self, t: int, pair: Tensor, draw: Draw) -> Tensor:
-        """A token for each row that stands at a pair [N], from the conditionals of all pairs where
-        that is less, else of those in use.
-        """
+        """A token for each row that stands at a pair [N]."""
+        # from the conditionals of the pairs in use, or of all where rows are many
         chain, states = self.chain, self.lattice.states
         if len(pair) < self.lattice.pairs:
             distinct, row = torch.unique(pair, return_inverse=True)
             return draw(chain.log_weights(t, distinct // states, distinct % states), row)
         table = chain.word_log_weights(t)
-        dead = chain.messages.log_mass[t].reshape(-1) == -math.inf  # no sample stands there
-        return draw(logspace.uniform_where_dead(table, dead) if bool(dead.any()) else table, pair)
+        # a row without mass, where no sample stands, is no law to draw from
+        dead = chain.messages.log_mass[t].reshape(-1) == -math.inf
+        if bool(dead.any()):
+            table = logspace.uniform_where_dead(table, dead)
+        return draw(table, pair)
 
     # --- moments ---
 
@@ -223,9 +228,7 @@ class StructuredPosterior(LanguageModel):
 
     @torch.no_grad()
     def length_law(self) -> Tensor:
-        """P(the text has ℓ words) under π* for ℓ = 0 … L: [L+1]; all at L where the length is
-        fixed.
-        """
+        """P(the text has ℓ words) under π* [L+1], ℓ = 0 … L; all at L where it is fixed."""
         return chain_moments.length_law(self.chain)
 
     def forbids(self) -> bool:
@@ -236,8 +239,9 @@ class StructuredPosterior(LanguageModel):
 
     @torch.no_grad()
     def top_sequences(self, k: int) -> WeightedSequences:
-        """The k most probable sequences with log π*(y), best first (fewer where the support is
-        smaller).
+        """The k most probable sequences with log π*(y), best first.
+
+        They are fewer than k where the support is smaller.
 
         Raises:
             InputError: k < 1, or hidden contexts, under which a sequence is a sum over paths.

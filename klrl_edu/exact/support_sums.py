@@ -20,10 +20,17 @@ from klrl_edu.models.table import SequenceTable
 
 
 class ExactSums(NamedTuple):
-    """Sums over all sequences, scalars: KLs in nats, E_π[r] in reward units (over the prior's
-    support, and over what is not forbidden where it was summed by contexts), log Σ π*²/π where π
-    covers π*, the masses of π* where π has none and of π where π* has none, ½ Σ |π − π*|, and
-    ½ KL(π‖m) + ½ KL(π*‖m) with m = ½(π + π*); None for what was not summed.
+    """Sums over all sequences, scalars; None for what was not summed.
+
+    Attributes:
+        reverse_kl: KL(π‖π*) in nats; forward_kl: KL(π*‖π); kl_to_prior: KL(π‖q).
+        expected_reward: E_π[r] in reward units, over the prior's support, and over what is not
+            forbidden where it was summed by contexts.
+        log_second_moment: log Σ π*²/π in nats, where π covers π*.
+        uncovered_mass: of π* where π has none.
+        violating_mass: of π where π* has none.
+        total_variation: ½ Σ |π − π*|.
+        jensen_shannon: ½ KL(π‖m) + ½ KL(π*‖m) with m = ½(π + π*), in nats.
     """
 
     reverse_kl: Tensor
@@ -44,6 +51,7 @@ def sums_on_support(
     prompt: Tensor | None = None,
 ) -> ExactSums:
     """Every sum, from the K sequences of the support and log π* [K] on them."""
+    # one outcome more, for all that is not on the support: only π can have mass there
     on_support, elsewhere = support_log_mass(approximation, support.tokens, support.trie, prompt)
     nothing = elsewhere.new_full((1,), -math.inf)
     log_pi = torch.cat([on_support, elsewhere.reshape(1)])
@@ -73,8 +81,10 @@ def support_log_mass(
     trie: PrefixTrie,
     prompt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log-mass of an approximation on each of the sequences [K,T] of a trie, and (a scalar)
-    everywhere else.
+    """log-mass of an approximation on each sequence of a trie [K], and everywhere else [].
+
+    Args:
+        tokens: the sequences [K,T].
     """
     if isinstance(approximation, SequenceTable):
         approximation = WeightedSequences(
@@ -88,54 +98,46 @@ def support_log_mass(
 def _walk(
     model: LanguageModel, trie: PrefixTrie, rows: int, prompt: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """log-mass [K] of a trie's sequences and of all else, reading each node once, depth-first in
-    blocks.
-    """
+    """log-mass [K] of a trie's sequences and of all else, reading each node once."""
     space = model.space
     on_support = torch.full((rows,), -math.inf, dtype=torch.float64, device=trie.key.device)
     elsewhere = []
     root = torch.zeros(1, dtype=torch.long, device=trie.key.device)
-    stack = [
-        (0, root, root, root.double(), None, root)
-    ]  # depth, nodes, rows of the parents' state, log-masses, that state, tokens
+    # blocks of one depth: depth, nodes, rows of the parents' state, log-masses, that state, tokens
+    stack = [(0, root, root, root.double(), None, root)]
     while stack:
         depth, node, row, before, state, token = stack.pop()
-        logits, state = (
-            model.start(1, batch_prompt(prompt, 1))
-            if depth == 0
-            else advance(model, state, row, token)
-        )
+        if depth == 0:
+            logits, state = model.start(1, batch_prompt(prompt, 1))
+        else:
+            logits, state = advance(model, state, row, token)
         last = depth == space.max_length - 1
-        log_probs = before[:, None] + force_eos(
-            logits, torch.zeros_like(node, dtype=torch.bool), last, space
-        )
+        going_on = torch.zeros_like(node, dtype=torch.bool)  # a node of the trie has not ended
+        log_probs = before[:, None] + force_eos(logits, going_on, last, space)
         on_edge = trie.scatter_edges(torch.ones_like(trie.key, dtype=torch.bool), node, False)
+        # a token that is no edge takes all that follows it off the trie
         elsewhere.append(logspace.logsumexp(log_probs.masked_fill(on_edge, -math.inf).reshape(-1)))
         row, token = on_edge.nonzero(as_tuple=True)
         edge, child = trie.follow(node[row], token)
         mass = log_probs[row, token]
         ends, goes_on = child < 0, child >= 0
         on_support[trie.leaf[edge[ends]]] = mass[ends]
-        pieces = (
-            part[goes_on].split(block_size(space.vocab_size)) for part in (child, row, mass, token)
-        )
-        stack.extend(
-            (depth + 1, *piece[:3], state, piece[3])
-            for piece in zip(*pieces, strict=True)
-            if len(piece[0])
-        )
+        size = block_size(space.vocab_size)
+        pieces = (part[goes_on].split(size) for part in (child, row, mass, token))
+        for nodes, rows_of, masses, tokens in zip(*pieces, strict=True):
+            if len(nodes):  # an empty tensor splits into one empty piece
+                stack.append((depth + 1, nodes, rows_of, masses, state, tokens))
     return on_support, logspace.logsumexp(torch.stack(elsewhere))
 
 
 def _table_log_mass(
     weighted: WeightedSequences, rows: int, trie: PrefixTrie
 ) -> tuple[Tensor, Tensor]:
+    """log-mass [K] of a trie's sequences and of all else, in a list of weighted sequences."""
     _, edges = trie.find(weighted.tokens)
-    last = edges.gather(1, weighted.space.live(weighted.tokens).sum(-1, keepdim=True) - 1).squeeze(
-        -1
-    )
-    row = torch.where(
-        last >= 0, trie.leaf[last.clamp(min=0)], rows
-    )  # the row after the last one gathers what lies elsewhere
+    last = weighted.space.live(weighted.tokens).sum(-1, keepdim=True) - 1
+    last_edge = edges.gather(1, last).squeeze(-1)
+    # the row after the last one gathers what lies elsewhere
+    row = torch.where(last_edge >= 0, trie.leaf[last_edge.clamp(min=0)], rows)
     masses = logspace.segment_logsumexp(weighted.log_probs, row, rows + 1)
     return masses[:-1], masses[-1]
