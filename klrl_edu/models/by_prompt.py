@@ -53,14 +53,13 @@ class PromptedModels(LanguageModel):
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         self.check_prompt(prompt)
         place = [self.places[ids] for ids in prompt_ids(prompt)]
-        which = torch.tensor(place * len(tokens) if prompt is None else place)
-        which = which.to(tokens.device)
+        if prompt is None:  # one answer, for every row
+            place = place * len(tokens)
+        which = torch.tensor(place).to(tokens.device)
         rows = [(which == i).nonzero().squeeze(-1) for i in range(len(self.models))]
-        logits = [
-            model(tokens[index])
-            for model, index in zip(self.models, rows, strict=True)
-            if len(index)
-        ]
+        read = zip(self.models, rows, strict=True)
+        logits = [model(tokens[index]) for model, index in read if len(index)]
+        # read model by model: back in the order of the rows
         return torch.cat(logits)[torch.cat(rows).argsort()]
 
     def facts(self) -> list[str]:

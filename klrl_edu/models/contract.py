@@ -21,10 +21,8 @@ from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
 
 MAX_SEQUENCES = 1_000_000
-_BLOCK_ENTRIES, _BLOCK_ROWS = (
-    1 << 20,
-    1 << 11,
-)  # the most logits (8 MiB in float64) and prefixes that a walk reads at once
+# what a walk reads at once: at most so many logits (8 MiB in float64), and so many prefixes
+_BLOCK_ENTRIES, _BLOCK_ROWS = 1 << 20, 1 << 11
 
 
 class PrefixState(NamedTuple):
@@ -54,8 +52,9 @@ class LanguageModel(nn.Module):
     own_prompt: tuple[int, ...] = ()
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Logits [N,T,V] for tokens [N,T] and prompts [N,S] (−1 is left padding) or None; row t may
-        read tokens[:, :t] only.
+        """Logits [N,T,V] for tokens [N,T]; row t may read tokens[:, :t] only.
+
+        Prompts are [N,S], where −1 is left padding, or None.
 
         Ids beyond the rows in use can be anything from 0 to V − 1 (a prefix is read filled up with
         zeros, EOS or not).
@@ -63,16 +62,19 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, Any]:
-        """The first logits [n,V] of n sequences, and a state. Tensors in a state have the sequences
-        as their first axis.
+        """The first logits [n,V] of n sequences, and a state.
+
+        Tensors in a state have the sequences as their first axis.
         """
         self.check_prompt(prompt)
         tokens = torch.empty(n, 0, dtype=torch.long, device=device_of(self))
         return self._read(tokens, prompt), PrefixState(tokens, prompt)
 
     def step(self, state: Any, token: Tensor) -> tuple[Tensor, Any]:
-        """After token [n]: the next logits [n,V] and a new state; `state` stays as it was. Raises
-        InputError past T.
+        """After token [n]: the next logits [n,V] and a new state; `state` stays as it was.
+
+        Raises:
+            InputError: past T.
         """
         check_room(self.space, state.tokens.shape[1] + 1)
         tokens = torch.cat([state.tokens, token[:, None]], 1)
@@ -83,8 +85,10 @@ class LanguageModel(nn.Module):
         return select_rows(state, index)
 
     def branch(self, state: Any, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Each of n rows continued by its own k tokens [n,k]: logits [n,k,V] and the state of n·k
-        rows, grouped by parent.
+        """Each of n rows continued by its own k tokens [n,k].
+
+        Returns:
+            logits [n,k,V], and the state of n·k rows, grouped by parent.
         """
         n, k = tokens.shape
         parents = torch.arange(n, device=tokens.device).repeat_interleave(k)
@@ -92,16 +96,18 @@ class LanguageModel(nn.Module):
         return logits.reshape(n, k, -1), state
 
     def for_prompt(self, prompt: Tensor | str | None) -> Self:
-        """Binds a model that reads no prompts to the one it belongs to, [S] or its text (None: to
-        none), as a posterior's table is; returns the model itself.
+        """Binds a model that reads no prompts to the one it belongs to, and returns the model.
+
+        A posterior's table is bound so. The prompt is [S], its text, or None for none.
         """
         ids = self.space.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         self.own_prompt = prompt_ids(ids)[0]
         return self
 
     def check_prompt(self, prompt: Tensor | None) -> None:
-        """Refuses prompts [N,S] or [S] that the model would pass over; no prompt, or one of
-        padding only, is always taken.
+        """Refuses prompts [N,S] or [S] that the model would pass over.
+
+        No prompt, or one of padding only, is always taken.
 
         Raises:
             InputError: the model reads no prompts, and is bound to none or to another one.
@@ -130,9 +136,7 @@ class LanguageModel(nn.Module):
         return [f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters"]
 
     def token_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables override it to skip the V
-        columns.
-        """
+        """log π(y_t|y_<t) [N,T]; see `token_log_probs`. Tables skip the V columns."""
         log_probs = conditional_log_probs(self, tokens, prompt)
         return log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
@@ -145,10 +149,9 @@ class LanguageModel(nn.Module):
         return sample(self, n, draw=draw, prompts=None if prompt is None else prompt.reshape(1, -1))
 
     def _read(self, prefix: Tensor, prompt: Tensor | None) -> Tensor:
-        """The logits after a prefix [n,t], by a full forward on the prefix filled up with zeros,
-        which a causal model cannot see.
-        """
+        """The logits [n,V] after a prefix [n,t], by a full forward."""
         t = prefix.shape[1]
+        # filled up with zeros, which a causal model cannot see
         filled = torch.nn.functional.pad(prefix, (0, self.space.max_length - t))
         return self(filled, prompt)[:, t]
 
@@ -184,9 +187,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def select_rows(state: Any, index: Tensor) -> Any:
-    """Rows `index` [m] of every tensor [n, …] in a nested tuple -> [m, …]; numbers and
-    None pass.
-    """
+    """Rows `index` [m] of every tensor [n, …] in a nested tuple; numbers and None pass."""
     if isinstance(state, Tensor):
         return state.index_select(0, index)  # three times as fast as state[index]
     if isinstance(state, tuple):
@@ -205,10 +206,10 @@ def check_room(space: SequenceSpace, position: int) -> None:
 
 
 def force_eos(logits: Tensor, ended: Tensor, last: Tensor | bool, space: SequenceSpace) -> Tensor:
-    """Logits [..., V] -> float64 log-probabilities: EOS with probability 1 where the sequence has
-    ended or the position is the last one.
+    """Logits [..., V] -> float64 log-probabilities, with EOS certain where it must be.
 
-    This keeps q normalised and sampleable; conditioning q on |y| ≤ T would be another distribution.
+    That is where the sequence has `ended` [...], or the position is the `last` one. This keeps q
+    normalised and sampleable; conditioning q on |y| ≤ T would be another distribution.
     """
     if not space.eos:
         return torch.log_softmax(logits.double(), -1)
@@ -248,15 +249,14 @@ def conditional_log_probs(
 
 def ended_and_last(space: SequenceSpace, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Where a sequence has ended before position t [N,T], and where t is the last position [T]."""
-    return (
-        ~space.live(tokens),
-        torch.arange(space.max_length, device=tokens.device) == space.max_length - 1,
-    )
+    position = torch.arange(space.max_length, device=tokens.device)
+    return ~space.live(tokens), position == space.max_length - 1
 
 
 def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS; prompt
-    as in `conditional_log_probs`.
+    """log π(y_t|y_<t, x) for tokens [N,T] -> [N,T] float64 in nats, 0 after the first EOS.
+
+    The prompt is as in `conditional_log_probs`.
     """
     check_arguments("token_log_probs(model, tokens)", model=(model, LanguageModel))
     model.space.check_tokens(tokens)
@@ -267,9 +267,7 @@ def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None 
 def sequence_log_probs(
     model: LanguageModel, tokens: Tensor, prompt: Tensor | None = None
 ) -> Tensor:
-    """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf where a token has
-    zero mass.
-    """
+    """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf at a token of no mass."""
     return token_log_probs(model, tokens, prompt).sum(-1)
 
 
@@ -302,10 +300,10 @@ def sample(model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None =
 def sample_scored(
     model: LanguageModel, n: int, *, draw: Draw, prompts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `sample`, with log π(y_t|y_<t) [n,T] float64 in nats: what `token_log_probs` gives,
-    gradient included, without a second pass.
+    """As `sample`, with log π(y_t|y_<t) [n,T] float64 in nats, without a second pass.
 
-    A prefix that several samples share is read, and differentiated, once.
+    They are what `token_log_probs` gives, gradient included. A prefix that several samples share is
+    read, and differentiated, once.
     """
     check_arguments("sample(model, n)", model=(model, LanguageModel))
     check_count(n, "n")
@@ -316,9 +314,8 @@ def sample_scored(
     model.check_prompt(prompts)
     distinct = 1 if prompts is None else len(prompts)
     logits, state = model.start(distinct, prompts)
-    row = torch.arange(distinct, device=logits.device).repeat_interleave(
-        n
-    )  # which distinct prefix each sequence has
+    # which of the distinct prefixes each sequence has; the model reads those alone
+    row = torch.arange(distinct, device=logits.device).repeat_interleave(n)
     ended = torch.zeros(distinct, dtype=torch.bool, device=logits.device)
     columns: list[Tensor] = []
     scores: list[Tensor] = []
@@ -333,19 +330,23 @@ def sample_scored(
         parent, token, row = _distinct_children(row, token, len(logits), space.vocab_size)
         if space.eos:
             ended = token.eq(space.vocab_size - 1)
-        logits, state = model.step(state if parent is None else model.select(state, parent), token)
+        if parent is not None:
+            state = model.select(state, parent)
+        logits, state = model.step(state, token)
+    # where all had ended before T: EOS, and log-probability 0
     missing = (0, space.max_length - len(columns))
-    tokens, token_scores = torch.stack(columns, 1), torch.stack(scores, 1)
-    return torch.nn.functional.pad(
-        tokens, missing, value=space.vocab_size - 1
-    ), torch.nn.functional.pad(token_scores, missing)
+    end = space.vocab_size - 1
+    tokens = torch.nn.functional.pad(torch.stack(columns, 1), missing, value=end)
+    return tokens, torch.nn.functional.pad(torch.stack(scores, 1), missing)
 
 
 def _distinct_children(
     row: Tensor, token: Tensor, parents: int, vocab_size: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The distinct (prefix, token) pairs among sequences: their parents (None: all, in order) and
-    tokens [M], and each sequence's row [N].
+    """The M distinct (prefix, token) pairs among N sequences.
+
+    Returns:
+        their parents [M] (None: all, in order), their tokens [M], and each sequence's row [N].
     """
     if parents == len(row):  # every sequence already has a prefix of its own
         return None, torch.empty_like(token).index_copy(0, row, token), row
@@ -354,10 +355,15 @@ def _distinct_children(
 
 
 class _Block(NamedTuple):
-    """Prefixes of one length that wait on a walk: tokens [n,t], log-probabilities [n], and the rows
-    [n] of their parents' state.
+    """Prefixes of one length that wait on a walk.
 
     They are read when their turn comes, so the logits of one block are alive at a time.
+
+    Attributes:
+        prefix: tokens [n,t].
+        log_prob: [n] in nats.
+        row: [n], of the parents' state.
+        state: of the parents.
     """
 
     prefix: Tensor
@@ -389,25 +395,20 @@ def enumerate_support(
     model.check_prompt(prompt)
     space = model.space
     device = device_of(model)
-    root = torch.zeros(1, dtype=torch.long, device=device)
-    stack = [
-        _Block(
-            torch.empty(1, 0, dtype=torch.long, device=device),
-            torch.zeros(1, dtype=torch.float64, device=device),
-            root,
-            None,
-        )
-    ]
-    waiting, found = 1, 0
-    leaves: list[tuple[Tensor, Tensor]] = []
+    end = space.vocab_size - 1
+    nothing = torch.empty(1, 0, dtype=torch.long, device=device)
+    certain = torch.zeros(1, dtype=torch.float64, device=device)
+    stack = [_Block(nothing, certain, torch.zeros_like(certain, dtype=torch.long), None)]
+    waiting, found = 1, 0  # prefixes on the stack, and sequences that are whole
+    all_tokens: list[Tensor] = []
+    all_log_probs: list[Tensor] = []
     while stack:
         block = stack.pop()
         t = block.prefix.shape[1]
+        last = t == space.max_length - 1
         logits, state = _open(model, block, prompt)
         ended = torch.zeros_like(block.log_prob, dtype=torch.bool)
-        log_probs = block.log_prob[:, None] + force_eos(
-            logits, ended, t == space.max_length - 1, space
-        )
+        log_probs = block.log_prob[:, None] + force_eos(logits, ended, last, space)
         if bool(torch.isnan(log_probs).any()):
             raise InputError(
                 f"{type(model).__name__} gives NaN logits after {t} tokens, so its support is not"
@@ -416,11 +417,7 @@ def enumerate_support(
         row, token = (log_probs > -math.inf).nonzero(as_tuple=True)
         prefix = torch.cat([block.prefix.index_select(0, row), token[:, None]], 1)
         log_prob = log_probs.view(-1).index_select(0, row * space.vocab_size + token)
-        done = (
-            token.eq(space.vocab_size - 1)
-            if space.eos
-            else torch.full_like(token, t == space.max_length - 1, dtype=torch.bool)
-        )
+        done = token.eq(end) if space.eos else torch.full_like(token, last, dtype=torch.bool)
         waiting += int((~done).sum()) - len(block.prefix)
         found += int(done.sum())
         if found + waiting > max_sequences:
@@ -429,21 +426,12 @@ def enumerate_support(
                 f" (the whole space: {readable_count(space.size)}); raise max_sequences, shorten"
                 " the space, or compare by samples (compare(..., n=, draw=))."
             )
-        leaves.append(
-            (
-                torch.nn.functional.pad(
-                    prefix[done], (0, space.max_length - t - 1), value=space.vocab_size - 1
-                ),
-                log_prob[done],
-            )
-        )
-        stack.extend(
-            reversed(_split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size))
-        )
-    tokens, log_probs = (
-        torch.cat([tokens for tokens, _ in leaves]),
-        torch.cat([log_prob for _, log_prob in leaves]),
-    )
+        missing = (0, space.max_length - t - 1)
+        all_tokens.append(torch.nn.functional.pad(prefix[done], missing, value=end))
+        all_log_probs.append(log_prob[done])
+        blocks = _split(prefix[~done], log_prob[~done], row[~done], state, space.vocab_size)
+        stack.extend(reversed(blocks))  # the first of them is popped next
+    tokens, log_probs = torch.cat(all_tokens), torch.cat(all_log_probs)
     if space.eos:  # leaves of other depths came first; without EOS the walk is in order already
         order = _lexicographic(tokens)
         tokens, log_probs = tokens[order], log_probs[order]
@@ -463,12 +451,17 @@ def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[T
 
 
 def advance(model: LanguageModel, state: Any, row: Tensor, token: Tensor) -> tuple[Tensor, Any]:
-    """One step of a walk on a trie: the rows `row` [m] of a state, in order, continued by `token`
-    [m] -> logits [m,V] and the new state.
+    """One step of a walk on a trie: rows of a state, in order, continued by a token each.
 
-    Where every row in use has the same number of children, they share its state (`branch`);
-    otherwise it is copied for each.
+    Args:
+        row: [m], ascending.
+        token: [m].
+
+    Returns:
+        logits [m,V] and the new state.
     """
+    # where every row in use has the same number of children, they share its state (`branch`);
+    # otherwise it is copied for each
     parents, children = torch.unique_consecutive(row, return_counts=True)
     if len(parents) < len(token) and bool((children == children[0]).all()):
         logits, state = model.branch(model.select(state, parents), token.reshape(len(parents), -1))
@@ -477,10 +470,9 @@ def advance(model: LanguageModel, state: Any, row: Tensor, token: Tensor) -> tup
 
 
 def block_size(vocab_size: int) -> int:
-    """How many prefixes a walk reads at once: few enough for its memory, and whole grids of
-    children where that is possible.
-    """
+    """How many prefixes a walk reads at once: few enough for its memory."""
     size = max(1, min(_BLOCK_ROWS, _BLOCK_ENTRIES // vocab_size))
+    # a multiple of V: where every token has mass, whole families of children, as `branch` wants
     return size - (size % vocab_size if size > vocab_size else 0)
 
 
@@ -496,6 +488,7 @@ def _split(
 
 
 def _lexicographic(tokens: Tensor) -> Tensor:
+    """The order [N] that sorts tokens [N,T], by stable sorts from the last column to the first."""
     order = torch.arange(len(tokens), device=tokens.device)
     for t in reversed(range(tokens.shape[1])):
         order = order[torch.sort(tokens[order, t], stable=True).indices]

@@ -19,19 +19,16 @@ class FiniteStateModel(LanguageModel):
         raise NotImplementedError
 
     def emission_log_probs(self) -> Tensor:
-        """log q(y|c) [C,V] in nats, normalised over V, with the gradient of the model's parameters;
-        the last column is EOS where the space has it.
+        """log q(y|c) [C,V] in nats, normalised over V, with the gradient of the parameters.
+
+        The last column is EOS where the space has it.
         """
         raise NotImplementedError
 
     def successors(self) -> Tensor | None:
-        """The context [C,K] after each of the K words, where context and word determine it; else
-        None.
-        """
+        """The context after each of K words [C,K], where they determine it; else None."""
         return None
 
     def transition_log_probs(self) -> Tensor | None:
-        """log q(c'|c) [C,C] in nats, where the next context does not depend on the word;
-        else None.
-        """
+        """log q(c'|c) [C,C] in nats, where the word does not move the context; else None."""
         return None

@@ -33,9 +33,7 @@ class FilterState(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A fitted model, and the log-likelihood of the data (nats) before each EM step and after the
-    last.
-    """
+    """A fitted model, and the data's log-likelihood (nats) before each EM step and at the end."""
 
     model: "HiddenMarkovModel"
     log_likelihoods: list[float]
@@ -57,19 +55,20 @@ class HiddenMarkovModel(FiniteStateModel):
         super().__init__()
         self.space = space
         states = initial.numel()
-        for name, logits, shape in (
+        laws = (
             ("initial", initial, (states,)),
             ("transition", transition, (states, states)),
             ("emission", emission, (states, space.vocab_size)),
-        ):
+        )
+        for name, logits, shape in laws:
             if logits.shape != shape or not states:
                 raise InputError(
                     f"{name} has shape {list(logits.shape)}; expected {list(shape)} for {states}"
                     " contexts."
                 )
-            if bool((torch.isnan(logits) | (logits == math.inf)).any()) or bool(
-                (logits.amax(-1) == -math.inf).any()
-            ):
+            no_number = torch.isnan(logits) | (logits == math.inf)
+            no_mass = logits.amax(-1) == -math.inf
+            if bool(no_number.any()) or bool(no_mass.any()):
                 raise InputError(
                     f"{name} holds NaN, +inf, or a row without mass; give logits, -inf for zero"
                     " mass."
@@ -88,10 +87,8 @@ class HiddenMarkovModel(FiniteStateModel):
         check_count(states, "states")
         generator = as_generator(seed)
         shapes = ((states,), (states, states), (states, space.vocab_size))
-        return cls(
-            space,
-            *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes),
-        )
+        laws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return cls(space, *laws)
 
     @classmethod
     def fit(
@@ -104,8 +101,9 @@ class HiddenMarkovModel(FiniteStateModel):
         steps: int = 50,
         seed: int = 0,
     ) -> Fit:
-        """`steps` of EM (2) from random laws; the log-likelihood never falls. An EOS that the space
-        forces at T is no evidence.
+        """`steps` of EM (2) from random laws; the log-likelihood never falls.
+
+        An EOS that the space forces at T is no evidence.
 
         Args:
             weights: how often each text counts; 1 by default.
@@ -118,25 +116,19 @@ class HiddenMarkovModel(FiniteStateModel):
         model = cls.random(space, states, seed=seed)
         weight = torch.tensor(check_weights(texts, weights), dtype=torch.float64)
         tokens, chosen = chosen_tokens(space, texts)
+        parameters = (model.initial, model.transition, model.emission)
         history = []
         for _ in range(steps):
             laws = [law.detach().requires_grad_(True) for law in model._laws()]
             total = weight @ _log_likelihood((laws[0], laws[1], laws[2]), tokens, chosen)
             history.append(float(total.detach()))
-            for parameter, law, count in zip(
-                (model.initial, model.transition, model.emission),
-                laws,
-                torch.autograd.grad(total, laws),
-                strict=True,
-            ):
-                unused = (
-                    count.sum(-1, keepdim=True) == 0
-                )  # a context that is never left or never used keeps its law
-                parameter.data.copy_(
-                    torch.where(
-                        unused, law.detach(), count.log() - count.sum(-1, keepdim=True).log()
-                    )
-                )
+            # (2): the gradient by the log of a law is the expected number of times it was used
+            counts = torch.autograd.grad(total, laws)
+            for parameter, law, count in zip(parameters, laws, counts, strict=True):
+                row = count.sum(-1, keepdim=True)
+                # a context that is never left, or never used, keeps its law
+                fitted = torch.where(row == 0, law.detach(), count.log() - row.log())
+                parameter.data.copy_(fitted)
         with torch.no_grad():
             history.append(float(weight @ _log_likelihood(model._laws(), tokens, chosen)))
         return Fit(model, history)
@@ -160,13 +152,11 @@ class HiddenMarkovModel(FiniteStateModel):
     def step(self, state: FilterState, token: Tensor) -> tuple[Tensor, FilterState]:
         check_room(self.space, state.position + 1)
         joint = state.filtered + self.emission_log_probs().T[token]
-        dead = (joint.detach() == -math.inf).all(
-            -1, keepdim=True
-        )  # a token of zero mass was read: any law will do
+        # where a token of zero mass was read any law will do
+        dead = (joint.detach() == -math.inf).all(-1, keepdim=True)
         joint = torch.where(dead, state.filtered, joint)
-        filtered = logspace.logsumexp(
-            logspace.log_normalize(joint)[:, :, None] + self.transition_log_probs(), 1
-        )
+        moved = logspace.log_normalize(joint)[:, :, None] + self.transition_log_probs()
+        filtered = logspace.logsumexp(moved, 1)
         return self._emit(filtered), FilterState(filtered, state.position + 1)
 
     def _emit(self, filtered: Tensor) -> Tensor:
@@ -191,17 +181,10 @@ def _log_likelihood(laws: tuple[Tensor, Tensor, Tensor], tokens: Tensor, chosen:
     initial, transition, emission = laws
     joint = initial.expand(len(tokens), -1)  # log q(c_t, y_{<t})
     for t in range(tokens.shape[1]):
-        read = joint + emission.T[tokens[:, t]]
-        joint = torch.where(
-            chosen[:, t, None],
-            read if t + 1 == tokens.shape[1] else _moved(read, transition, chosen, t),
-            joint,
-        )
+        ahead = joint + emission.T[tokens[:, t]]
+        if t + 1 < tokens.shape[1]:
+            # the context moves where a further token was chosen: nothing moves after the last
+            moved = logspace.logsumexp(ahead[:, :, None] + transition, 1)
+            ahead = torch.where(chosen[:, t + 1, None], moved, ahead)
+        joint = torch.where(chosen[:, t, None], ahead, joint)
     return logspace.logsumexp(joint)
-
-
-def _moved(read: Tensor, transition: Tensor, chosen: Tensor, t: int) -> Tensor:
-    """The next context, where a further token was chosen; nothing moves after the last."""
-    return torch.where(
-        chosen[:, t + 1, None], logspace.logsumexp(read[:, :, None] + transition, 1), read
-    )

@@ -65,6 +65,7 @@ class NGramModel(FiniteStateModel):
             )
         self._set(space, order, _dense_successor(words, order), logits)
 
+    # `fit` comes here too, past __init__, with contexts of its own
     def _set(
         self, space: SequenceSpace, order: int, successor: Tensor, logits: Tensor | None
     ) -> None:
@@ -75,9 +76,8 @@ class NGramModel(FiniteStateModel):
                 f"logits has shape {list(logits.shape)}; expected [C, V] = {list(shape)}, a row a"
                 " context."
             )
-        bad = (
-            torch.isnan(logits) | (logits == math.inf) | (logits == -math.inf).all(-1, keepdim=True)
-        )
+        no_mass = (logits == -math.inf).all(-1, keepdim=True)
+        bad = torch.isnan(logits) | (logits == math.inf) | no_mass
         if bool(bad.any()):
             context, token = bad.nonzero()[0].tolist()
             raise InputError(
@@ -99,8 +99,7 @@ class NGramModel(FiniteStateModel):
         smoothing: Literal["witten-bell", "dirichlet"] = "witten-bell",
         concentration: float = 1.0,
     ) -> "NGramModel":
-        """Counts texts and smooths; holds the contexts that occur and their endings, whatever the
-        order.
+        """Counts texts and smooths; holds only the contexts that occur, and their endings.
 
         A context that never occurred is read as its longest ending that did. An EOS that the space
         forces at T is no evidence, and is not counted.
@@ -124,11 +123,10 @@ class NGramModel(FiniteStateModel):
             raise InputError(f"concentration = {concentration!r} must be a positive number.")
         counts = _count(space, texts, order, check_weights(texts, weights))
         contexts = sorted(counts, key=lambda context: (len(context), context))
-        rows = (
-            _witten_bell(counts, contexts, space.vocab_size)
-            if smoothing == "witten-bell"
-            else _dirichlet(counts, contexts, order, space, concentration)
-        )
+        if smoothing == "witten-bell":
+            rows = _witten_bell(counts, contexts, space.vocab_size)
+        else:
+            rows = _dirichlet(counts, contexts, order, space, concentration)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         start = (_BEGIN,) * (order - 1)
@@ -159,14 +157,14 @@ class NGramModel(FiniteStateModel):
         return self.logits[context], NGramState(context, state.position + 1)
 
     def _after(self, context: Tensor, token: Tensor) -> Tensor:
-        return self.successor[
-            context, token.clamp(max=self.successor.shape[1] - 1)
-        ]  # after EOS any context will do
+        """The contexts [N] after contexts and tokens [N]; after EOS any will do."""
+        word = token.clamp(max=self.successor.shape[1] - 1)
+        return self.successor[context, word]
 
     def initial_log_probs(self) -> Tensor:
-        return torch.full(
-            (len(self.logits),), -math.inf, dtype=torch.float64, device=self.logits.device
-        ).index_fill(0, self.successor.new_zeros(1), 0.0)
+        contexts, device = len(self.logits), self.logits.device
+        never = torch.full((contexts,), -math.inf, dtype=torch.float64, device=device)
+        return never.index_fill(0, self.successor.new_zeros(1), 0.0)  # context 0 is the start
 
     def emission_log_probs(self) -> Tensor:
         return logspace.log_normalize(self.logits.double())
@@ -197,9 +195,7 @@ def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list
 
 
 def chosen_tokens(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to EOS, but for an EOS
-    that is forced at T.
-    """
+    """Tokens [N,T] of texts, and which of them the text chose [N,T]: all up to an EOS before T."""
     tokens = space.encode(texts)
     chosen = space.live(tokens)
     if space.eos:
@@ -209,15 +205,19 @@ def chosen_tokens(space: SequenceSpace, texts: Sequence[str]) -> tuple[Tensor, T
 
 def _count(space: SequenceSpace, texts: Sequence[str], order: int, weights: list[float]) -> Counts:
     """n(c,v) for every context of 0 … n − 1 words that occurs."""
+    beginning = (_BEGIN,) * (order - 1)
     counts: Counts = defaultdict(lambda: defaultdict(float))
-    counts[(_BEGIN,) * (order - 1)]
+    # a look-up makes an entry: the start and the empty context are there without any text
+    counts[beginning]
     counts[()]
     tokens, chosen = chosen_tokens(space, texts)
     for row, length, weight in zip(tokens.tolist(), chosen.sum(-1).tolist(), weights, strict=True):
-        padded = (_BEGIN,) * (order - 1) + tuple(row[:length])
-        for i in range(length if weight else 0):
+        if not weight:
+            continue
+        padded = beginning + tuple(row[:length])
+        for at in range(order - 1, len(padded)):
             for k in range(order):
-                counts[padded[i + order - 1 - k : i + order - 1]][padded[i + order - 1]] += weight
+                counts[padded[at - k : at]][padded[at]] += weight
     return counts
 
 
@@ -230,11 +230,11 @@ def _witten_bell(
         lower = rows[context[1:]] if context else [1 / columns] * columns
         seen = counts[context]
         kinds, total = len(seen), sum(seen.values())
-        rows[context] = (
-            [(seen.get(v, 0.0) + kinds * lower[v]) / (total + kinds) for v in range(columns)]
-            if seen
-            else lower
-        )
+        if seen:
+            weights = [seen.get(v, 0.0) + kinds * lower[v] for v in range(columns)]
+            rows[context] = [weight / (total + kinds) for weight in weights]
+        else:
+            rows[context] = lower
     return rows
 
 
@@ -251,23 +251,24 @@ def _dirichlet(
 
 
 def _dense_successor(words: int, order: int) -> Tensor:
-    """[C,K] for all contexts of 0 … n − 1 words: a word is appended, and the oldest dropped once
-    there are n − 1.
+    """The context after each word [C,K], for all contexts of 0 … n − 1 words.
+
+    A word is appended, and the oldest dropped once there are n − 1.
     """
+    # contexts of k words are numbered from offset[k] on, as numbers of k digits to the base K
     offset = [0]
     for k in range(order):
         offset.append(offset[-1] + words**k)
     word, parts = torch.arange(words), []
     for k in range(order):
         longer = min(k + 1, order - 1)
-        parts.append(
-            offset[longer] + (torch.arange(words**k)[:, None] * words + word) % words**longer
-        )
+        appended = torch.arange(words**k)[:, None] * words + word
+        parts.append(offset[longer] + appended % words**longer)
     return torch.cat(parts)
 
 
 def _sparse_successor(contexts: list[Context], order: int, words: int) -> Tensor:
-    """[C,K]: the longest ending of context and word that is a context."""
+    """The context after each word [C,K]: the longest ending of both that is a context."""
     place = {context: i for i, context in enumerate(contexts)}
 
     def after(context: Context, word: int) -> int:

@@ -67,8 +67,9 @@ class AutocastModel(LanguageModel):
 
 
 def autocast(model: LanguageModel, dtype: torch.dtype) -> AutocastModel:
-    """The model with its matrix products in half precision, sharing its weights; it trains like the
-    model itself.
+    """The model with its matrix products in half precision, sharing its weights.
+
+    It trains like the model itself.
 
     Args:
         model: logits [N,T,V], float32 weights.
@@ -85,13 +86,8 @@ def autocast(model: LanguageModel, dtype: torch.dtype) -> AutocastModel:
             f"dtype = {dtype} is no half precision; choose torch.bfloat16 or torch.float16, or"
             " leave the model as it is."
         )
-    others = sorted(
-        {
-            str(parameter.dtype)
-            for parameter in model.parameters()
-            if parameter.dtype != torch.float32
-        }
-    )
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    others = sorted(str(other) for other in dtypes - {torch.float32})
     if others:
         raise InputError(
             f"the model has weights of {', '.join(others)}; autocast works on float32: build it"

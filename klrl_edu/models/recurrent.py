@@ -1,10 +1,9 @@
-"""Recurrent policies: LSTM (Hochreiter & Schmidhuber 1997) or GRU (Cho et al. 2014) over token
-embeddings.
+"""Recurrent policies: LSTM or GRU over token embeddings.
 
     h_t = cell(h_{t−1}, embed(y_{t−1})),   logits_t = W h_t + b,   y_{−1} = BOS                  (1)
 
-A prompt is read before BOS, skipping its left padding. L layers, H hidden units; states are
-[N,L,H], rows first.
+A prompt is read before BOS, skipping its left padding. Hochreiter & Schmidhuber (1997); Cho et al.
+(2014). L layers, H hidden units; states are [N,L,H], rows first.
 """
 
 import math
@@ -59,21 +58,20 @@ class RecurrentModel(LanguageModel):
         check_count(layers, "layers")
         self.space, self.cell = space, cell
         kind = nn.LSTM if cell == "lstm" else nn.GRU
-        self.embedding = nn.utils.skip_init(
-            nn.Embedding, space.vocab_size + 1, hidden_size, dtype=dtype
-        )  # the last row is BOS
-        # skip_init by hand: it refuses these classes; no weight is drawn from the global generator
-        self.recurrent = kind(
+        # skip_init: no weight is drawn from the global generator, `_initialise` draws them all
+        ids = space.vocab_size + 1  # the last row is BOS
+        self.embedding = nn.utils.skip_init(nn.Embedding, ids, hidden_size, dtype=dtype)
+        # the same by hand, as skip_init refuses these classes
+        recurrent = kind(
             hidden_size, hidden_size, layers, batch_first=True, dtype=dtype, device="meta"
-        ).to_empty(device="cpu")
+        )
+        self.recurrent = recurrent.to_empty(device="cpu")
         self.head = nn.utils.skip_init(nn.Linear, hidden_size, space.vocab_size, dtype=dtype)
         self._initialise(as_generator(seed), hidden_size)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator, hidden_size: int) -> None:
-        """Normal embeddings, uniform ±1/√H elsewhere (torch's own defaults, from an explicit
-        generator).
-        """
+        """Torch's own defaults, from a generator: normal embeddings, uniform ±1/√H elsewhere."""
         bound = 1 / math.sqrt(hidden_size)
         for name, parameter in self.named_parameters():
             if name.startswith("embedding"):
@@ -87,9 +85,7 @@ class RecurrentModel(LanguageModel):
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         state = self._read_prompt(len(tokens), prompt)
-        bos = torch.full(
-            (len(tokens), 1), self.space.vocab_size, dtype=torch.long, device=tokens.device
-        )
+        bos = tokens.new_full((len(tokens), 1), self.space.vocab_size, dtype=torch.long)
         outputs, _ = self._run(torch.cat([bos, tokens[:, :-1].long()], 1), state)
         return self.head(outputs)
 
@@ -110,9 +106,8 @@ class RecurrentModel(LanguageModel):
         if state.cell is None:
             outputs, hidden = self.recurrent(self.embedding(ids), hidden)
             return outputs, RecurrentState(hidden.transpose(0, 1), None, state.position)
-        outputs, (hidden, cell) = self.recurrent(
-            self.embedding(ids), (hidden, state.cell.transpose(0, 1).contiguous())
-        )
+        cell = state.cell.transpose(0, 1).contiguous()
+        outputs, (hidden, cell) = self.recurrent(self.embedding(ids), (hidden, cell))
         return outputs, RecurrentState(hidden.transpose(0, 1), cell.transpose(0, 1), state.position)
 
     def _read_prompt(self, n: int, prompt: Tensor | None) -> RecurrentState:
@@ -124,10 +119,8 @@ class RecurrentModel(LanguageModel):
             assert prompt is not None
             real = (prompt[:, t] >= 0)[:, None, None]
             _, after = self._run(prompt[:, t : t + 1].clamp(min=0), state)
-            cell = (
-                None
-                if state.cell is None or after.cell is None
-                else torch.where(real, after.cell, state.cell)
-            )
-            state = RecurrentState(torch.where(real, after.hidden, state.hidden), cell, -1)
+            hidden, cell = torch.where(real, after.hidden, state.hidden), None
+            if state.cell is not None and after.cell is not None:
+                cell = torch.where(real, after.cell, state.cell)
+            state = RecurrentState(hidden, cell, -1)
         return state

@@ -22,9 +22,7 @@ from klrl_edu.models.contract import LanguageModel, ended_and_last, force_eos
 
 
 class RestrictedState(NamedTuple):
-    """Where a restricted policy stands: both models' states, and which rows the reference can
-    reach.
-    """
+    """Where a restricted policy stands: both models' states, and which rows are in reach."""
 
     policy: Any
     reference: Any
@@ -34,9 +32,7 @@ class RestrictedState(NamedTuple):
 
 
 class RestrictedModel(LanguageModel):
-    """A policy whose next-token logits are −inf where the reference has no mass; see
-    `restrict_to_support`.
-    """
+    """A policy with logits of −inf where the reference has no mass; see `restrict_to_support`."""
 
     def __init__(self, policy: LanguageModel, reference: LanguageModel):
         super().__init__()
@@ -58,8 +54,9 @@ class RestrictedModel(LanguageModel):
         return self._reference[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves (`.to`, `.float`) take the reference along: a copy of it where anything moves, as
-        the problem and other policies may share the original.
+        """Moves (`.to`, `.float`) take the reference along.
+
+        It is a copy where anything moves, as the problem and other policies may share the original.
         """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held = [*self.reference.parameters(), *self.reference.buffers()]
@@ -90,17 +87,14 @@ class RestrictedModel(LanguageModel):
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         self.check_prompt(prompt)
         with torch.no_grad():
-            allowed_log_probs = force_eos(
-                self.reference(tokens, self._for_reference(prompt)),
-                *ended_and_last(self.space, tokens),
-                self.space,
-            )
-            taken = allowed_log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-            reached = (
-                torch.nn.functional.pad((taken > -math.inf).long().cumprod(-1), (1, -1), value=1)
-                > 0
-            )
-        return _mask(self.policy(tokens, prompt), allowed_log_probs, reached)
+            reference_logits = self.reference(tokens, self._for_reference(prompt))
+            ended, last = ended_and_last(self.space, tokens)
+            log_probs = force_eos(reference_logits, ended, last, self.space)
+            taken = log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+            # row t is in reach where every token before t had mass: the products, one place later
+            so_far = (taken > -math.inf).long().cumprod(-1)
+            reachable = torch.nn.functional.pad(so_far, (1, -1), value=1) > 0
+        return _mask(self.policy(tokens, prompt), log_probs, reachable)
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, RestrictedState]:
         logits, state = self.policy.start(n, prompt)
@@ -135,19 +129,23 @@ class RestrictedModel(LanguageModel):
         reachable: Tensor,
         position: int,
     ) -> tuple[Tensor, RestrictedState]:
+        """The masked logits [n,V] and the state that gives them."""
         with torch.no_grad():
             last = position == self.space.max_length - 1
-            log_probs = force_eos(reference_logits, torch.zeros_like(reachable), last, self.space)
+            ended = torch.zeros_like(reachable)  # rows that ended are the contract's to force
+            log_probs = force_eos(reference_logits, ended, last, self.space)
         state = RestrictedState(policy_state, reference_state, log_probs, reachable, position)
         return _mask(logits, log_probs, reachable), state
 
 
 def _mask(logits: Tensor, reference_log_probs: Tensor, reachable: Tensor) -> Tensor:
-    """Logits with −inf where the reference has none; uniform where its prefix is out of reach
-    (never a row of −inf, which is NaN).
+    """Logits [..., V] with −inf where the reference has none; uniform where it is out of reach.
+
+    There a row of −inf would be NaN.
     """
     kept = logits.masked_fill(reference_log_probs == -math.inf, -math.inf)
-    if bool((reachable & (kept.detach() == -math.inf).all(-1)).any()):
+    nothing_left = (kept.detach() == -math.inf).all(-1)
+    if bool((reachable & nothing_left).any()):
         raise InputError(
             "restrict_to_support: after some prefix that both can reach, policy and reference have"
             " no next token in common."

@@ -25,8 +25,12 @@ from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel, check_room, c
 
 
 class SequenceState(NamedTuple):
-    """The trie node of each row (−1 off the trie), and the edges' log-masses [E], computed once a
-    decoding run.
+    """Where each row stands.
+
+    Attributes:
+        node: of the trie [N], −1 off it.
+        position: of the last logits.
+        edge_log_mass: [E] in nats, computed once a decoding run.
     """
 
     node: Tensor
@@ -54,7 +58,7 @@ class SequenceTable(LanguageModel):
         logits = check_finite_vector(logits, "logits", len(tokens))
         if not len(tokens):
             raise InputError("tokens hold no sequence; give at least one.")
-        logspace.log_normalize(logits)
+        logspace.log_normalize(logits)  # raises where there is no mass
         self.trie = PrefixTrie(space, tokens.long())
         self.register_buffer("tokens", tokens.long().clone(), persistent=False)
         if int((self.trie.leaf >= 0).sum()) < len(tokens):
@@ -102,9 +106,9 @@ class SequenceTable(LanguageModel):
         if isinstance(texts, Mapping):
             probs, texts = list(texts.values()), list(texts)
         if probs is None or len(texts) != len(probs):
+            given = "none" if probs is None else len(probs)
             raise InputError(
-                f"texts has {len(texts)} entries and probs"
-                f" {'none' if probs is None else len(probs)}; give one probability a text."
+                f"texts has {len(texts)} entries and probs {given}; give one probability a text."
             )
         values = check_probabilities(probs, normalize=normalize)
         space = SequenceSpace.from_texts(texts, separator=separator) if space is None else space
@@ -116,10 +120,8 @@ class SequenceTable(LanguageModel):
                     f"texts hold {_first_duplicate(space, tokens)!r} twice; remove one, or pass"
                     " merge='sum' to add their probabilities."
                 )
-            tokens, values = (
-                unique,
-                torch.zeros(len(unique), dtype=torch.float64).index_add(0, which, values),
-            )
+            tokens = unique
+            values = torch.zeros(len(unique), dtype=torch.float64).index_add(0, which, values)
         return cls(space, tokens, torch.log(values))
 
     @property
@@ -131,27 +133,25 @@ class SequenceTable(LanguageModel):
         """log-mass [E] below each edge of the trie, unnormalised."""
         trie = self.trie
         on_path = trie.edge_of >= 0
-        return logspace.segment_logsumexp(
-            self.logits.unsqueeze(1).expand_as(trie.edge_of)[on_path],
-            trie.edge_of[on_path],
-            len(trie.key),
-        )
+        spread = self.logits.unsqueeze(1).expand_as(trie.edge_of)[on_path]
+        return logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key))
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         node, _ = self.trie.find(tokens)
         return self._rows(node.reshape(-1), self.edge_log_mass()).reshape(*tokens.shape, -1)
 
     def token_log_prob(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """[N,T] by two look-ups a token, without the V columns of `forward`."""
+        """log π(y_t|y_<t) [N,T] by two look-ups a token, without the V columns of `forward`."""
         mass = self.edge_log_mass()
         node_mass = logspace.segment_logsumexp(mass, self.trie.parent, self.trie.nodes)
         node, edge = self.trie.find(tokens)
-        on_trie = (node >= 0) & (node_mass[node.clamp(min=0)] > -torch.inf)
+        known = node.clamp(min=0)
+        on_trie = (node >= 0) & (node_mass[known] > -torch.inf)
         zero = torch.zeros((), dtype=mass.dtype, device=mass.device)
         edge_mass = torch.where(on_trie & (edge >= 0), mass[edge.clamp(min=0)], zero - torch.inf)
         # off the trie the conditional is uniform; masked before the subtraction, where −inf −
         # (−inf) would be NaN
-        within = edge_mass - torch.where(on_trie, node_mass[node.clamp(min=0)], zero)
+        within = edge_mass - torch.where(on_trie, node_mass[known], zero)
         log_probs = torch.where(on_trie, within, zero - math.log(self.space.vocab_size))
         if not self.space.eos:
             return log_probs
@@ -168,9 +168,8 @@ class SequenceTable(LanguageModel):
     def step(self, state: SequenceState, token: Tensor) -> tuple[Tensor, SequenceState]:
         check_room(self.space, state.position + 1)
         _, node = self.trie.follow(state.node, token)
-        return self._rows(node, state.edge_log_mass), SequenceState(
-            node, state.position + 1, state.edge_log_mass
-        )
+        after = SequenceState(node, state.position + 1, state.edge_log_mass)
+        return self._rows(node, state.edge_log_mass), after
 
     def select(self, state: SequenceState, index: Tensor) -> SequenceState:
         return state._replace(node=state.node[index])
@@ -252,32 +251,29 @@ class PrefixTable(LanguageModel):
 
     def _reachable(self, alive: Tensor) -> Tensor:
         """Which nodes have mass [nodes], where alive [nodes,V] says which tokens do."""
-        trie, reached = (
-            self.trie,
-            torch.zeros(self.trie.nodes, dtype=torch.bool, device=alive.device),
-        )
+        trie = self.trie
+        reached = torch.zeros(trie.nodes, dtype=torch.bool, device=alive.device)
         reached[0] = True
         for first, last in zip(trie.depth_edges, trie.depth_edges[1:], strict=False):
-            parent, token, child = (
-                trie.parent[first:last],
-                trie.token[first:last],
-                trie.child[first:last],
-            )
-            reached[child[(child >= 0) & reached[parent] & alive[parent, token]]] = True
+            edges = slice(first, last)
+            parent, token, child = trie.parent[edges], trie.token[edges], trie.child[edges]
+            passed = (child >= 0) & reached[parent] & alive[parent, token]
+            reached[child[passed]] = True
         return reached
 
     @classmethod
     def from_model(cls, model: LanguageModel, tokens: Tensor | None = None) -> "PrefixTable":
-        """A table with the conditionals of a model that takes no prompt, along `tokens` [K,T] (by
-        default every sequence of at most a million).
+        """A table with the conditionals of a model that takes no prompt.
+
+        Args:
+            tokens: [K,T], the sequences that get rows; by default all, of at most a million.
         """
         table = cls(model.space, tokens)
         tokens = model.space.all_tokens(MAX_SEQUENCES) if tokens is None else tokens
         with torch.no_grad():
+            log_probs = conditional_log_probs(model, tokens)
             on_path = table.trie.node_of >= 0
-            table.logits[table.trie.node_of[on_path]] = conditional_log_probs(model, tokens)[
-                on_path
-            ]
+            table.logits[table.trie.node_of[on_path]] = log_probs[on_path]
         return table
 
     def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -294,12 +290,14 @@ class PrefixTable(LanguageModel):
         return self._rows(node), NodeState(node, state.position + 1)
 
     def _rows(self, node: Tensor) -> Tensor:
+        """Logits [..., V] of nodes [...]; uniform off the trie and where a row is all −inf."""
         rows = self.logits[node.clamp(min=0)]
         dead = (node < 0) | (rows.detach() == -torch.inf).all(-1)
         return logspace.uniform_where_dead(rows, dead)
 
 
 def _first_duplicate(space: SequenceSpace, tokens: Tensor) -> str:
+    """The text that stands twice, known to be there."""
     seen: set[tuple[int, ...]] = set()
     for row in tokens.tolist():
         if tuple(row) in seen:

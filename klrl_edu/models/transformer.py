@@ -1,12 +1,12 @@
-"""A decoder-only Transformer (Vaswani et al. 2017; pre-norm and GELU as in GPT-2, Radford et al.
-2019).
+"""A decoder-only Transformer, with pre-norm and GELU as in GPT-2.
 
     x ← x + attend(norm(x)),   x ← x + mlp(norm(x)),   logits = W norm(x)                        (1)
 
 The sequence read is [prompt, BOS, y_0 … y_{T−2}]. Positions count from BOS, so a prompt's left
 padding never shifts them, and padding is masked out. Keys and values are cached in decoding,
 [N,heads,t,D] a layer with the sequences first; the children of a branch attend to their parent's
-cache where it lies, and copy it only when one of them is selected.
+cache where it lies, and copy it only when one of them is selected. Vaswani et al. (2017); Radford
+et al. (2019).
 """
 
 import math
@@ -26,8 +26,12 @@ Cache = tuple[Tensor, ...]  # one tensor [N,heads,t,D] a layer
 
 
 class TransformerState(NamedTuple):
-    """Cached keys and values, which of the t may be read [N,t] (None: all), and the position of the
-    last logits.
+    """What was read, cached.
+
+    Attributes:
+        keys, values: of the t tokens so far.
+        readable: which of the t may be read [N,t]; None for all.
+        position: of the last logits.
     """
 
     keys: Cache
@@ -37,8 +41,9 @@ class TransformerState(NamedTuple):
 
 
 class BranchState(NamedTuple):
-    """k children each of n parents: the parents' caches [n,heads,t + k,D], whose last k entries are
-    the children's own.
+    """k children each of n parents.
+
+    The caches are the parents' [n,heads,t + k,D]; their last k entries are the children's own.
     """
 
     keys: Cache
@@ -49,17 +54,14 @@ class BranchState(NamedTuple):
 
 
 class _Block(nn.Module):
-    """One layer: causal self-attention and a two-layer perceptron, each on a normalised residual
-    stream x [N,t,width].
-    """
+    """One layer of (1): causal self-attention and a perceptron on the stream x [N,t,width]."""
 
     def __init__(self, width: int, heads: int, dtype: torch.dtype):
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.mlp_norm = (
-            nn.LayerNorm(width, dtype=dtype),
-            nn.LayerNorm(width, dtype=dtype),
-        )
+        # skip_init: no weight is drawn from the global generator, the model draws them all
+        self.attention_norm = nn.LayerNorm(width, dtype=dtype)
+        self.mlp_norm = nn.LayerNorm(width, dtype=dtype)
         self.qkv = nn.utils.skip_init(nn.Linear, width, 3 * width, dtype=dtype)
         self.project = nn.utils.skip_init(nn.Linear, width, width, dtype=dtype)
         self.expand = nn.utils.skip_init(nn.Linear, width, 4 * width, dtype=dtype)
@@ -68,16 +70,16 @@ class _Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, causal: bool, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N,t,width], additive mask [N,1,t,t_past + t] or None -> x, and all keys and values
-        [N,heads,t_past + t,D].
+        """The next x [N,t,width], and all keys and values [N,heads,t_past + t,D].
+
+        Args:
+            x: [N,t,width].
+            mask: additive, [N,1,t,t_past + t] or None.
+            past: keys and values of what was read before.
         """
         n, t, width = x.shape
-        split = (
-            self.qkv(self.attention_norm(x))
-            .reshape(n, t, 3, self.heads, width // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
-        query, keys, values = split.unbind(0)
+        qkv = self.qkv(self.attention_norm(x)).reshape(n, t, 3, self.heads, width // self.heads)
+        query, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N,heads,t,D]
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
         attended = scaled_dot_product_attention(
@@ -121,13 +123,11 @@ class TransformerModel(LanguageModel):
                 f"width = {width} is not a multiple of heads = {heads}; choose one that is."
             )
         self.space, self.max_prompt = space, max_prompt
-        self.token_embedding = nn.utils.skip_init(
-            nn.Embedding, space.vocab_size + 1, width, dtype=dtype
-        )  # the last row is BOS
+        ids = space.vocab_size + 1  # the last row is BOS
+        self.token_embedding = nn.utils.skip_init(nn.Embedding, ids, width, dtype=dtype)
         # rows 0 … T−1: BOS and the tokens after it; then the prompt, counted backwards from BOS
-        self.position_embedding = nn.utils.skip_init(
-            nn.Embedding, space.max_length + max_prompt, width, dtype=dtype
-        )
+        positions = space.max_length + max_prompt
+        self.position_embedding = nn.utils.skip_init(nn.Embedding, positions, width, dtype=dtype)
         self.blocks = nn.ModuleList(_Block(width, heads, dtype) for _ in range(layers))
         self.norm = nn.LayerNorm(width, dtype=dtype)
         self.head = nn.utils.skip_init(nn.Linear, width, space.vocab_size, bias=False, dtype=dtype)
@@ -135,23 +135,19 @@ class TransformerModel(LanguageModel):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """Xavier-uniform matrices, zero biases, N(0, 0.02²) embeddings; projections into the stream
-        shrink with depth (GPT-2).
-        """
+        """Xavier-uniform matrices, zero biases, N(0, 0.02²) embeddings."""
+        # projections into the stream shrink with depth (GPT-2): 2 of them a layer are added up
         depth = 1 / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
-            if "norm" in name:
+            if "norm" in name:  # LayerNorm starts as the identity by itself
                 continue
             if "embedding" in name:
                 parameter.normal_(0, 0.02, generator=generator)
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                nn.init.xavier_uniform_(
-                    parameter,
-                    gain=depth if "project" in name or "contract" in name else 1,
-                    generator=generator,
-                )
+                gain = depth if "project" in name or "contract" in name else 1
+                nn.init.xavier_uniform_(parameter, gain=gain, generator=generator)
 
     def facts(self) -> list[str]:
         width = self.token_embedding.embedding_dim
@@ -165,10 +161,9 @@ class TransformerModel(LanguageModel):
         positions = torch.cat([positions, torch.arange(1, length, device=ids.device)])
         if readable is None:
             return self._logits(ids, positions, None, causal=True)[0]
-        readable = pad(readable, (0, length - 1), value=True)
-        return self._logits(ids, positions, self._causal_mask(readable, ids.shape[1]))[0][
-            :, -length:
-        ]
+        mask = self._causal_mask(pad(readable, (0, length - 1), value=True), ids.shape[1])
+        logits = self._logits(ids, positions, mask)[0]
+        return logits[:, -length:]  # from BOS on
 
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, TransformerState]:
         ids, positions, readable = self._prompt_and_bos(n, prompt)
@@ -195,11 +190,10 @@ class TransformerModel(LanguageModel):
         check_room(self.space, position)
         state = self._settled(state)
         k, cached = tokens.shape[1], state.keys[0].shape[2]
-        dtype = self.head.weight.dtype
-        itself = torch.full((k, k), -math.inf, dtype=dtype, device=tokens.device).fill_diagonal_(
-            0
-        )  # siblings do not see each other
-        parents = torch.zeros(k, cached, dtype=dtype, device=tokens.device)
+        dtype, device = self.head.weight.dtype, tokens.device
+        # a child sees what its parent read, and itself; siblings do not see each other
+        parents = torch.zeros(k, cached, dtype=dtype, device=device)
+        itself = torch.full((k, k), -math.inf, dtype=dtype, device=device).fill_diagonal_(0)
         mask = torch.cat([parents, itself], 1)
         if state.readable is not None:
             mask = mask + pad(_additive(state.readable, dtype), (0, k))[:, None, None, :]
@@ -213,28 +207,28 @@ class TransformerModel(LanguageModel):
             return selected
         parent, child = index // state.children, index % state.children
         cached = state.keys[0].shape[2] - state.children
-        keys, values = (
-            tuple(_one_child(layer, parent, child, cached) for layer in cache)
-            for cache in (state.keys, state.values)
-        )
-        readable = (
-            None if state.readable is None else pad(state.readable[parent], (0, 1), value=True)
-        )
+        keys = tuple(_one_child(layer, parent, child, cached) for layer in state.keys)
+        values = tuple(_one_child(layer, parent, child, cached) for layer in state.values)
+        readable = state.readable
+        if readable is not None:  # the child's own token can be read
+            readable = pad(readable[parent], (0, 1), value=True)
         return TransformerState(keys, values, readable, state.position)
 
     def _settled(self, state: TransformerState | BranchState) -> TransformerState:
         """A state with a cache for every row."""
         if isinstance(state, TransformerState):
             return state
-        return self.select(
-            state, torch.arange(len(state.keys[0]) * state.children, device=state.keys[0].device)
-        )
+        rows, device = len(state.keys[0]) * state.children, state.keys[0].device
+        return self.select(state, torch.arange(rows, device=device))
 
     def _prompt_and_bos(
         self, n: int, prompt: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids [n,S+1] of [prompt, BOS], rows of the position table [S+1], and which may be read
-        [n,S+1] (None: all).
+        """What is read before the first logits, [prompt, BOS].
+
+        Returns:
+            ids [n,S+1], rows of the position table [S+1], and which may be read [n,S+1] (None:
+            all).
         """
         bos = torch.full((n, 1), self.space.vocab_size, dtype=torch.long, device=device_of(self))
         zero = torch.zeros(1, dtype=torch.long, device=bos.device)
@@ -253,14 +247,14 @@ class TransformerModel(LanguageModel):
         return torch.cat([prompt.clamp(min=0), bos], 1), torch.cat([backwards, zero]), readable
 
     def _causal_mask(self, readable: Tensor, t: int) -> Tensor:
-        """Additive mask [N,1,t,total] for the last t of readable [N,total]: what lies before, and
-        is no padding.
-        """
+        """Additive mask [N,1,t,total] for the last t of readable [N,total]."""
+        # what lies before, and is no padding
         total = readable.shape[1]
         causal = torch.ones(t, total, dtype=torch.bool, device=readable.device).tril(total - t)
         # a padded row of the prompt reads itself, or its softmax would be empty (NaN)
         itself = torch.eye(total, dtype=torch.bool, device=readable.device)[total - t :]
-        return _additive(causal & (readable[:, None, None, :] | itself), self.head.weight.dtype)
+        allowed = causal & (readable[:, None, None, :] | itself)
+        return _additive(allowed, self.head.weight.dtype)
 
     def _logits(
         self,
@@ -271,15 +265,16 @@ class TransformerModel(LanguageModel):
         causal: bool = False,
         past: TransformerState | None = None,
     ) -> tuple[Tensor, Cache, Cache]:
-        """Logits [N,t,V] for ids [N,t] at positions [t] after the past, and all keys and values
-        [N,heads,t_past + t,D] a layer.
+        """Logits [N,t,V] for ids [N,t] at positions [t] after the past.
+
+        Returns:
+            the logits, and all keys and values, [N,heads,t_past + t,D] a layer.
         """
         x = self.token_embedding(ids) + self.position_embedding(positions)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            x, key, value = block(
-                x, mask, causal, None if past is None else (past.keys[layer], past.values[layer])
-            )
+            before = None if past is None else (past.keys[layer], past.values[layer])
+            x, key, value = block(x, mask, causal, before)
             keys.append(key)
             values.append(value)
         return self.head(self.norm(x)), tuple(keys), tuple(values)
@@ -287,14 +282,12 @@ class TransformerModel(LanguageModel):
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, −inf elsewhere: attention kernels take this form faster than booleans."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-        ~allowed, -math.inf
-    )
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill(~allowed, -math.inf)
 
 
 def _one_child(layer: Tensor, parent: Tensor, child: Tensor, cached: int) -> Tensor:
-    """A cache [m,heads,t + 1,D] of chosen children out of [n,heads,t + k,D]: the parent's t entries
-    and the child's own.
-    """
+    """The cache [m,heads,t + 1,D] of m chosen children, out of their parents' [n,heads,t + k,D]."""
+    shared = layer[:, :, :cached].index_select(0, parent)  # [m,heads,t,D]
     own = layer[parent, :, cached + child]  # [m,heads,D]
-    return torch.cat([layer[:, :, :cached].index_select(0, parent), own.unsqueeze(2)], 2)
+    return torch.cat([shared, own.unsqueeze(2)], 2)
