@@ -64,9 +64,7 @@ class Automaton:
         return len(self.accepting)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The state before each token, and after the last: [N,T] -> [N,T+1]; EOS leaves it as it
-        is.
-        """
+        """The state before each token, and after the last: [N,T] -> [N,T+1]; EOS moves nothing."""
         return _read(self.transitions, self.start, tokens)
 
     def accepts(self, tokens: Tensor) -> Tensor:
@@ -89,53 +87,52 @@ class Automaton:
         transitions, mine, theirs = reachable_pairs(
             self.transitions, self.start, other.transitions, other.start
         )
-        return Automaton(
-            self.space, transitions, combine(self.accepting[mine], other.accepting[theirs]), 0, text
-        ).minimal()
+        accepting = combine(self.accepting[mine], other.accepting[theirs])
+        return Automaton(self.space, transitions, accepting, 0, text).minimal()
 
     def minimal(self) -> "Automaton":
-        """The smallest automaton that accepts the same texts, states in the order in which reading
-        reaches them.
+        """The smallest automaton that accepts the same texts (Moore 1956).
+
+        States stand in the order in which reading reaches them.
         """
+        # states that no text reaches are dropped, the others renumbered
         reached = _reached(self.transitions, self.start)
-        transitions = torch.full((len(self),), -1).index_put(
-            (reached,), torch.arange(len(reached))
-        )[self.transitions[reached]]
+        number = torch.full((len(self),), -1).index_put((reached,), torch.arange(len(reached)))
+        transitions = number[self.transitions[reached]]
+        # blocks of states that nothing read so far tells apart: at first by acceptance; states stay
+        # together as long as every word takes them to one block
         block = self.accepting[reached].long()
-        while (
-            True
-        ):  # states of one block stay together as long as every word takes them to one block
-            _, finer = torch.unique(
-                torch.cat([block[:, None], block[transitions]], 1), dim=0, return_inverse=True
-            )
+        while True:
+            block_and_next = torch.cat([block[:, None], block[transitions]], 1)
+            _, finer = torch.unique(block_and_next, dim=0, return_inverse=True)
             if int(finer.max()) == int(block.max()):
                 break
             block = finer
+        # a block becomes a state, for which its first member stands
         count = int(block.max()) + 1
-        first = torch.full((count,), len(block)).scatter_reduce(
-            0, block, torch.arange(len(block)), "amin"
-        )
+        last = torch.full((count,), len(block))
+        first = last.scatter_reduce(0, block, torch.arange(len(block)), "amin")
         order = first.argsort()
         rank = torch.empty_like(order).index_put((order,), torch.arange(count))
         kept = first[order]
         return Automaton(
-            self.space,
-            rank[block[transitions[kept]]],
-            self.accepting[reached][kept],
-            int(rank[block[0]]),
-            self.text,
+            space=self.space,
+            transitions=rank[block[transitions[kept]]],
+            accepting=self.accepting[reached][kept],
+            start=int(rank[block[0]]),
+            text=self.text,
         )
 
     def is_empty(self) -> bool:
         """Whether no text that fits the space is accepted."""
         words = self.space.max_length - self.space.eos
-        here = torch.zeros(len(self), dtype=torch.bool)
+        here = torch.zeros(len(self), dtype=torch.bool)  # the states that texts of t words reach
         here[self.start] = True
         found = bool(self.accepting[here].any()) and self.space.eos
         for _ in range(words):
-            here = torch.zeros_like(here).index_fill(
-                0, self.transitions[here].reshape(-1).unique(), True
-            )
+            after = self.transitions[here].reshape(-1).unique()
+            here = torch.zeros_like(here).index_fill(0, after, True)
+            # without EOS only texts of all T words fit
             found = (found and self.space.eos) or bool(self.accepting[here].any())
         return not found
 
@@ -154,11 +151,8 @@ def check_same_vocabulary(one: SequenceSpace, other: SequenceSpace) -> None:
             "the vocabularies hold the same words in another order; build both automata over one"
             " space."
         )
-    only = [
-        f"only {side}: {sorted(words)[:5]}"
-        for side, words in (("here", mine - theirs), ("there", theirs - mine))
-        if words
-    ]
+    sides = {"here": mine - theirs, "there": theirs - mine}
+    only = [f"only {side}: {sorted(words)[:5]}" for side, words in sides.items() if words]
     raise InputError(
         f"the automata are over different vocabularies ({'; '.join(only)}); build both over one"
         " space."
@@ -166,14 +160,14 @@ def check_same_vocabulary(one: SequenceSpace, other: SequenceSpace) -> None:
 
 
 def _read(transitions: Tensor, start: int, tokens: Tensor) -> Tensor:
+    """The state before each of tokens [N,T], and after the last [N,T+1]."""
     transitions, words = transitions.to(tokens.device), transitions.shape[1]
-    states = [torch.full((len(tokens),), start, dtype=torch.long, device=tokens.device)]
+    state = torch.full((len(tokens),), start, dtype=torch.long, device=tokens.device)
+    states = [state]
     for column in tokens.long().T:
-        states.append(
-            torch.where(
-                column < words, transitions[states[-1], column.clamp(max=words - 1)], states[-1]
-            )
-        )
+        moved = transitions[state, column.clamp(max=words - 1)]
+        state = torch.where(column < words, moved, state)  # EOS is no word: it moves nothing
+        states.append(state)
     return torch.stack(states, 1)
 
 
@@ -192,11 +186,14 @@ def _reached(transitions: Tensor, start: int) -> Tensor:
 def reachable_pairs(
     one: Tensor, start_one: int, other: Tensor, start_other: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The product's transitions [P,K] over the reachable pairs, the start first, and the two states
-    of each pair [P].
+    """The product of two automata, over the P pairs of states that some text reaches.
+
+    Returns:
+        its transitions [P,K], the start first, and the two states of each pair [P].
     """
-    width, code = len(other), torch.tensor([start_one * len(other) + start_other])
-    known, frontier = code, code
+    # the pair (i, j) has the code i · width + j
+    width = len(other)
+    known = frontier = torch.tensor([start_one * width + start_other])
     while len(frontier):
         after = one[frontier // width] * width + other[frontier % width]
         ahead = torch.unique(after)
@@ -207,6 +204,7 @@ def reachable_pairs(
                 f"the product of automata with {len(one):,} and {width:,} states has more than"
                 f" {MAX_STATES:,}; simplify one of them."
             )
+    # from codes to places among the known pairs
     after = one[known // width] * width + other[known % width]
     by_code, place = known.sort()
     return place[torch.searchsorted(by_code, after)], known // width, known % width
@@ -227,6 +225,7 @@ def word_list(texts: Sequence[str], space: SequenceSpace) -> Automaton:
             " automaton that accepts nothing."
         )
     words = len(space.vocabulary)
+    # a trie of the texts: a state a prefix, −1 where a word leads off it
     rows: list[list[int]] = [[-1] * words]
     accepting = [False]
     for row in space.encode(texts).tolist():
@@ -238,22 +237,19 @@ def word_list(texts: Sequence[str], space: SequenceSpace) -> Automaton:
                 accepting.append(False)
             state = rows[state][word]
         accepting[state] = True
-    dead = len(rows)
+    dead = len(rows)  # one state more, for all that is off the trie
     table = torch.tensor([*rows, [dead] * words])
-    return Automaton(
-        space,
-        torch.where(table < 0, dead, table),
-        torch.tensor([*accepting, False]),
-        0,
-        f"one of {len(texts)} texts",
-    ).minimal()
+    transitions = torch.where(table < 0, dead, table)
+    text = f"one of {len(texts)} texts"
+    return Automaton(space, transitions, torch.tensor([*accepting, False]), 0, text).minimal()
 
 
 def contains(words: Sequence[str], space: SequenceSpace) -> Automaton:
     """Accepts texts in which these words stand next to each other, in this order."""
     ids = _ids(words, space)
     rows: list[list[int]] = []
-    # state j: the last j words read are the first j of the pattern (Knuth, Morris & Pratt 1977)
+    # state j: the last j words read are the first j of the pattern (Knuth, Morris & Pratt 1977);
+    # on any other word it does as the state `longest`, where one would stand that began later
     longest = 0
     for j, word in enumerate(ids):
         row = list(rows[longest]) if j else [0] * len(space.vocabulary)
@@ -302,13 +298,12 @@ def length_between(low: int, high: int, space: SequenceSpace) -> Automaton:
     check_count(low, "low", 0)
     if high < low:
         raise InputError(f"high = {high} is below low = {low}; no text has such a length.")
-    return _counting(
-        space.vocabulary,
-        high + 1,
-        space,
-        lambda seen: (seen >= low) & (seen <= high),
-        f"{low} to {high} words",
-    )
+    text = f"{low} to {high} words"
+
+    def fits(seen: Tensor) -> Tensor:
+        return (seen >= low) & (seen <= high)
+
+    return _counting(space.vocabulary, high + 1, space, fits, text)
 
 
 def parity(word: str, which: Literal["even", "odd"], space: SequenceSpace) -> Automaton:
@@ -318,13 +313,8 @@ def parity(word: str, which: Literal["even", "odd"], space: SequenceSpace) -> Au
     (moved,) = _ids([word], space)
     transitions = torch.arange(2)[:, None].repeat(1, len(space.vocabulary))
     transitions[:, moved] = torch.tensor([1, 0])
-    return Automaton(
-        space,
-        transitions,
-        torch.arange(2) == ("even", "odd").index(which),
-        0,
-        f"an {which} number of {word!r}",
-    )
+    accepting = torch.arange(2) == ("even", "odd").index(which)
+    return Automaton(space, transitions, accepting, 0, f"an {which} number of {word!r}")
 
 
 def _counting(
@@ -389,37 +379,34 @@ class AutomatonReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         states, words = _read(self.transitions, self.start, tokens), self.transitions.shape[1]
+        before, word = states[:, :-1], tokens.long().clamp(max=words - 1)
+        earned = self.word_rewards.to(tokens.device)[before, word]
         final = self.final_rewards.to(tokens.device)
-        earned = self.word_rewards.to(tokens.device)[
-            states[:, :-1], tokens.long().clamp(max=words - 1)
-        ]
-        if not self.space.eos:
-            return torch.cat([earned[:, :-1], earned[:, -1:] + final[states[:, -1:]]], 1)
-        live = self.space.live(tokens)
-        return torch.where(live, torch.where(tokens < words, earned, final[states[:, :-1]]), 0.0)
+        if not self.space.eos:  # the last word ends the text
+            last = earned[:, -1:] + final[states[:, -1:]]
+            return torch.cat([earned[:, :-1], last], 1)
+        by_token = torch.where(tokens < words, earned, final[before])
+        return torch.where(self.space.live(tokens), by_token, 0.0)
 
     def __add__(self, other: "AutomatonReward") -> "AutomatonReward":
         check_same_vocabulary(self.space, other.space)
         transitions, mine, theirs = reachable_pairs(
             self.transitions, self.start, other.transitions, other.start
         )
-        words, finals = (
-            self.word_rewards[mine] + other.word_rewards[theirs],
-            self.final_rewards[mine] + other.final_rewards[theirs],
-        )
-        return AutomatonReward(
-            self.space, transitions, 0, words, finals, f"{self.text} + {other.text}"
-        )
+        words = self.word_rewards[mine] + other.word_rewards[theirs]
+        finals = self.final_rewards[mine] + other.final_rewards[theirs]
+        text = f"{self.text} + {other.text}"
+        return AutomatonReward(self.space, transitions, 0, words, finals, text)
 
     def scaled(self, factor: float) -> "AutomatonReward":
         """factor · r, where 0 · (−inf) = 0."""
-        words, finals = (
-            torch.zeros_like(part) if factor == 0 else factor * part
-            for part in (self.word_rewards, self.final_rewards)
-        )
-        return replace(
-            self, word_rewards=words, final_rewards=finals, text=f"{factor:g}·({self.text})"
-        )
+        words, finals = self.word_rewards, self.final_rewards
+        if factor == 0:
+            words, finals = torch.zeros_like(words), torch.zeros_like(finals)
+        else:
+            words, finals = factor * words, factor * finals
+        text = f"{factor:g}·({self.text})"
+        return replace(self, word_rewards=words, final_rewards=finals, text=text)
 
     def __str__(self) -> str:
         return self.text
@@ -443,22 +430,15 @@ def constraint(automaton: Automaton) -> AutomatonReward:
 
 
 def as_automaton_reward(reward: Reward, space: SequenceSpace) -> AutomatonReward | None:
-    """The automaton of a per-token, repeat or automaton reward, or of a sum of those; None where
-    none is known.
-    """
+    """The automaton of a per-token, repeat or automaton reward, or of their sum; else None."""
     if isinstance(reward, AutomatonReward):
         return reward
-    if isinstance(reward, TokenReward):
-        words = torch.tensor([reward.values[: len(space.vocabulary)]], dtype=torch.float64)
-        final = torch.tensor(reward.values[len(space.vocabulary) :] or (0.0,), dtype=torch.float64)
-        return AutomatonReward(
-            space,
-            torch.zeros(1, words.shape[1], dtype=torch.long),
-            0,
-            words,
-            final,
-            "a reward for each word",
-        )
+    if isinstance(reward, TokenReward):  # one state; the value of EOS, if any, is the final one
+        count = len(space.vocabulary)
+        words = torch.tensor([reward.values[:count]], dtype=torch.float64)
+        final = torch.tensor(reward.values[count:] or (0.0,), dtype=torch.float64)
+        stay = torch.zeros(1, words.shape[1], dtype=torch.long)
+        return AutomatonReward(space, stay, 0, words, final, "a reward for each word")
     if isinstance(reward, RepeatReward):
         return _repeats(reward, space)
     if isinstance(reward, SumReward):
@@ -475,17 +455,8 @@ def as_automaton_reward(reward: Reward, space: SequenceSpace) -> AutomatonReward
 def _repeats(reward: RepeatReward, space: SequenceSpace) -> AutomatonReward:
     """State k: the last word was k; the last state: none yet."""
     count = len(space.vocabulary)
-    words = torch.cat(
-        [
-            reward.value * torch.eye(count, dtype=torch.float64),
-            torch.zeros(1, count, dtype=torch.float64),
-        ]
-    )
-    return AutomatonReward(
-        space,
-        torch.arange(count).repeat(count + 1, 1),
-        count,
-        words,
-        torch.zeros(count + 1, dtype=torch.float64),
-        "repeats",
-    )
+    transitions = torch.arange(count).repeat(count + 1, 1)
+    again = reward.value * torch.eye(count, dtype=torch.float64)
+    words = torch.cat([again, torch.zeros(1, count, dtype=torch.float64)])
+    final = torch.zeros(count + 1, dtype=torch.float64)
+    return AutomatonReward(space, transitions, count, words, final, "repeats")

@@ -16,23 +16,18 @@ SURNAMES = 5000
 
 
 def surname_frequencies(count: int = SURNAMES) -> dict[str, float]:
-    """The `count` most frequent US surnames of 1990 in lower case -> share of the population in
-    percent.
-    """
+    """The `count` most frequent US surnames of 1990 in lower case -> share in percent."""
     check_count(count, "count")
     if count > SURNAMES:
         raise InputError(
             f"count = {count} is more than the {SURNAMES} surnames that ship with the package."
         )
-    with (resources.files("klrl_edu.problems") / "data" / "surnames.csv").open(
-        encoding="utf-8"
-    ) as lines:
+    table = resources.files("klrl_edu.problems") / "data" / "surnames.csv"
+    with table.open(encoding="utf-8") as lines:
         rows = list(csv.reader(lines))[1 : count + 1]
     return {name: float(percent) for name, percent in rows}
 
 
 def surname_prior(count: int = SURNAMES) -> SequenceTable:
-    """The surnames, spelled as characters with an EOS, as an exact prior: a SequenceTable of
-    `count` sequences.
-    """
+    """A SequenceTable of `count` surnames, spelled as characters with an EOS: an exact prior."""
     return SequenceTable.from_texts(surname_frequencies(count), separator="", normalize=True)

@@ -27,15 +27,13 @@ def four_sentences_space() -> SequenceSpace:
 
 
 def four_sentences(kl_coef: float = 1.0) -> Problem:
-    """The course's running example: q = (.4, .3, .2, .1), r = (1, 0, 0, 2) on 'the cat', 'the dog',
-    'a cat', 'a dog'.
+    """The course's running example, of four sentences.
+
+    q = (.4, .3, .2, .1) and r = (1, 0, 0, 2) on 'the cat', 'the dog', 'a cat', 'a dog'.
     """
     space = four_sentences_space()
-    return Problem(
-        SequenceTable.from_texts(FOUR_SENTENCES, space=space),
-        table_reward(FOUR_REWARDS, space),
-        kl_coef,
-    )
+    prior = SequenceTable.from_texts(FOUR_SENTENCES, space=space)
+    return Problem(prior, table_reward(FOUR_REWARDS, space), kl_coef)
 
 
 def four_sentences_policy() -> SequenceTable:
@@ -44,20 +42,20 @@ def four_sentences_policy() -> SequenceTable:
 
 
 def surnames(kl_coef: float = 1.0, count: int = 1000, pattern: str = SURNAME_PATTERN) -> Problem:
-    """US census surnames spelled as characters; reward 1 where the spelling matches a regular
-    expression.
+    """US census surnames spelled as characters; reward 1 where the spelling matches a pattern.
 
     Args:
         count: how many of the most frequent names, at most 5,000.
-        pattern: searched in the lower-case name.
+        pattern: a regular expression, searched in the lower-case name.
     """
     prior = surname_prior(count)
     return Problem(prior, regex_reward(pattern, prior.space), kl_coef)
 
 
 def count_threes_prior(dtype: torch.dtype = torch.float32) -> TransformerModel:
-    """A random two-layer Transformer over eight words (width 64, 4 heads, 101,568 parameters), its
-    output scaled to H(q) ≈ 9.68 nats.
+    """A random two-layer Transformer over eight words, its output scaled to H(q) ≈ 9.68 nats.
+
+    Width 64, 4 heads, 101,568 parameters.
     """
     space = SequenceSpace(tuple("01234567"), max_length=6, eos=False)
     prior = TransformerModel(
@@ -69,13 +67,13 @@ def count_threes_prior(dtype: torch.dtype = torch.float32) -> TransformerModel:
 
 
 def count_threes(kl_coef: float = 0.5) -> Problem:
-    """262,144 sequences that nobody can eyeball: a Transformer prior, r = number of '3's − ½ ·
-    adjacent repeats.
+    """262,144 sequences that nobody can eyeball, under a Transformer prior.
+
+    r = number of '3's − ½ · adjacent repeats.
     """
     prior = count_threes_prior()
-    return Problem(
-        prior, add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5)), kl_coef
-    )
+    reward = add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5))
+    return Problem(prior, reward, kl_coef)
 
 
 EXAMPLES: dict[str, Callable[..., Problem]] = {

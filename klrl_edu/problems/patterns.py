@@ -19,7 +19,8 @@ from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.problems.automata import MAX_STATES, Automaton
 
-_parser: Any = re._parser  # type: ignore[attr-defined]  # the standard library's, where sre_parse moved in Python 3.11
+# the standard library's, where sre_parse moved in Python 3.11
+_parser: Any = re._parser  # type: ignore[attr-defined]
 _constants: Any = re._constants  # type: ignore[attr-defined]
 _UNSUPPORTED = {
     "ASSERT": r"\(\?<?=",
@@ -32,11 +33,18 @@ _UNSUPPORTED = {
     "flags": r"\(\?[a-zA-Z-]+[:)]",
 }
 _REPEAT_LIMIT = 1000
+_ANCHORS = {
+    "AT_BEGINNING": "begin",
+    "AT_BEGINNING_STRING": "begin",
+    "AT_END": "end",
+    "AT_END_STRING": "end",
+}
 
 
 def regular_expression(pattern: str, space: SequenceSpace) -> Automaton:
-    """Accepts the texts in which Python's `re.search(pattern, text)` finds a match; ^…$ asks for
-    the whole text.
+    """Accepts the texts in which Python's `re.search(pattern, text)` finds a match.
+
+    ^…$ asks for the whole text.
 
     Raises:
         InputError: a pattern that does not compile, or syntax that is not supported, with its
@@ -72,12 +80,10 @@ class _Graph:
     """A nondeterministic automaton over characters; node 0 is its start."""
 
     pattern: str
-    empty: list[list[tuple[int, str]]] = field(
-        default_factory=list
-    )  # edges that read nothing: target and the anchor they ask for
-    reading: list[list[tuple[int, Any]]] = field(
-        default_factory=list
-    )  # edges that read a character: target and the parser's node
+    # edges that read nothing: target and the anchor they ask for
+    empty: list[list[tuple[int, str]]] = field(default_factory=list)
+    # edges that read a character: target and the parser's node
+    reading: list[list[tuple[int, Any]]] = field(default_factory=list)
     final: int = 0
 
     def node(self) -> int:
@@ -97,6 +103,7 @@ class _Graph:
         return at
 
     def _item(self, op: str, argument: Any, at: int) -> int:
+        """Appends one of the parser's items after a node; the node where it ends."""
         if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
             end = self.node()
             self.reading[at].append((end, (op, argument)))
@@ -114,19 +121,15 @@ class _Graph:
         elif op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
             end = self._repeat(least, most, inner, at)
-        elif op == "AT" and str(argument) in (
-            "AT_BEGINNING",
-            "AT_BEGINNING_STRING",
-            "AT_END",
-            "AT_END_STRING",
-        ):
+        elif op == "AT" and str(argument) in _ANCHORS:
             end = self.node()
-            self.empty[at].append((end, "begin" if "BEGINNING" in str(argument) else "end"))
+            self.empty[at].append((end, _ANCHORS[str(argument)]))
         else:
             raise _refusal(self.pattern, op)
         return end
 
     def _repeat(self, least: int, most: Any, inner: Any, at: int) -> int:
+        """`least` copies, and then a loop, or further copies that may each be left out."""
         for _ in range(least):
             at = self.sequence(inner, at)
         if most is _constants.MAXREPEAT:
@@ -161,9 +164,8 @@ class _Graph:
         return frozenset(seen)
 
     def after(self, nodes: frozenset[int], character: str) -> frozenset[int]:
-        """One character later; a search may begin anywhere, and a match that was found
-        stays found.
-        """
+        """The nodes one character later."""
+        # what `re.search` asks: a match that was found stays found, and one may begin anywhere
         if self.final in nodes:
             return frozenset([self.final])
         moved = {
@@ -187,24 +189,22 @@ def _matches(op: str, argument: Any, character: str) -> bool:
     if op == "IN":
         items = [(str(item), value) for item, value in argument]
         negated = bool(items) and items[0][0] == "NEGATE"
-        return (
-            any(_matches(item, value, character) for item, value in items[negated:]) is not negated
-        )
+        found = any(_matches(item, value, character) for item, value in items[negated:])
+        return found is not negated
     if op == "RANGE":
         return bool(argument[0] <= code <= argument[1])
     if op == "CATEGORY":
+        # CATEGORY_NOT_DIGIT and so on: by Python's own \d, \s, \w and their complements
         letter = {"DIGIT": "d", "SPACE": "s", "WORD": "w"}[str(argument).rsplit("_", 1)[1]]
-        return (
-            re.match("\\" + (letter.upper() if "NOT_" in str(argument) else letter), character)
-            is not None
-        )
+        letter = letter.upper() if "NOT_" in str(argument) else letter
+        return re.match("\\" + letter, character) is not None
     return bool(code == argument) is (op == "LITERAL")
 
 
 def _over_words(graph: _Graph, space: SequenceSpace, text: str) -> Automaton:
-    """The deterministic automaton over words; its first state is the start of the text, where ^
-    holds and no separator is due.
-    """
+    """The deterministic automaton over words, whose states are sets of the graph's nodes."""
+    # the first state is the start of the text, where ^ holds and no separator is due; it is not in
+    # `place`, so that no word leads back to it
     start = graph.closure([0], "begin")
     start = frozenset([graph.final]) if graph.final in start else start
     sets, place = [start], {}

@@ -77,8 +77,9 @@ class Problem:
         return self.prior.space
 
     def token_rewards(self, tokens: Tensor) -> Tensor:
-        """Rewards [N,T] of tokens [N,T] that the prior supports; a whole-sequence reward stands on
-        the last live token.
+        """Rewards [N,T] of tokens [N,T] that the prior supports.
+
+        A whole-sequence reward stands on the last live token.
 
         Raises:
             InputError: a NaN or +inf, a wrong shape, or a value after the first EOS.
@@ -99,9 +100,7 @@ class Problem:
         return values
 
     def rewards(self, tokens: Tensor) -> Tensor:
-        """r(y) [N] of tokens [N,T] that the prior supports, in reward units; checked as
-        `token_rewards` are.
-        """
+        """r(y) [N] of tokens [N,T] that the prior supports, checked as `token_rewards` are."""
         return self.token_rewards(tokens).sum(-1)
 
     def _check(self, values: Tensor, tokens: Tensor, live: Tensor) -> None:

@@ -34,11 +34,8 @@ class TextReward:
     _cache: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        return torch.tensor(
-            [self._one(text) for text in self.space.decode(tokens)],
-            dtype=torch.float64,
-            device=tokens.device,
-        )
+        values = [self._one(text) for text in self.space.decode(tokens)]
+        return torch.tensor(values, dtype=torch.float64, device=tokens.device)
 
     def _one(self, text: str) -> float:
         if text not in self._cache:
@@ -72,13 +69,16 @@ def text_reward(
 def table_reward(
     values: Mapping[str, float], space: SequenceSpace, default: float = math.nan
 ) -> TextReward:
-    """A reward [N] looked up by text; texts without an entry get `default` (NaN: an error if the
-    prior gives them mass).
+    """A reward [N] looked up by text; texts without an entry get `default`.
+
+    NaN, the default, is an error where the prior gives such a text mass.
 
     Raises:
         InputError: a text of the table is not in the space, or stands twice in its normal form.
     """
-    table = dict(zip(space.decode(space.encode(values)), map(float, values.values()), strict=True))
+    # by the normal form that decoding gives
+    texts = space.decode(space.encode(values))
+    table = dict(zip(texts, map(float, values.values()), strict=True))
     if len(table) < len(values):
         raise InputError(
             "values hold one text twice (after NFC and spacing are normalised); remove one."
@@ -89,11 +89,10 @@ def table_reward(
 def regex_reward(
     pattern: str, space: SequenceSpace, value: float = 1.0, otherwise: float = 0.0
 ) -> TextReward:
-    """`value` where Python's `re.search(pattern, text)` finds a match, `otherwise` where not: a
-    reward [N].
+    """A reward [N]: `value` where Python's `re.search(pattern, text)` finds a match.
 
     Args:
-        otherwise: −inf makes the pattern a hard constraint.
+        otherwise: what other texts earn; −inf makes the pattern a hard constraint.
 
     Raises:
         InputError: the pattern does not compile; the message shows where.
@@ -104,11 +103,8 @@ def regex_reward(
         raise InputError(
             f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}."
         ) from None
-    return TextReward(
-        lambda text: value if compiled.search(text) else otherwise,
-        space,
-        f"{value:g} where /{pattern}/ matches, else {otherwise:g}",
-    )
+    name = f"{value:g} where /{pattern}/ matches, else {otherwise:g}"
+    return TextReward(lambda text: value if compiled.search(text) else otherwise, space, name)
 
 
 @dataclass(frozen=True)
@@ -120,11 +116,7 @@ class TokenReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         table = torch.tensor(self.values, dtype=torch.float64, device=tokens.device)
-        return torch.where(
-            self.space.live(tokens),
-            table[tokens.long()],
-            torch.zeros((), dtype=torch.float64, device=tokens.device),
-        )
+        return torch.where(self.space.live(tokens), table[tokens.long()], 0.0)
 
 
 def token_reward(
@@ -159,9 +151,7 @@ def count_reward(word: str, space: SequenceSpace, value: float = 1.0) -> TokenRe
 
 
 def length_reward(space: SequenceSpace, value: float = 1.0) -> TokenReward:
-    """`value` for each word, EOS not counted: a causal reward [N,T]; negative values
-    shorten texts.
-    """
+    """`value` for each word, EOS not counted: a causal reward [N,T]; below 0 it shortens texts."""
     return token_reward([value] * len(space.vocabulary) + [0.0] * space.eos, space)
 
 
@@ -174,9 +164,8 @@ class RepeatReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         repeats = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & (
-            tokens[:, 1:] < len(self.space.vocabulary)
-        )
+        is_word = tokens[:, 1:] < len(self.space.vocabulary)
+        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & is_word
         return self.value * repeats
 
 
@@ -193,26 +182,23 @@ class SumReward:
     weights: tuple[float, ...]
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        values = [
-            _scaled(part(tokens, prompt), weight)
-            for part, weight in zip(self.parts, self.weights, strict=True)
-        ]
-        if any(
-            value.ndim == 1 for value in values
-        ):  # columns after EOS are 0, so the sum is the whole sequence's reward
+        weighted = zip(self.parts, self.weights, strict=True)
+        values = [_scaled(part(tokens, prompt), weight) for part, weight in weighted]
+        # one of them speaks of the whole sequence: so must all. Columns after EOS are 0, so a row's
+        # sum is its sequence's reward
+        if any(value.ndim == 1 for value in values):
             values = [value.sum(-1) if value.ndim == 2 else value for value in values]
         return torch.stack(values).sum(0)
 
     def __str__(self) -> str:
-        return " + ".join(
-            f"{weight:g}·({reward_name(part)})"
-            for part, weight in zip(self.parts, self.weights, strict=True)
-        )
+        weighted = zip(self.parts, self.weights, strict=True)
+        return " + ".join(f"{weight:g}·({reward_name(part)})" for part, weight in weighted)
 
 
 def add(*rewards: Reward) -> SumReward:
-    """r₁ + r₂ + …: [N,T] if all are causal, otherwise [N]. Posteriors compose: adding a reward
-    updates the posterior of the others.
+    """r₁ + r₂ + …: [N,T] if all are causal, otherwise [N].
+
+    Posteriors compose: adding a reward updates the posterior of the others.
     """
     if not rewards:
         raise InputError("add() takes at least one reward.")
@@ -220,8 +206,9 @@ def add(*rewards: Reward) -> SumReward:
 
 
 def scale(reward: Reward, factor: float) -> SumReward:
-    """factor · r, where 0 · (−inf) = 0. A negative factor turns −inf into +inf, which raises where
-    the prior has mass.
+    """factor · r, where 0 · (−inf) = 0.
+
+    A negative factor turns −inf into +inf, which raises where the prior has mass.
     """
     if not math.isfinite(factor):
         raise InputError(f"factor = {factor!r} must be finite.")
@@ -259,8 +246,6 @@ def check_reward(reward: Reward) -> None:
 
 def reward_name(reward: Reward) -> str:
     """A short text for error messages."""
-    return (
-        str(reward)
-        if "__str__" in vars(type(reward))
-        else getattr(reward, "__name__", type(reward).__name__)
-    )
+    if "__str__" in vars(type(reward)):
+        return str(reward)
+    return str(getattr(reward, "__name__", type(reward).__name__))

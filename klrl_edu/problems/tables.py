@@ -82,7 +82,8 @@ def load_table(
                 f"{path}, {row.place}: reward = {row.reward} of {row.sentence!r} is not allowed;"
                 " give a number, or -inf to forbid it."
             )
-    return Problem(prior, table_reward({row.sentence: row.reward for row in rows}, space), kl_coef)
+    rewards = {row.sentence: row.reward for row in rows}
+    return Problem(prior, table_reward(rewards, space), kl_coef)
 
 
 def _read(path: Path) -> str:
@@ -130,12 +131,11 @@ def _csv_rows(text: str, path: Path) -> list[TableRow]:
                 f"{path}, {place}: {len(line)} fields, expected 3 (sentence,prob,reward);"
                 f" {_remedy(line, delimiter)}."
             )
-        prob, reward = (
-            _number(
-                _with_point(line[k], COLUMNS[k], delimiter, path, place), COLUMNS[k], path, place
-            )
-            for k in (1, 2)
-        )
+        numbers = []
+        for column, field in zip(COLUMNS[1:], line[1:], strict=True):
+            written = _with_point(field, column, delimiter, path, place)
+            numbers.append(_number(written, column, path, place))
+        prob, reward = numbers
         rows.append(TableRow(_sentence(line[0], path, place), prob, reward, place))
     return rows
 
@@ -202,15 +202,15 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[TableRow], s
         raise InputError(
             f"{path}: nested too deeply to be a table; give a list of {{sentence, prob, reward}}."
         ) from None
-    entries = data.get("sentences") if isinstance(data, dict) else data
-    separator = data.get("separator", separator) if isinstance(data, dict) else separator
-    unknown = sorted(set(data) - {"sentences", "separator"}) if isinstance(data, dict) else []
+    entries, unknown = data, []
+    if isinstance(data, dict):
+        entries = data.get("sentences")
+        separator = data.get("separator", separator)
+        unknown = sorted(set(data) - {"sentences", "separator"})
     if not isinstance(separator, str) or unknown:
-        what = (
-            f"key {_short(unknown[0])} is not known"
-            if unknown
-            else f"separator = {_short(separator)} is not text"
-        )
+        what = f"separator = {_short(separator)} is not text"
+        if unknown:
+            what = f"key {_short(unknown[0])} is not known"
         raise InputError(f'{path}: {what}; expected {{"sentences": [...], "separator": " "}}.')
     if not isinstance(entries, list):
         raise InputError(
@@ -225,10 +225,8 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[TableRow], s
                 f"{path}, {place}: expected an object with the keys sentence, prob, reward; got"
                 f" {_short(entry)}."
             )
-        prob, reward = (
-            _number(entry["prob"], "prob", path, place),
-            _number(entry["reward"], "reward", path, place),
-        )
+        prob = _number(entry["prob"], "prob", path, place)
+        reward = _number(entry["reward"], "reward", path, place)
         rows.append(TableRow(_sentence(entry["sentence"], path, place), prob, reward, place))
     return rows, separator
 
@@ -274,6 +272,7 @@ def _number(value: object, column: str, path: Path, place: str) -> float:
 
 
 def _refuse_duplicates(rows: list[TableRow], path: Path, separator: str) -> None:
+    """Raises for a sentence that stands twice, blanks between its words apart."""
     seen: dict[str, str] = {}
     for row in rows:
         key = " ".join(row.sentence.split()) if separator == " " else row.sentence
@@ -286,5 +285,6 @@ def _refuse_duplicates(rows: list[TableRow], path: Path, separator: str) -> None
 
 
 def _short(value: object) -> str:
+    """A value as an error shows it: at most 60 characters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
