@@ -98,8 +98,10 @@ class Lattice:
     def moved(self, fn: Callable[[Tensor], Tensor]) -> "Lattice":
         """The same lattice, its tensors changed by `fn`: to another device or dtype."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: fn(part) for name, part in parts.items() if isinstance(part, Tensor)}
-        return replace(self, **moved)
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                parts[name] = fn(part)
+        return replace(self, **parts)
 
     @torch.no_grad()
     def forbids(self) -> bool:
