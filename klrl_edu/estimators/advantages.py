@@ -101,9 +101,8 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
     Source: Greensmith et al. (2004).
     """
     log_p = logspace.log_normalize(log_weights)
-    return logspace.expectation(log_p, values * squared_norms) / logspace.expectation(
-        log_p, squared_norms
-    )
+    weighted = logspace.expectation(log_p, values * squared_norms)
+    return weighted / logspace.expectation(log_p, squared_norms)  # (2)
 
 
 # --- one advantage a token ------------------------------------------------------------------------
@@ -139,14 +138,18 @@ def gae(
 
     Source: Schulman et al. (2016), eq. 16.
     """
-    values = torch.where(live, values, torch.zeros_like(values))
-    after = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)  # V_{t+1}
-    delta = torch.where(live, rewards + discount * after - values, torch.zeros_like(values))
+    zeros = torch.zeros_like(values)
+    # what a critic says after the first EOS counts neither in V_t nor in V_{t+1}
+    values = torch.where(live, values, zeros)
+    after = torch.cat([values[..., 1:], zeros[..., :1]], -1)  # V_{t+1}, 0 at the end
+    delta = torch.where(live, rewards + discount * after - values, zeros)
+    # (3) from the last token backwards: A_t = δ_t + γλ A_{t+1}
     advantage, columns = torch.zeros_like(delta[..., 0]), []
     for t in range(delta.shape[-1] - 1, -1, -1):
         advantage = delta[..., t] + discount * decay * advantage
         columns.append(advantage)
-    return torch.where(live, torch.stack(columns[::-1], -1), torch.zeros_like(delta))
+    latest_first = columns[::-1]
+    return torch.where(live, torch.stack(latest_first, -1), torch.zeros_like(delta))
 
 
 # --- f-DPG: rewards whose policy gradient descends a divergence to a target p ---------------------
@@ -183,7 +186,9 @@ def fdpg_jensen_shannon(log_ratio: Tensor) -> Tensor:
 
     Go et al. (2023), Table 1, leave out the ½.
     """
-    return -_half_log_twice_share(log_ratio)
+    zero, two = torch.zeros_like(log_ratio), torch.full_like(log_ratio, 2.0)
+    # log (1 + t)/2t = log(1 + e^{−log t}) − log 2, finite where t overflows
+    return (torch.logaddexp(zero, -log_ratio) - torch.log(two)) / 2
 
 
 @takes_numbers
@@ -198,22 +203,11 @@ def fdpg_squared_hellinger(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio / 2) / 2
 
 
-def _half_log_twice_share(log_ratio: Tensor) -> Tensor:
-    """½ log 2t/(1 + t) of log t."""
-    return (
-        -(
-            torch.logaddexp(torch.zeros_like(log_ratio), -log_ratio)
-            - torch.log(torch.full_like(log_ratio, 2.0))
-        )
-        / 2
-    )
-
-
 def _totals(values: Tensor, group: Tensor) -> Tensor:
     """The sum over each one's group: [N] and group [N] -> [N]."""
-    return torch.zeros(int(group.max()) + 1, dtype=values.dtype, device=values.device).index_add(
-        0, group, values
-    )[group]
+    groups = int(group.max()) + 1
+    totals = torch.zeros(groups, dtype=values.dtype, device=values.device)
+    return totals.index_add(0, group, values)[group]
 
 
 def _counts(group: Tensor, remedy: str) -> Tensor:
@@ -236,17 +230,19 @@ def _deviations(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"values[{index}] = {float(values[index])} is not finite, so its group has no standard"
             " deviation; leave it out."
         )
-    # from the group's first value, so that equal rewards differ by exactly 0, where R − mean could
-    # leave a rounding error of its own size
+    # where each group's first value stands: written from the last to the first, the first stays
     first = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
     first[group.flip(0)] = torch.arange(len(group), device=group.device).flip(0)
+    # measured from that value, so that equal rewards differ by exactly 0, where R − mean could
+    # leave a rounding error of its own size
     shifted = values - values[first[group]]
     deviation = shifted - _totals(shifted, group) / count
     return deviation, _totals(deviation.square(), group), count
 
 
 def _standardised(deviation: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    """deviation/(√variance + ε) [N], 0 where the variance is."""
+    """deviation/(√variance + ε) [N], 0 where the variance is 0."""
     spread = variance > 0
+    # masked before the root and after the division: a gradient of √ at 0 would be NaN
     scale = torch.sqrt(torch.where(spread, variance, torch.ones_like(variance))) + epsilon
     return torch.where(spread, deviation / scale, torch.zeros_like(deviation))

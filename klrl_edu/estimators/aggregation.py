@@ -58,4 +58,5 @@ def token_mean(values: Tensor, live: Tensor) -> Tensor:
 
 def _sums(values: Tensor, live: Tensor) -> Tensor:
     """Σ_t x_it over live tokens [N]."""
+    # chosen, not multiplied: a value of inf or NaN after EOS times 0 would be NaN
     return torch.where(live, values, torch.zeros_like(values)).sum(-1)

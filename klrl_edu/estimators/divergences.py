@@ -32,14 +32,15 @@ def forward_kl_nonnegative(log_ratio: Tensor) -> Tensor:
     """KL(q‖π) by f = t − 1 − log t: w log w − w + 1 ≥ 0 [...], what k3 is to k1; unbiased, exact to
     the last digits near u = 0, 1 where q = 0.
     """
-    near = log_ratio < 1  # for larger u the product form would overflow
     zero = torch.zeros_like(log_ratio)
-    small, large = torch.where(near, log_ratio, zero), torch.where(near, zero, log_ratio)
-    return torch.where(
-        near,
-        torch.exp(-small) * logspace.expm1_minus_identity(small),
-        1 - logspace.mul_exp(1 + large, -large),
-    )
+    # w (e^u − 1 − u) keeps the digits near u = 0 and overflows for large u; 1 − (1 + u) w does the
+    # opposite. Each form sees only its own u, so that no NaN of the other reaches the gradient.
+    near = log_ratio < 1
+    small = torch.where(near, log_ratio, zero)
+    large = torch.where(near, zero, log_ratio)
+    at_small = torch.exp(-small) * logspace.expm1_minus_identity(small)
+    at_large = 1 - logspace.mul_exp(1 + large, -large)
+    return torch.where(near, at_small, at_large)
 
 
 @takes_numbers
@@ -116,8 +117,6 @@ def alpha_divergence(log_ratio: Tensor, alpha: float = 0.5) -> Tensor:
             " kl_values.k3 (1)."
         )
     # the linear terms of both exponentials cancel, so each is taken without its own
-    power, weight = (
-        logspace.expm1_minus_identity((alpha - 1) * log_ratio),
-        logspace.expm1_minus_identity(-log_ratio),
-    )
+    power = logspace.expm1_minus_identity((alpha - 1) * log_ratio)
+    weight = logspace.expm1_minus_identity(-log_ratio)
     return (power - (1 - alpha) * weight) / (alpha * (alpha - 1))

@@ -60,9 +60,10 @@ def reward_rao_blackwell_to_go(
     The sampled u_t is kept for the token itself: KL_t depends on the prefix alone, so E[KL_t s_t] =
     0 and it would carry no signal there.
     """
-    later = to_go(per_token_kl(log_dists, prior_log_dists).detach())
-    later = torch.cat([later[..., 1:], torch.zeros_like(later[..., :1])], -1)
-    return ((log_probs.detach() - prior_log_probs + later) * log_probs).sum(-1).mean()
+    ahead = to_go(per_token_kl(log_dists, prior_log_dists).detach())  # Σ_{t'≥t} KL_t'
+    later = torch.cat([ahead[..., 1:], torch.zeros_like(ahead[..., :1])], -1)  # without t itself
+    penalty = log_probs.detach() - prior_log_probs + later
+    return (penalty * log_probs).sum(-1).mean()
 
 
 @takes_numbers
@@ -241,8 +242,9 @@ def straight_through_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t).
     """
     log_ratio = log_probs - prior_log_probs
-    backward = k2(log_ratio)
-    return (k3(log_ratio).detach() + backward - backward.detach()).sum(-1).mean()
+    forward, backward = k3(log_ratio).detach(), k2(log_ratio)
+    # what is added is 0 in value and has k2's gradient
+    return (forward + backward - backward.detach()).sum(-1).mean()
 
 
 @takes_numbers
@@ -256,11 +258,8 @@ def live_ratio_k3_token(
     prefixes from μ. Given the prefix the gradient is ρ_t u_t s_t.
     Source: DeepSeek-V3.2 (2025), "unbiased KL estimate"; TRL's `use_bias_correction_kl`.
     """
-    return (
-        (torch.exp(log_probs - behaviour_log_probs) * k3(log_probs - prior_log_probs))
-        .sum(-1)
-        .mean()
-    )
+    ratio = torch.exp(log_probs - behaviour_log_probs)
+    return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
 
 
 @takes_numbers
@@ -332,7 +331,8 @@ def off_policy_token(
     ∇KL(π_t‖q_t), on-policy the per-token reverse KL.
     """
     ratio = torch.exp(log_probs - behaviour_log_probs)
-    return ((ratio * (log_probs - prior_log_probs)).detach() * log_probs).sum(-1).mean()
+    penalty = (ratio * (log_probs - prior_log_probs)).detach()
+    return (penalty * log_probs).sum(-1).mean()
 
 
 @takes_numbers
@@ -342,8 +342,9 @@ def off_policy_prefix(
     """mean Σ_t sg(Σ_{t'≥t} ρ_≤t' u_t') log π_t, three [N,T] -> scalar: unbiased for ∇KL(π‖q) where
     π's support lies in μ's; by (3).
     """
-    ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))
-    return (to_go((ratio * (log_probs - prior_log_probs)).detach()) * log_probs).sum(-1).mean()
+    ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))  # ρ_≤t
+    penalty = (ratio * (log_probs - prior_log_probs)).detach()
+    return (to_go(penalty) * log_probs).sum(-1).mean()
 
 
 @takes_numbers

@@ -81,12 +81,12 @@ def best_coefficient(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     every c has variance 0.
     """
     drawn = log_probs > -torch.inf
+    # −inf − (−inf) is NaN; any number does where π has no mass
     log_ratio = torch.where(drawn, log_probs - prior_log_probs, torch.zeros_like(log_probs))
-    weight = torch.expm1(-log_ratio)  # w − 1
-    weight = weight - logspace.expectation(log_probs, weight).unsqueeze(-1)
-    return -logspace.expectation(log_probs, log_ratio * weight) / logspace.expectation(
-        log_probs, weight.square()
-    )
+    excess = torch.expm1(-log_ratio)  # w − 1, to the last digits near u = 0
+    centred = excess - logspace.expectation(log_probs, excess).unsqueeze(-1)
+    covariance = logspace.expectation(log_probs, log_ratio * centred)
+    return -covariance / logspace.expectation(log_probs, centred.square())
 
 
 @takes_numbers
@@ -100,9 +100,9 @@ def fitted_coefficient(log_ratio: Tensor) -> Tensor:
     weight = torch.exp(-log_ratio)
     centred = weight - weight.mean()
     spread = centred.square().sum()
-    slope = -(centred * (log_ratio - log_ratio.mean())).sum() / torch.where(
-        spread > 0, spread, torch.ones_like(spread)
-    )
+    # masked twice: a division by 0 would leave NaN in the gradient of the branch not taken
+    divisor = torch.where(spread > 0, spread, torch.ones_like(spread))
+    slope = -(centred * (log_ratio - log_ratio.mean())).sum() / divisor
     return torch.where(spread > 0, slope, torch.ones_like(slope))
 
 
@@ -208,6 +208,7 @@ def off_policy_token(
     KL_t for k1 or k3.
     """
     log_weight = log_probs - behaviour_log_probs
+    # `mul_exp` counts 0 · inf as 0: where π_t = 0 the ratio is 0 and k(u_t) infinite
     return logspace.mul_exp(estimator(log_probs - prior_log_probs), log_weight).sum(-1)
 
 
@@ -240,7 +241,8 @@ def off_policy_sequence(
     − KL².
     """
     log_weight = (log_probs - behaviour_log_probs).sum(-1)
-    return logspace.mul_exp(estimator((log_probs - prior_log_probs).sum(-1)), log_weight)
+    log_ratio = (log_probs - prior_log_probs).sum(-1)
+    return logspace.mul_exp(estimator(log_ratio), log_weight)
 
 
 @takes_numbers
@@ -253,7 +255,6 @@ def off_policy_rao_blackwell(
     KL_t depends on the prefix alone, so the token's own ratio is not needed.
     """
     log_ratio = log_probs - behaviour_log_probs
-    before = torch.cat(
-        [torch.zeros_like(log_ratio[..., :1]), log_ratio.cumsum(-1)[..., :-1]], -1
-    )  # log ρ_<t
-    return logspace.mul_exp(per_token_kl(log_dists, prior_log_dists), before).sum(-1)
+    none_yet = torch.zeros_like(log_ratio[..., :1])
+    log_weight = torch.cat([none_yet, log_ratio.cumsum(-1)[..., :-1]], -1)  # log ρ_<t
+    return logspace.mul_exp(per_token_kl(log_dists, prior_log_dists), log_weight).sum(-1)

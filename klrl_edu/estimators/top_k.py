@@ -22,10 +22,7 @@ def top_k_truncated(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tenso
     Biased by minus the second sum; may be negative, and is not a divergence. Without the sampled
     token, so its variance comes from prefixes only.
     """
-    chosen = _largest(log_dists, k)
-    return torch.where(chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)).sum(
-        -1
-    )
+    return _known_part(log_dists, prior_log_dists, _largest(log_dists, k))
 
 
 @takes_numbers
@@ -39,9 +36,7 @@ def top_k_tail_sampled(
     the prefix its variance is that of 1{y∉S} u(y).
     """
     chosen = _largest(log_dists, k)
-    known = torch.where(
-        chosen, _terms(log_dists, prior_log_dists), torch.zeros_like(log_dists)
-    ).sum(-1)
+    known = _known_part(log_dists, prior_log_dists, chosen)
     taken = tokens.long().unsqueeze(-1)
     log_ratio = (log_dists.gather(-1, taken) - prior_log_dists.gather(-1, taken)).squeeze(-1)
     in_tail = ~chosen.gather(-1, taken).squeeze(-1)
@@ -56,10 +51,9 @@ def top_k_tail_bucket(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Ten
     Biased downwards (a coarser view: data processing inequality), between 0 and KL_t, and equal to
     KL_t where π/q is constant over the tail.
     """
-    chosen = _largest(log_dists, k)
-    return logspace.kl_divergence(
-        _with_bucket(log_dists, chosen), _with_bucket(prior_log_dists, chosen)
-    )
+    chosen = _largest(log_dists, k)  # of π: q's bucket holds the same tokens
+    coarse, prior_coarse = _with_bucket(log_dists, chosen), _with_bucket(prior_log_dists, chosen)
+    return logspace.kl_divergence(coarse, prior_coarse)
 
 
 def _largest(log_dists: Tensor, k: int) -> Tensor:
@@ -70,12 +64,14 @@ def _largest(log_dists: Tensor, k: int) -> Tensor:
     if not 0 <= k <= size:
         raise InputError(f"k = {k!r} must lie between 0 and the vocabulary's size {size}.")
     order = torch.sort(log_dists.detach(), dim=-1, descending=True, stable=True).indices
-    return order.argsort(-1) < k  # the rank of each token
+    rank = order.argsort(-1)  # the inverse of the permutation: where each token stands in it
+    return rank < k
 
 
-def _terms(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """π_v log π_v/q_v [N,T,V], 0 where π_v = 0."""
-    return logspace.mul_exp(log_dists - prior_log_dists, log_dists)
+def _known_part(log_dists: Tensor, prior_log_dists: Tensor, chosen: Tensor) -> Tensor:
+    """The first sum of (1), over the chosen tokens: [N,T,V] three times -> [N,T] in nats."""
+    terms = logspace.mul_exp(log_dists - prior_log_dists, log_dists)  # 0 where π_v = 0
+    return torch.where(chosen, terms, torch.zeros_like(terms)).sum(-1)
 
 
 def _with_bucket(log_dists: Tensor, chosen: Tensor) -> Tensor:
