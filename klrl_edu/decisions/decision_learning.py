@@ -71,22 +71,21 @@ class LearningCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the policy."""
-        columns = ("learner", "transitions", "gaps", "model_bounds", "count_bounds")
         return {
-            name: list(value) if isinstance(value := getattr(self, name), tuple) else value
-            for name in columns
+            "learner": self.learner,
+            "transitions": list(self.transitions),
+            "gaps": list(self.gaps),
+            "model_bounds": list(self.model_bounds),
+            "count_bounds": list(self.count_bounds),
         }
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
-        bounds = (
-            {"model bound": self.model_bounds, "count bound": self.count_bounds}
-            if self.model_bounds
-            else {}
-        )
-        columns = [self.transitions, self.gaps, *bounds.values()]
-        return ["transitions", f"gap, {self.learner}", *bounds], [
-            list(row) for row in zip(*columns, strict=True)
-        ]
+        header = ["transitions", f"gap, {self.learner}"]
+        columns: list[tuple[Cell, ...]] = [self.transitions, self.gaps]
+        if self.model_bounds:
+            header += ["model bound", "count bound"]
+            columns += [self.model_bounds, self.count_bounds]
+        return header, [list(row) for row in zip(*columns, strict=True)]
 
     def __str__(self) -> str:
         return text_table(*self._table(), digits=4)
@@ -151,6 +150,7 @@ def plan_on_estimate(
     optimum = _optimum(process, kl_coef)
     episodes, ends = _prior_episodes(process, checkpoints, draw)
     counts, start = torch.zeros_like(process.transitions), 0
+    # a value off by ε misleads the plan by 2ε at each of the steps still ahead
     ahead = 1 / (1 - process.discount) if process.discount < 1 else math.inf
     gaps, model_bounds, count_bounds = [], [], []
     for end in ends:
@@ -162,14 +162,8 @@ def plan_on_estimate(
         model_bounds.append(2 * simulation_bound(process, model, plan.state_values))
         count_bounds.append(2 * ahead * sampling_bound(process, counts.sum(-1), confidence))
         start = end
-    return LearningCurve(
-        "planning on an estimate",
-        ends,
-        tuple(gaps),
-        plan.log_policy,
-        tuple(model_bounds),
-        tuple(count_bounds),
-    )
+    bounds = tuple(model_bounds), tuple(count_bounds)
+    return LearningCurve("planning on an estimate", ends, tuple(gaps), plan.log_policy, *bounds)
 
 
 def policy_gradient_learning(
@@ -222,6 +216,7 @@ def sample_transitions(
     replies = logspace.uniform_where_dead(process.transitions.log(), ~process.available)
     replies = replies.flatten(0, 1)
     survival = torch.tensor([[1 - process.discount, process.discount]], dtype=torch.float64).log()
+    # all episodes take a step together; `index` says which of them still run
     index = torch.arange(episodes)
     state = draw(process.initial.log()[None], torch.zeros_like(index))
     steps = []
@@ -234,7 +229,9 @@ def sample_transitions(
             goes_on &= draw(survival, torch.zeros_like(index)) == 1
         index, state = index[goes_on], after[goes_on]
     columns = torch.cat(steps, 1)
-    return Transitions(*columns[:, torch.argsort(columns[3], stable=True)])
+    # from step by step to episode by episode; a stable sort keeps the steps of each in order
+    by_episode = torch.argsort(columns[3], stable=True)
+    return Transitions(*columns[:, by_episode])
 
 
 class SoftQTable:
@@ -249,9 +246,8 @@ class SoftQTable:
 
     def __init__(self, process: DecisionProcess, kl_coef: float, exponent: float):
         self.process, self.kl_coef, self.exponent = process, kl_coef, exponent
-        self.prior = [
-            [(a, p) for a, p in enumerate(row) if p > 0] for row in process.log_prior.exp().tolist()
-        ]
+        prior = process.log_prior.exp().tolist()
+        self.prior = [[(a, p) for a, p in enumerate(row) if p > 0] for row in prior]
         self.rewards = process.rewards.tolist()
         self.action_values = [[0.0] * len(process.actions) for _ in process.states]
         self.counts = [[0] * len(process.actions) for _ in process.states]
@@ -266,31 +262,29 @@ class SoftQTable:
             self.counts[state][action] += 1
             step = self.counts[state][action] ** -self.exponent
             target = self.rewards[state][action] + discount * self.state_values[after]
-            self.action_values[state][action] += step * (
-                target - self.action_values[state][action]
-            )  # (1)
+            surprise = target - self.action_values[state][action]
+            self.action_values[state][action] += step * surprise  # (1)
             self.state_values[state] = self._soft_value(state)
 
     def _soft_value(self, state: int) -> float:
-        row = self.action_values[state]
-        top = max(row[action] for action, _ in self.prior[state])
-        return top + self.kl_coef * math.log(
-            sum(p * math.exp((row[action] - top) / self.kl_coef) for action, p in self.prior[state])
-        )
+        """λ log Σ_a q(a|s) e^{Q(s,a)/λ}, in reward units."""
+        row, choices = self.action_values[state], self.prior[state]
+        # the largest Q taken out, so that no exponential overflows
+        top = max(row[action] for action, _ in choices)
+        lifted = sum(p * math.exp((row[action] - top) / self.kl_coef) for action, p in choices)
+        return top + self.kl_coef * math.log(lifted)
 
     def log_policy(self) -> Tensor:
         """log π [S,A] in nats, π ∝ q e^{Q/λ}."""
-        lifted = (
-            self.process.log_prior
-            + torch.tensor(self.action_values, dtype=torch.float64) / self.kl_coef
-        )
-        return logspace.log_normalize_alive(lifted)
+        action_values = torch.tensor(self.action_values, dtype=torch.float64)
+        return logspace.log_normalize_alive(self.process.log_prior + action_values / self.kl_coef)
 
 
 def estimated_process(process: DecisionProcess, counts: Tensor) -> DecisionProcess:
     """(2) from counts n(s,a,s') [S,A,S]; everything but the transitions is the process's own."""
     total = counts.sum(-1, keepdim=True)
-    return replace(process, transitions=(counts + 1 / len(process.states)) / (total + 1))
+    estimate = (counts + 1 / len(process.states)) / (total + 1)  # (2)
+    return replace(process, transitions=estimate)
 
 
 def sampling_bound(process: DecisionProcess, counts: Tensor, confidence: float = 0.95) -> float:
@@ -313,20 +307,17 @@ def sampling_bound(process: DecisionProcess, counts: Tensor, confidence: float =
         return 0.0
     if process.discount == 1:
         return math.inf
-    n, ahead = counts[process.available].double(), 1 / (1 - process.discount)
-    value_range = (
-        float(process.rewards.clamp(min=0).max() - process.rewards.clamp(max=0).min()) * ahead
-    )
+    ahead = 1 / (1 - process.discount)
+    highest, lowest = process.rewards.clamp(min=0).max(), process.rewards.clamp(max=0).min()
+    value_range = float(highest - lowest) * ahead
+    n = counts[process.available].double()
+    # never 0 in the root: where n = 0 the deviation counts n/(n + 1) = 0 times
     seen = n.clamp(min=1)
-    deviation = torch.sqrt(
-        torch.log(2 * len(n) * seen * (seen + 1) / (1 - confidence)) / (2 * seen)
-    )
-    return (
-        process.discount
-        * ahead
-        * value_range
-        * float((n / (n + 1) * deviation + 1 / (n + 1)).clamp(max=1).max())
-    )
+    # every pair, and every n with the share 1/n(n + 1) of δ: the shares of all n sum to 1
+    log_tries = torch.log(2 * len(n) * seen * (seen + 1) / (1 - confidence))
+    deviation = torch.sqrt(log_tries / (2 * seen))
+    share_off = (n / (n + 1) * deviation + 1 / (n + 1)).clamp(max=1)  # of the range, at most all
+    return process.discount * ahead * value_range * float(share_off.max())
 
 
 def reinforce_gradient(
@@ -344,21 +335,20 @@ def reinforce_gradient(
             such state.
     """
     state, action = batch.state, batch.action
-    paid = (
-        process.rewards[state, action] - kl_coef * (log_policy - process.log_prior)[state, action]
-    )
+    log_ratio = (log_policy - process.log_prior)[state, action]
+    paid = process.rewards[state, action] - kl_coef * log_ratio
     # from here to the end of the batch, less what stands after the episode
     total = to_go(paid)
     after = torch.searchsorted(batch.episode, batch.episode, right=True)
     followed = total - torch.cat([total, total.new_zeros(1)])[after]
     advantage = followed - baseline[state]
-    gradient = torch.zeros_like(log_policy).index_put((state, action), advantage, accumulate=True)
-    gradient = gradient - log_policy.exp() * gradient.sum(
-        -1, keepdim=True
-    )  # ∇log π(a|s) = e_a − π(·|s)
+    # ∇log π(a|s) = e_a − π(·|s): first the e_a of all transitions, then their π(·|s)
+    pushed = torch.zeros_like(log_policy).index_put((state, action), advantage, accumulate=True)
+    gradient = pushed - log_policy.exp() * pushed.sum(-1, keepdim=True)
     visited = torch.bincount(state, minlength=len(baseline))
     mean = torch.zeros_like(baseline).index_add(0, state, followed) / visited
-    return gradient / float(batch.episode[-1] + 1), torch.where(visited > 0, mean, baseline)
+    episodes = float(batch.episode[-1] + 1)
+    return gradient / episodes, torch.where(visited > 0, mean, baseline)
 
 
 def _optimum(process: DecisionProcess, kl_coef: float) -> SoftSolution:
@@ -382,9 +372,8 @@ def _prior_episodes(
     each.
     """
     wanted = _check_checkpoints(checkpoints)
-    length = float(
-        visits(process, process.log_prior)[~process.terminal].sum()
-    )  # of an episode, on average
+    # an episode's length on average: discounted visits count those that survive
+    length = float(visits(process, process.log_prior)[~process.terminal].sum())
     blocks, have, episodes = [], 0, 0
     while have < wanted[-1]:
         count = math.ceil((wanted[-1] - have) / length)
@@ -394,13 +383,13 @@ def _prior_episodes(
     joined = Transitions(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
     ends = torch.bincount(joined.episode).cumsum(0)
     place = torch.searchsorted(ends, torch.tensor(wanted))
+    # one long episode may end several checkpoints; its end stands once, in order
     return joined, tuple(dict.fromkeys(ends[place].tolist()))
 
 
 def _check_checkpoints(checkpoints: Sequence[int]) -> tuple[int, ...]:
-    wanted = tuple(
-        check_count(value, f"checkpoints[{index}]") for index, value in enumerate(checkpoints)
-    )
+    named = [(value, f"checkpoints[{index}]") for index, value in enumerate(checkpoints)]
+    wanted = tuple(check_count(value, name) for value, name in named)
     if not wanted or any(later <= earlier for earlier, later in itertools.pairwise(wanted)):
         raise InputError(
             f"checkpoints = {list(wanted)} must rise; give numbers of transitions such as (100,"

@@ -65,6 +65,7 @@ class DecisionProcess:
     actions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # in this order: a check may rely on what stands above it, as messages do on the names
         for name in ("log_prior", "transitions", "rewards", "initial"):
             self._set(name, _numbers(getattr(self, name), name))
         self._set("terminal", _as_tensor(self.terminal, "terminal", None))
@@ -127,12 +128,14 @@ class DecisionProcess:
         """H, the most transitions on a path from any state to an end; inf where the process can
         return to a state.
         """
-        edges = self.moves(self.available.double()) > 0
+        edges = (self.moves(self.available.double()) > 0).double()
+        # each round strikes out the states that lead to none still waiting: after n rounds those
+        # are left from which a path of more than n transitions starts
         waiting, rounds = ~self.terminal, 0
         while bool(waiting.any()):
-            left = waiting & (edges.double() @ waiting.double() > 0)
+            left = waiting & (edges @ waiting.double() > 0)
             if bool((left == waiting).all()):
-                return math.inf
+                return math.inf  # they lead to one another, for ever
             waiting, rounds = left, rounds + 1
         return float(rounds)
 
@@ -155,12 +158,10 @@ class DecisionProcess:
         """Q = r + γ Σ_s' P V [S,A] of values [S] that may be −inf; −inf too where an action is not
         available.
         """
-        expected = (
-            self.discount * expected_next(self.transitions, state_values)
-            if self.discount > 0
-            else 0
-        )
-        return torch.where(self.available, self.rewards + expected, -math.inf)
+        values = self.rewards
+        if self.discount > 0:  # at γ = 0 what follows does not count, though it be −inf
+            values = values + self.discount * expected_next(self.transitions, state_values)
+        return torch.where(self.available, values, -math.inf)
 
     def place(self, state: int, action: int | None = None) -> str:
         """How messages name a state, or a state and an action."""
@@ -169,11 +170,9 @@ class DecisionProcess:
         )
 
     def __repr__(self) -> str:
-        counts = (
-            f"{len(self.states)} states ({int(self.terminal.sum())} terminal), {len(self.actions)}"
-            " actions"
-        )
-        return f"DecisionProcess({counts}, discount {format_number(self.discount)})"
+        states = f"{len(self.states)} states ({int(self.terminal.sum())} terminal)"
+        discount = f"discount {format_number(self.discount)}"
+        return f"DecisionProcess({states}, {len(self.actions)} actions, {discount})"
 
 
 def expected_next(probabilities: Tensor, values: Tensor) -> Tensor:
@@ -181,8 +180,9 @@ def expected_next(probabilities: Tensor, values: Tensor) -> Tensor:
     mass on it.
     """
     lost = values == -math.inf
-    mean = probabilities @ torch.where(lost, 0, values)
-    return torch.where(probabilities @ lost.double() > 0, -math.inf, mean)
+    mean = probabilities @ torch.where(lost, 0, values)  # 0 · −inf would be NaN
+    may_lose = probabilities @ lost.double() > 0
+    return torch.where(may_lose, -math.inf, mean)
 
 
 def spread(edges: Tensor, start: Tensor) -> Tensor:
@@ -425,9 +425,8 @@ def token_policy(problem: Problem, log_policy: Tensor) -> PrefixTable:
 def _prefix_names(support: Support, words: Sequence[str], separator: str) -> list[str]:
     trie = support.trie
     names = [""] * trie.nodes
-    for parent, token, child in zip(
-        trie.parent.tolist(), trie.token.tolist(), trie.child.tolist(), strict=True
-    ):
+    columns = trie.parent.tolist(), trie.token.tolist(), trie.child.tolist()
+    for parent, token, child in zip(*columns, strict=True):
         if child >= 0:  # edges stand in order of depth, so the parent has its name
             names[child] = separator.join(part for part in (names[parent], words[token]) if part)
     return ["∅", *names[1:]]

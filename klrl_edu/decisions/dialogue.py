@@ -53,7 +53,8 @@ def dialogue(discount: float = 0.95) -> DecisionProcess:
         discount: γ, the user's patience: at 0 only the next reply counts, at 1 the whole dialogue.
     """
     S, A = len(STATES), len(ACTIONS)
-    prior, rewards = torch.zeros(S, A, dtype=torch.float64), torch.zeros(S, A, dtype=torch.float64)
+    prior = torch.zeros(S, A, dtype=torch.float64)
+    rewards = torch.zeros_like(prior)
     transitions = torch.zeros(S, A, S, dtype=torch.float64)
     for state, choices in _DIALOGUE.items():
         for action, (chance, reward, replies) in choices.items():
@@ -61,13 +62,13 @@ def dialogue(discount: float = 0.95) -> DecisionProcess:
             prior[place], rewards[place] = chance, reward
             for reply, probability in replies.items():
                 transitions[(*place, STATES.index(reply))] = probability
-    names = torch.arange(S)
+    index = torch.arange(S)
     return DecisionProcess.from_probabilities(
         prior,
         transitions,
         rewards,
-        initial=names == 0,
-        terminal=names == S - 1,
+        initial=index == 0,
+        terminal=index == S - 1,
         discount=discount,
         states=STATES,
         actions=ACTIONS,
@@ -82,11 +83,8 @@ def most_likely_replies(process: DecisionProcess) -> DecisionProcess:
     unreached; values and policies do not depend on it.
     """
     certain = torch.nn.functional.one_hot(process.transitions.argmax(-1), len(process.states))
-    return replace(
-        process,
-        transitions=certain,
-        initial=(~process.terminal).double() / (~process.terminal).sum(),
-    )
+    live = ~process.terminal
+    return replace(process, transitions=certain, initial=live.double() / live.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,28 +119,16 @@ class Plans:
         }
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
-        start = int(self.process.initial.argmax())
-        first = [
-            action
-            for action, offered in enumerate(self.process.available[start].tolist())
-            if offered
-        ]
-        header = [
-            "plan",
-            "promised",
-            "earned",
-            "lost",
-            *(
-                f"π({self.process.actions[action]}|{self.process.states[start]})"
-                for action in first
-            ),
-        ]
+        process = self.process
+        # of the policies only what they do first, in the likeliest start
+        start = int(process.initial.argmax())
+        offered = process.available[start].nonzero().squeeze(-1).tolist()
+        choices = [f"π({process.actions[action]}|{process.states[start]})" for action in offered]
         rows: list[list[Cell]] = []
         for name, row in self.to_dict().items():
-            rows.append(
-                [name, *row.values(), *self.log_policies[name][start, first].exp().tolist()]
-            )
-        return header, rows
+            probabilities = self.log_policies[name][start, offered].exp().tolist()
+            rows.append([name, *row.values(), *probabilities])
+        return ["plan", "promised", "earned", "lost", *choices], rows
 
     def __str__(self) -> str:
         return text_table(*self._table())
@@ -162,12 +148,12 @@ def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
     Args:
         kl_coef: λ > 0; at 0 a plan may never end.
     """
-    optimum, myopic = (
-        value_iteration(process, kl_coef),
-        value_iteration(replace(process, discount=0.0), kl_coef),
-    )
+    optimum = value_iteration(process, kl_coef)
+    myopic = value_iteration(replace(process, discount=0.0), kl_coef)
     likely = value_iteration(most_likely_replies(process), kl_coef)
     chosen = trajectory_value(process, kl_coef)
+    # each plan's policy, and the value it expects; the model of likely replies starts everywhere,
+    # so its promise is taken at the start of the process
     plans = {
         "optimal": (optimum.log_policy, optimum.value),
         "prior": (process.log_prior, policy_evaluation(process, process.log_prior, kl_coef).value),
@@ -176,8 +162,9 @@ def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
         "chosen replies": (chosen.log_policy, chosen.value),
     }
     policies = {name: log_policy for name, (log_policy, _) in plans.items()}
+    promised = {name: value for name, (_, value) in plans.items()}
     earned = {
         name: policy_evaluation(process, log_policy, kl_coef).value
         for name, log_policy in policies.items()
     }
-    return Plans(policies, {name: value for name, (_, value) in plans.items()}, earned, process)
+    return Plans(policies, promised, earned, process)

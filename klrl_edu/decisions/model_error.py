@@ -51,10 +51,12 @@ def simulation_bound(
         )
     if not bool(torch.isfinite(model_values).all()):
         raise InputError("model_values holds NaN or an infinity; give finite values V̂ [S].")
-    equal = process.rewards == model.rewards  # −inf in both is no difference
-    error = torch.where(equal, 0, process.rewards - torch.where(equal, 0, model.rewards))
-    error = error + process.discount * ((process.transitions - model.transitions) @ model_values)
+    equal = process.rewards == model.rewards  # −inf in both is no difference, and not NaN
+    reward_error = torch.where(equal, 0, process.rewards - torch.where(equal, 0, model.rewards))
+    moved = (process.transitions - model.transitions) @ model_values
+    error = reward_error + process.discount * moved
     worst = float(torch.where(process.available, error, 0).abs().max())
+    # 0 is told apart, as an endless horizon times 0 would be NaN
     return process.discounted_horizon * worst if worst > 0 else 0.0
 
 
@@ -97,14 +99,11 @@ def trajectory_value(
             f"{S} states and {A} actions make {entries:,} entries, more than max_entries ="
             f" {max_entries:,}; take fewer states."
         )
-    log_pairs = (process.log_prior[:, :, None] + process.transitions.log()).reshape(
-        S, A * S
-    )  # q(a|s) P(s'|s,a)
-    goes_to = (
-        torch.eye(S, dtype=log_pairs.dtype, device=log_pairs.device)
-        .repeat(A, 1)
-        .expand(S, A * S, S)
-    )
+    # an action of the other process is a pair (a, s'), at index a S + s': the prior takes it with
+    # q(a|s) P(s'|s,a), and it surely leads to s'
+    log_pairs = (process.log_prior[:, :, None] + process.transitions.log()).reshape(S, A * S)
+    each_state = torch.eye(S, dtype=log_pairs.dtype, device=log_pairs.device)
+    goes_to = each_state.repeat(A, 1).expand(S, A * S, S)
     rewards = process.rewards[:, :, None].expand(S, A, S).reshape(S, A * S)
     names = tuple(f"{action} → {state}" for action in process.actions for state in process.states)
     believed = DecisionProcess(
@@ -121,7 +120,6 @@ def trajectory_value(
     solved = value_iteration(believed, kl_coef)
     joint = solved.log_policy.reshape(S, A, S)
     log_policy = logspace.logsumexp(joint)
-    log_replies = torch.where(
-        log_policy[:, :, None] > -math.inf, joint - log_policy[:, :, None], -math.inf
-    )
+    taken = log_policy[:, :, None] > -math.inf
+    log_replies = torch.where(taken, joint - log_policy[:, :, None], -math.inf)
     return ChosenReplies(solved.state_values, solved.value, log_policy, log_replies)

@@ -67,18 +67,13 @@ class SoftSolution:
         """Value, iterations, error bound, and by state its value and action probabilities (those
         above 0).
         """
-        policy = self.log_policy.exp().tolist()
-        states = {
-            name: {
-                "value": value,
-                "policy": {
-                    action: p for action, p in zip(self.process.actions, row, strict=True) if p > 0
-                },
+        states = {}
+        values, policy = self.state_values.tolist(), self.log_policy.exp().tolist()
+        for name, value, row in zip(self.process.states, values, policy, strict=True):
+            taken = {
+                action: p for action, p in zip(self.process.actions, row, strict=True) if p > 0
             }
-            for name, value, row in zip(
-                self.process.states, self.state_values.tolist(), policy, strict=True
-            )
-        }
+            states[name] = {"value": value, "policy": taken}
         return {
             "value": self.value,
             "iterations": self.iterations,
@@ -87,24 +82,20 @@ class SoftSolution:
         }
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
+        header = ["state", "V*", *(f"π*({action})" for action in self.process.actions)]
         rows: list[list[Cell]] = []
         live = (~self.process.terminal).nonzero().squeeze(-1).tolist()
         for state in live:
-            shares = [
-                p if q else None
-                for p, q in zip(
-                    self.log_policy[state].exp().tolist(),
-                    self.process.available[state].tolist(),
-                    strict=True,
-                )
-            ]
+            policy = self.log_policy[state].exp().tolist()
+            available = self.process.available[state].tolist()
+            # a cell stays empty where the prior has no such action; a 0 is the policy's own
+            shares = [p if offered else None for p, offered in zip(policy, available, strict=True)]
             rows.append([self.process.states[state], float(self.state_values[state]), *shares])
-        return ["state", "V*", *(f"π*({action})" for action in self.process.actions)], rows
+        return header, rows
 
     def __str__(self) -> str:
-        return f"value {self.value:.12g}, {self.iterations} iterations\n" + text_table(
-            *self._table()
-        )
+        first_line = f"value {self.value:.12g}, {self.iterations} iterations\n"
+        return first_line + text_table(*self._table())
 
     def _repr_html_(self) -> str:
         return html_table(*self._table())
@@ -168,16 +159,11 @@ def value_iteration(
         before = best, mass
         sweep = _backup(process, feasible, best, mass, kl_coef)
         best, mass = sweep.best, sweep.mass
-        if (
-            returns and 0 < kl_coef < math.inf
-        ):  # m alone need not settle where V does: a loop may pay, and cost more in KL
+        if returns and 0 < kl_coef < math.inf:
+            # m alone need not settle where V does: a loop may pay, and cost more in KL
             best, mass = best + kl_coef * mass, torch.zeros_like(mass)
-        values.append(
-            _start_value(
-                process,
-                torch.where(alive, best + (kl_coef * mass if kl_coef < math.inf else 0), -math.inf),
-            )
-        )
+        penalty = kl_coef * mass if kl_coef < math.inf else 0  # λℓ; inf · 0 would be NaN
+        values.append(_start_value(process, torch.where(alive, best + penalty, -math.inf)))
         change = float(((best - before[0]).abs() + (mass - before[1]).abs()).max())
         if returns and change <= tolerance * _scale(best.abs() + mass.abs(), kl_coef):
             break
@@ -236,16 +222,16 @@ def _feasible_actions(process: DecisionProcess) -> Tensor:
         InfeasibleError: no start has one.
     """
     safe = process.available & (process.rewards > -math.inf)
+    # an action struck out may leave a state without one, and so make others unsafe: repeated until
+    # nothing changes
     while True:
         alive = safe.any(-1) | process.terminal
         if process.discount == 1:
             alive &= spread((process.moves(safe.double()) > 0).T, process.terminal)
-        risks_a_dead_end = process.transitions @ (~alive).double() > 0
-        narrowed = (
-            safe
-            & alive[:, None]
-            & ~(risks_a_dead_end if process.discount > 0 else torch.zeros_like(safe))
-        )
+        narrowed = safe & alive[:, None]
+        if process.discount > 0:  # at γ = 0 nobody minds where an action leads
+            risks_a_dead_end = process.transitions @ (~alive).double() > 0
+            narrowed &= ~risks_a_dead_end
         if bool((narrowed == safe).all()):
             break
         safe = narrowed
@@ -262,16 +248,14 @@ def _backup(
 ) -> _Backup:
     """(1) in its two parts; at λ = inf only ℓ matters, and m is left at 0."""
     rewards = process.rewards if kl_coef < math.inf else torch.zeros_like(process.rewards)
-    action_best = torch.where(
-        feasible, rewards + process.discount * (process.transitions @ best), -math.inf
-    )
-    action_mass = process.discount * (process.transitions @ mass)
+    returns = rewards + process.discount * (process.transitions @ best)
+    action_best = torch.where(feasible, returns, -math.inf)  # m_Q
+    action_mass = process.discount * (process.transitions @ mass)  # ℓ_Q
     alive = feasible.any(-1)
-    top = torch.where(alive, action_best.amax(-1), 0)
+    top = torch.where(alive, action_best.amax(-1), 0)  # m, as Σ q e^{Q/λ} is led by its largest Q
     lifted = process.log_prior + action_mass + scaled_advantage(action_best, top[:, None], kl_coef)
-    return _Backup(
-        top, torch.where(alive, logspace.logsumexp(lifted), 0), lifted, action_best, action_mass
-    )
+    left = torch.where(alive, logspace.logsumexp(lifted), 0)  # ℓ
+    return _Backup(top, left, lifted, action_best, action_mass)
 
 
 def _feasible_prior(process: DecisionProcess, feasible: Tensor) -> Tensor:
@@ -299,10 +283,8 @@ def _solution(
         mean = _evaluate(process, process.log_prior, 0.0)
         assert mean is not None, "a checked process ends under its prior"
         state_values, action_values = mean, process.action_values(mean)
-        values, change = (
-            [_start_value(process, mean)],
-            0.0,
-        )  # a linear system; the sweeps were for the policy
+        # a linear system gave them; the sweeps were for the policy
+        values, change = [_start_value(process, mean)], 0.0
     else:
         dead = ~feasible.any(-1) & ~process.terminal
         state_values = torch.where(dead, -math.inf, sweep.best + kl_coef * sweep.mass)
@@ -344,9 +326,8 @@ def _ends_in_sight(process: DecisionProcess, log_policy: Tensor) -> bool:
     if process.discount < 1:
         return True
     steps = _solve(process, log_policy, torch.ones_like(process.initial))
-    return steps is not None and bool(
-        ((steps > 0.5) & (steps < _MAX_STEPS)).all()
-    )  # at least 1, unless the solve lost all digits
+    # a path has at least 1 step, unless the solve lost all digits
+    return steps is not None and bool(((steps > 0.5) & (steps < _MAX_STEPS)).all())
 
 
 def _refuse_unbounded(process: DecisionProcess, before: Tensor) -> NoReturn:
@@ -416,11 +397,11 @@ def policy_gradient(process: DecisionProcess, log_policy: Tensor, kl_coef: float
             f"the policy's value at {process.place(state)} is -inf, so J has no gradient; give"
             " forbidden actions log_policy -inf."
         )
+    # masked twice: −inf − (−inf) both in the log-ratio and in Q − V would be NaN
     taken = (log_policy > -math.inf) & visited[:, None]
     log_ratio = torch.where(taken, log_policy - process.log_prior, 0)
-    advantage = torch.where(
-        taken, found.action_values - kl_coef * log_ratio - found.state_values[:, None], 0
-    )
+    regularised = found.action_values - kl_coef * log_ratio
+    advantage = torch.where(taken, regularised - found.state_values[:, None], 0)
     return weight[:, None] * logspace.mul_exp(advantage, log_policy)  # (3)
 
 
@@ -449,12 +430,8 @@ def _check_policy(process: DecisionProcess, log_policy: Tensor) -> Tensor:
         )
     log_policy = log_policy.detach().double().masked_fill(process.terminal[:, None], -math.inf)
     total = log_policy.exp().sum(-1)
-    for state in (
-        (~process.terminal & ~((total - 1).abs() <= SUM_TOLERANCE))
-        .nonzero()
-        .squeeze(-1)
-        .tolist()[:1]
-    ):  # also NaN
+    off = ~((total - 1).abs() <= SUM_TOLERANCE)  # "not near" where "far" would let NaN pass
+    for state in (off & ~process.terminal).nonzero().squeeze(-1).tolist()[:1]:
         raise InputError(
             f"the policy's actions in {process.place(state)} sum to {float(total[state]):.12g}, not"
             " 1; apply log_softmax to the logits."
@@ -473,8 +450,9 @@ def _evaluate(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> T
     end.
     """
     divergence = logspace.kl_divergence(log_policy, process.log_prior)
-    penalty = torch.where(divergence == 0, 0, kl_coef * divergence)
-    return _solve(process, log_policy, logspace.expectation(log_policy, process.rewards) - penalty)
+    penalty = torch.where(divergence == 0, 0, kl_coef * divergence)  # inf · 0 at λ = inf is 0
+    expected_reward = logspace.expectation(log_policy, process.rewards)
+    return _solve(process, log_policy, expected_reward - penalty)
 
 
 def _solve(
@@ -486,13 +464,13 @@ def _solve(
     chain = process.discount * process.moves(log_policy.exp())
     if process.discount == 1 and not _ends(process, log_policy):
         return None
+    # −inf spreads to every state that can lead there; the linear system is that of the others
     lost = right == -math.inf
     if bool(lost.any()):
         lost = spread((chain > 0).T, lost)
     kept = ~lost
-    system = (
-        torch.eye(int(kept.sum()), dtype=chain.dtype, device=chain.device) - chain[kept][:, kept]
-    )
+    identity = torch.eye(int(kept.sum()), dtype=chain.dtype, device=chain.device)
+    system = identity - chain[kept][:, kept]
     found, failed = torch.linalg.solve_ex(system.T if transposed else system, right[kept])
     if int(failed) or not bool(torch.isfinite(found).all()):
         return None
@@ -501,9 +479,8 @@ def _solve(
 
 def _ends(process: DecisionProcess, log_policy: Tensor) -> bool:
     """Every state can reach an end: then in a finite process it surely does."""
-    return bool(
-        spread((process.moves((log_policy > -math.inf).double()) > 0).T, process.terminal).all()
-    )
+    edges = process.moves((log_policy > -math.inf).double()) > 0
+    return bool(spread(edges.T, process.terminal).all())
 
 
 def _refuse_endless(process: DecisionProcess, log_policy: Tensor) -> NoReturn:
