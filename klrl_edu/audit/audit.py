@@ -229,10 +229,10 @@ def _enumerated(
 ) -> dict[str, Any]:
     """Moments over every execution, and how they were found."""
     if plan.complete:
+        # one batch, with probability 1; its order is the support's, so nothing is tried out
         rows = torch.arange(len(scene.whole.tokens), device=scene.sampler.device)[None]
         log_weight = torch.zeros(1, dtype=torch.float64, device=rows.device)
-        picked = rows
-        gradients = loss.one(rows[0])[None]
+        picked, gradients = rows, loss.one(rows[0])[None]
     else:
         drawn = int((scene.sampler > -math.inf).sum())
         check_executions(drawn, plan.batch_size, max_executions)
@@ -242,10 +242,10 @@ def _enumerated(
     reason = loss.why_not_vmap(picked, gradients)
 
     def contributions() -> Iterator[Contributions]:
-        return contributions_of(
-            loss,
-            loss.executions(rows, log_weight, vmap=reason is None, max_executions=max_executions),
+        parts = loss.executions(
+            rows, log_weight, vmap=reason is None, max_executions=max_executions
         )
+        return contributions_of(loss, parts)
 
     moments = gradient_moments(contributions, coordinates, scene.tree.edges, rows.device)
     return {
@@ -277,10 +277,10 @@ def _sampled(
     reason = loss.why_not_vmap(picked, gradients)
 
     def estimates() -> Iterator[Tensor]:
-        for dense, _ in dense_coefficients(
-            contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None)), scene.tree.edges
-        ):
-            yield from map(coordinates.combine, dense.split(max(1, _CHUNK // coordinates.size)))
+        parts = contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None))
+        at_once = max(1, _CHUNK // coordinates.size)  # gradients [x,P] are wider than batches
+        for dense, _ in dense_coefficients(parts, scene.tree.edges):
+            yield from map(coordinates.combine, dense.split(at_once))
 
     moments = sampled_moments(estimates(), bound)
     return {
@@ -309,8 +309,5 @@ def _precision(policy: LanguageModel) -> float:
     """Relative error below which two gradients count as equal: float32 parameters round what
     backward passes add up.
     """
-    return (
-        1e-9
-        if all(p.dtype == torch.float64 for p in policy.parameters() if p.requires_grad)
-        else 1e-5
-    )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return 1e-9 if all(parameter.dtype == torch.float64 for parameter in trained) else 1e-5

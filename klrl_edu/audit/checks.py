@@ -87,23 +87,19 @@ def _most_varied(rows: Tensor) -> Tensor:
     """
     different = (rows.sort(-1).values.diff(dim=-1) != 0).sum(-1)
     best = (different == different.max()).nonzero().squeeze(-1)
-    return rows[
-        best[torch.linspace(0, len(best) - 1, min(_PROBES, len(best)), device=rows.device).long()]
-    ]
+    count = min(_PROBES, len(best))
+    evenly = torch.linspace(0, len(best) - 1, count, device=rows.device).long()
+    return rows[best[evenly]]
 
 
 def _check_order(subject: Subject, rows: Tensor) -> None:
     """Reversed and rotated, a batch must give what it gave before."""
     expected = _average(subject, rows)
+    rounding = _AGREE * (1 + float(expected.abs().max()))
     units = rows.view(-1, subject.width)  # what belongs together stays in its order
     for what, moved in (("reversed", units.flip(0)), ("rotated", units.roll(1, 0))):
-        other = moved.flatten()
-        if not torch.allclose(
-            _average(subject, other),
-            expected,
-            rtol=_AGREE,
-            atol=_AGREE * (1 + float(expected.abs().max())),
-        ):
+        found = _average(subject, moved.flatten())
+        if not torch.allclose(found, expected, rtol=_AGREE, atol=rounding):
             raise InputError(
                 f"the {subject.kind} {subject.name} depends on the order of its batch:"
                 f" {subject.describe(rows)} {what} gives another result. Batches are enumerated"

@@ -68,15 +68,12 @@ def coordinates_of(policy: LanguageModel, tree: SupportTree, prompt: Tensor | No
     if type(policy) is SequenceTable:
         return SequenceLogits(policy, tree)
     inner = policy
-    while (
-        type(inner) is RestrictedModel
-    ):  # masked logits have no mass, so (1) holds as it stands with the restricted conditional
+    # masked logits have no mass, so (1) holds as it stands with the restricted conditional
+    while type(inner) is RestrictedModel:
         inner = inner.policy
-    return (
-        PrefixLogits(inner, tree)
-        if type(inner) is PrefixTable
-        else NetworkParameters(policy, tree, prompt)
-    )
+    if type(inner) is PrefixTable:
+        return PrefixLogits(inner, tree)
+    return NetworkParameters(policy, tree, prompt)
 
 
 class PrefixLogits:
@@ -88,28 +85,27 @@ class PrefixLogits:
     def __init__(self, table: PrefixTable, tree: SupportTree):
         trie = tree.trie
         self.size, self.name = table.logits.numel(), "prefix logits"
-        node = torch.full((trie.nodes,), -1, device=tree.tokens.device)
+        # the row of the table for each node of the support; −1 where a prefix has none, or a row
+        # of −inf alone: such a prefix is uniform, and nothing moves it
+        row = torch.full((trie.nodes,), -1, device=tree.tokens.device)
         on_path = trie.node_of >= 0
-        node[trie.node_of[on_path]] = table.trie.find(tree.tokens)[0][
-            on_path
-        ]  # a prefix without a row is uniform: nothing moves it
+        rows, _ = table.trie.find(tree.tokens)
+        row[trie.node_of[on_path]] = rows[on_path]
         dead = (table.logits.detach() == -torch.inf).all(-1)
-        node[(node >= 0) & dead[node.clamp(min=0)]] = -1
+        row[(row >= 0) & dead[row.clamp(min=0)]] = -1
         self.node = trie.parent
-        self.movable = (node >= 0)[trie.parent]
-        self.parameter = node[trie.parent].clamp(min=0) * table.space.vocab_size + trie.token
+        self.movable = (row >= 0)[trie.parent]
+        # the flat index of each edge's logit; that of an edge which cannot move is never used
+        self.parameter = row[trie.parent].clamp(min=0) * table.space.vocab_size + trie.token
         self.probs = tree.edge_log_probs.exp()
         self.square = self._node_sums(self.probs.square())[trie.parent]
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
-        """(1)."""
-        value = (
-            (left == right).to(self.probs.dtype)
-            - self.probs[left]
-            - self.probs[right]
-            + self.square[left]
-        )
-        return torch.where((self.node[left] == self.node[right]) & self.movable[left], value, 0.0)
+        """<φ_e, φ_e'> by (1); 0 for edges of different nodes, which share no logit."""
+        same = (left == right).to(self.probs.dtype)
+        value = same - self.probs[left] - self.probs[right] + self.square[left]
+        siblings = self.node[left] == self.node[right]
+        return torch.where(siblings & self.movable[left], value, 0.0)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Σ c (1_v − π): the coefficient of each edge minus π_v times its node's sum."""
@@ -126,10 +122,9 @@ class PrefixLogits:
         return torch.where(self.movable, moved, 0.0)
 
     def _node_sums(self, values: Tensor) -> Tensor:
-        nodes = int(self.node[-1]) + 1
-        return torch.zeros(
-            *values.shape[:-1], nodes, dtype=values.dtype, device=values.device
-        ).index_add(-1, self.node, values)
+        nodes = int(self.node[-1]) + 1  # edges stand in the order of their nodes
+        sums = torch.zeros(*values.shape[:-1], nodes, dtype=values.dtype, device=values.device)
+        return sums.index_add(-1, self.node, values)
 
 
 class SequenceLogits:
@@ -145,12 +140,13 @@ class SequenceLogits:
         self.size, self.name = len(table.logits), "sequence logits"
         self.tree = tree
         _, edges = table.trie.find(tree.tokens)
-        last = edges.gather(1, table.space.live(tree.tokens).sum(-1, keepdim=True) - 1).squeeze(-1)
+        last_place = table.space.live(tree.tokens).sum(-1, keepdim=True) - 1
+        last = edges.gather(1, last_place).squeeze(-1)
         self.row = table.trie.leaf[last]  # [S], where each supported sequence stands in the table
         on_path = trie.edge_of >= 0
-        depth = torch.arange(tree.tokens.shape[1], device=tree.tokens.device).expand_as(
-            tree.tokens
-        )[on_path]
+        place = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
+        depth = place.expand_as(tree.tokens)[on_path]
+        # an edge's block of sequences lies one deeper than the node that it leaves
         edge_blocks = self._blocks(trie.edge_of[on_path], tree.edge_log_mass, depth + 1)
         node_blocks = self._blocks(trie.node_of[on_path], tree.node_log_mass, depth)
         # a block of sequences a row: first the edges, then the nodes
@@ -163,30 +159,23 @@ class SequenceLogits:
         (sequence, block) pairs along all paths.
         """
         tree, count = self.tree, len(log_mass)
-        sequence = torch.arange(len(tree.tokens), device=index.device)[:, None].expand_as(
-            tree.tokens
-        )[tree.trie.edge_of >= 0]
-        first = torch.full((count,), len(tree.tokens), device=index.device).scatter_reduce(
-            0, index, sequence, "amin"
-        )
-        last = torch.full((count,), -1, device=index.device).scatter_reduce(
-            0, index, sequence, "amax"
-        )
-        depths = torch.zeros(count, dtype=torch.long, device=index.device).index_put(
-            (index,), depth
-        )
+        every = torch.arange(len(tree.tokens), device=index.device)[:, None]
+        sequence = every.expand_as(tree.tokens)[tree.trie.edge_of >= 0]
+        # sequences stand in lexicographic order, so those below a block are a range
+        beyond = torch.full((count,), len(tree.tokens), device=index.device)
+        first = beyond.scatter_reduce(0, index, sequence, "amin")
+        none = torch.full((count,), -1, device=index.device)
+        last = none.scatter_reduce(0, index, sequence, "amax")
+        depths = torch.zeros(count, dtype=torch.long, device=index.device)
+        depths = depths.index_put((index,), depth)
         squares = torch.exp(2 * (tree.log_probs[sequence] - log_mass[index]))
-        return (
-            first,
-            last,
-            depths,
-            log_mass,
-            torch.zeros_like(log_mass).index_add(0, index, squares),
-        )
+        concentration = torch.zeros_like(log_mass).index_add(0, index, squares)
+        return first, last, depths, log_mass, concentration
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
-        """The four inner products of (2)."""
+        """<φ_e, φ_e'> = <π_|e − π_|n, π_|e' − π_|n'>, four inner products of (2)."""
         edges, parent = self.tree.edges, self.tree.trie.parent
+        # among the blocks nodes stand behind the edges
         node_left, node_right = edges + parent[left], edges + parent[right]
         return (
             self._inner(left, right)
@@ -200,42 +189,29 @@ class SequenceLogits:
         deeper = self.depth[b] >= self.depth[a]
         upper, lower = torch.where(deeper, a, b), torch.where(deeper, b, a)
         nested = (self.first[upper] <= self.first[lower]) & (self.last[lower] <= self.last[upper])
-        share = torch.exp(
-            torch.where(nested, self.log_mass[lower] - self.log_mass[upper], -torch.inf)
-        )
+        log_share = self.log_mass[lower] - self.log_mass[upper]
+        share = torch.exp(torch.where(nested, log_share, -torch.inf))
         return share * self.concentration[lower]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """∂/∂θ_y = Σ_t π(y|edge_t) c_t − π(y|node_t) Σ_{edges of node_t} c, along the path of y."""
         trie, tree = self.tree.trie, self.tree
-        sums = torch.zeros(
-            len(coefficients), trie.nodes, dtype=coefficients.dtype, device=coefficients.device
-        )
-        sums = sums.index_add(1, trie.parent, coefficients)
-        moved = torch.zeros(
-            len(coefficients),
-            len(tree.tokens),
-            dtype=coefficients.dtype,
-            device=coefficients.device,
-        )
+        count = len(coefficients)
+        sums = coefficients.new_zeros(count, trie.nodes).index_add(1, trie.parent, coefficients)
+        moved = coefficients.new_zeros(count, len(tree.tokens))
+        # a token position at a time: [K,S] numbers, where all positions at once would take T times
+        # as many
         for edge, node in zip(trie.edge_of.unbind(1), trie.node_of.unbind(1), strict=True):
             live = edge >= 0
-            within = torch.where(
-                live, torch.exp(tree.log_probs - tree.edge_log_mass[edge.clamp(min=0)]), 0.0
-            )
-            before = torch.where(
-                live, torch.exp(tree.log_probs - tree.node_log_mass[node.clamp(min=0)]), 0.0
-            )
-            moved += (
-                within * coefficients[:, edge.clamp(min=0)] - before * sums[:, node.clamp(min=0)]
-            )
-        out = torch.zeros(
-            len(coefficients), self.size, dtype=coefficients.dtype, device=coefficients.device
-        )
+            edge, node = edge.clamp(min=0), node.clamp(min=0)  # −1 after EOS, where 0 is added
+            within = torch.where(live, torch.exp(tree.log_probs - tree.edge_log_mass[edge]), 0.0)
+            before = torch.where(live, torch.exp(tree.log_probs - tree.node_log_mass[node]), 0.0)
+            moved += within * coefficients[:, edge] - before * sums[:, node]
+        out = coefficients.new_zeros(count, self.size)
         return out.index_copy(1, self.row, moved)
 
     def squared_norms(self, coefficients: Tensor) -> Tensor:
-        """The squares of `combine`."""
+        """‖Σ_e c_e φ_e‖² from the entries of `combine`."""
         return self.combine(coefficients).square().sum(-1)
 
 
@@ -265,11 +241,11 @@ class NetworkParameters:
         )
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
-        """Looked up in the Gram matrix."""
+        """<φ_e, φ_e'>, looked up in the Gram matrix."""
         return self.gram[left, right]
 
     def squared_norms(self, coefficients: Tensor) -> Tensor:
-        """cᵀ K c."""
+        """‖Σ_e c_e φ_e‖² = cᵀ K c, K the Gram matrix."""
         return ((coefficients @ self.gram) * coefficients).sum(-1)
 
     @cached_property
@@ -292,6 +268,7 @@ class NetworkParameters:
             return self.whole_jacobian @ self.whole_jacobian.T
         started = time.perf_counter()
         blocks = torch.arange(edges, device=self.device).split(max(1, _BLOCK // self.size))
+        # two blocks of rows are held at a time; by symmetry each pair of them is met once
         gram = torch.zeros(edges, edges, dtype=torch.float64, device=self.device)
         for index, block in enumerate(blocks):
             rows = self.jacobian(block)
@@ -316,15 +293,15 @@ class NetworkParameters:
         """φ_e for edges [b] -> [b,P], float64: one forward pass a sequence, one backward pass an
         edge.
         """
-        places = self.tree.first_use[edges]
         length = self.tree.tokens.shape[1]
+        places = self.tree.first_use[edges]
+        sequences, positions = places // length, places % length
         out = torch.empty(len(edges), self.size, dtype=torch.float64, device=self.device)
-        for sequence in torch.unique(places // length).tolist():
-            log_probs = token_log_probs(
-                self.policy, self.tree.tokens[sequence : sequence + 1], self.prompt
-            )[0]
-            for row in (places // length == sequence).nonzero().squeeze(-1).tolist():
-                out[row] = self._backward(log_probs[places[row] % length])
+        for sequence in torch.unique(sequences).tolist():
+            tokens = self.tree.tokens[sequence : sequence + 1]
+            log_probs = token_log_probs(self.policy, tokens, self.prompt)[0]
+            for row in (sequences == sequence).nonzero().squeeze(-1).tolist():
+                out[row] = self._backward(log_probs[positions[row]])
         return out
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -347,21 +324,17 @@ class NetworkParameters:
         where the edge does first.
         """
         tokens = self.tree.tokens
-        weights = torch.zeros(
-            len(coefficients), tokens.numel(), dtype=coefficients.dtype, device=tokens.device
-        )
+        weights = coefficients.new_zeros(len(coefficients), tokens.numel(), device=tokens.device)
         weights[:, self.tree.first_use] = coefficients
-        return zip(
-            tokens.split(_FORWARD_ROWS),
-            weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1),
-            strict=True,
-        )
+        weight_blocks = weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1)
+        return zip(tokens.split(_FORWARD_ROWS), weight_blocks, strict=True)
 
     def _backward(self, value: Tensor) -> Tensor:
         """∇value [P] in float64; 0 where the value is certain and nothing moves it."""
         if not value.requires_grad:
             return torch.zeros(self.size, dtype=torch.float64, device=self.device)
         self.passes += 1
+        # retained: one forward pass serves many backward passes
         gradients = torch.autograd.grad(
             value, self.parameters, retain_graph=True, materialize_grads=True
         )

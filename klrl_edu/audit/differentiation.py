@@ -27,11 +27,9 @@ class LossOnSupport(Subject):
     @property
     def leaves(self) -> tuple[str, ...]:
         """The fields that carry a gradient."""
-        return (
-            ("log_probs", "log_dists")
-            if "distributions" in needs_of(self.function)
-            else ("log_probs",)
-        )
+        if "distributions" in needs_of(self.function):
+            return "log_probs", "log_dists"
+        return ("log_probs",)
 
     def edges(self, rows: Tensor) -> Tensor:
         """The edge of the support's trie that each entry of a gradient belongs to, −1 for none:
@@ -45,12 +43,11 @@ class LossOnSupport(Subject):
 
     def depths(self, rows: Tensor) -> Tensor:
         """The position in its sequence of each entry of a gradient: rows [X,B] -> [n]."""
-        place = torch.arange(self.whole.tokens.shape[1], device=rows.device)
-        parts = [place.repeat(rows.shape[1])]
+        place, size = torch.arange(self.whole.tokens.shape[1], device=rows.device), rows.shape[1]
+        parts = [place.repeat(size)]  # [B,T], flattened
         if len(self.leaves) > 1:
-            parts.append(
-                place.repeat_interleave(self.tree.trie.space.vocab_size).repeat(rows.shape[1])
-            )
+            each_column = place.repeat_interleave(self.tree.trie.space.vocab_size)
+            parts.append(each_column.repeat(size))  # [B,T,V], flattened
         return torch.cat(parts)
 
     def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
@@ -73,12 +70,10 @@ class LossOnSupport(Subject):
         shared = {name: fields.pop(name) for name in SHARED}
         leaves = [fields[name].requires_grad_() for name in self.leaves]
         values = torch.func.vmap(lambda moving: self.call({**moving, **shared}))(fields)
-        gradients = torch.autograd.grad(
-            values.sum(), leaves, materialize_grads=True
-        )  # batches do not touch one another
-        return self._checked(
-            values, torch.cat([gradient.flatten(1) for gradient in gradients], 1), rows
-        )
+        # batches do not touch one another, so the gradient of the sum is that of each
+        gradients = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+        return self._checked(values, flat, rows)
 
     def unordered(self, rows: Tensor, result: Tensor) -> Tensor:
         """How the gradient on a batch [B] pushes each edge [E], in whatever order the
@@ -86,28 +81,23 @@ class LossOnSupport(Subject):
         """
         edges = self.edges(rows[None])[0]
         live = edges >= 0
-        return torch.zeros(self.tree.edges, dtype=result.dtype, device=rows.device).index_add(
-            0, edges[live], result[live]
-        )
+        pushed = torch.zeros(self.tree.edges, dtype=result.dtype, device=rows.device)
+        return pushed.index_add(0, edges[live], result[live])
 
     def changed_input(self, rows: Tensor) -> str | None:
         """The field of a batch [B] that the loss changes in place, if any."""
         fields = self.fields(rows)
         kept = {name: value.clone() for name, value in fields.items()}
         for name in self.leaves:
-            fields[name] = (
-                fields[name].requires_grad_().clone()
-            )  # no leaf: changing one in place would stop the loss before we can say so
+            # a clone: changing a leaf in place would stop the loss before we can say so
+            fields[name] = fields[name].requires_grad_().clone()
         versions = {name: value._version for name, value in fields.items()}
         self.call(fields)
-        return next(
-            (
-                n
-                for n, v in fields.items()
-                if v._version != versions[n] or not torch.equal(v.detach(), kept[n])
-            ),
-            None,
-        )
+        for name, value in fields.items():
+            # the version counts changes made through torch; one through numpy shows in the value
+            if value._version != versions[name] or not torch.equal(value.detach(), kept[name]):
+                return name
+        return None
 
     def _checked(self, values: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
         """Gradients [X,n] with 0 where nothing can move; refuses values [X] and entries elsewhere

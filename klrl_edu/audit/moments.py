@@ -20,9 +20,8 @@ from klrl_edu.audit.subjects import Executions
 
 _KEEPS_DIGITS = 1e-4  # of the sum of absolute terms: (1) then errs by under 1e-12 of the variance
 _CHUNK = 1 << 20  # numbers at once
-_PAIRS = (
-    1 << 16
-)  # pairs of edges at once, so that what lies between two passes stays in the processor's cache
+# pairs of edges at once, so that what lies between two passes stays in the processor's cache
+_PAIRS = 1 << 16
 
 
 class Contributions(NamedTuple):
@@ -73,6 +72,7 @@ def gradient_moments(
     kernel = _Kernel(coordinates, edges, device)
     second, largest, executions, direct = 0.0, 0.0, 0, False
     for part in contributions():
+        # (2) takes P numbers an execution and (1) n²: where P is fewer, straight to (2)
         direct = coordinates.squares_are_cheap and coordinates.size <= part.edges.shape[1] ** 2
         weight = torch.exp(part.log_weight)
         live = part.edges >= 0
@@ -81,7 +81,7 @@ def gradient_moments(
         if not direct:
             second += float(weight @ kernel.squared_norms(part))
             largest += float(weight @ part.coefficients.abs().sum(-1).square())
-    variance = second - float(coordinates.squared_norms(mean[None]))
+    variance = second - float(coordinates.squared_norms(mean[None]))  # (1)
     if direct or variance < _KEEPS_DIGITS * largest * kernel.scale:
         variance = _about_the_mean(contributions(), coordinates, mean)
     return GradientMoments(mean, variance, executions)
@@ -90,7 +90,7 @@ def gradient_moments(
 def _about_the_mean(
     contributions: Iterable[Contributions], coordinates: Coordinates, mean: Tensor
 ) -> float:
-    """(2)."""
+    """The total variance by (2), from a second pass over the contributions."""
     return math.fsum(
         float(torch.exp(weight) @ coordinates.squared_norms(dense - mean))
         for dense, weight in dense_coefficients(contributions, len(mean))
@@ -123,39 +123,34 @@ class _Kernel:
         )
 
     def squared_norms(self, part: Contributions) -> Tensor:
-        """[X]."""
+        """‖g‖² of each execution, by (1): [X]."""
         one, other = self._pairs(part.depths)
-        times = torch.where(one == other, 1.0, 2.0).double()
-        return torch.cat(
-            [
-                self._products(indices[:, one], indices[:, other])
-                .mul_(values[:, one])
-                .mul_(values[:, other])
-                @ times
-                for indices, values, _ in _split(part, max(1, _PAIRS // len(one)))
-            ]
-        )
+        times = torch.where(one == other, 1.0, 2.0).double()  # each pair stands for two
+        norms = []
+        for indices, values, _ in _split(part, max(1, _PAIRS // len(one))):
+            terms = self._products(indices[:, one], indices[:, other])
+            terms = terms.mul_(values[:, one]).mul_(values[:, other])  # in place, for the cache
+            norms.append(terms @ times)
+        return torch.cat(norms)
 
     def _pairs(self, depths: Tensor) -> tuple[Tensor, Tensor]:
         """Which entries of n to multiply, each pair once; those of other depths only where they are
         not orthogonal anyway.
         """
         one, other = torch.triu_indices(len(depths), len(depths), device=depths.device)
-        kin = (
-            depths[one] == depths[other]
-            if self.coordinates.depths_are_orthogonal
-            else torch.ones_like(one, dtype=torch.bool)
-        )
-        return one[kin], other[kin]
+        if not self.coordinates.depths_are_orthogonal:
+            return one, other
+        same_depth = depths[one] == depths[other]
+        return one[same_depth], other[same_depth]
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         """Kernels of pairs of edges [x,pairs]; where there is no edge (−1) any number does, as its
         coefficient is 0.
         """
         left, right = left.clamp(min=0), right.clamp(min=0)
-        return (
-            self.coordinates.kernel(left, right) if self.table is None else self.table[left, right]
-        )
+        if self.table is None:
+            return self.coordinates.kernel(left, right)
+        return self.table[left, right]
 
 
 def _split(part: Contributions, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

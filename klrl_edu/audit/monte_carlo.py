@@ -79,16 +79,17 @@ def sampled_moments(samples: Iterable[Tensor], bound: float) -> SampledMoments:
                 f"an entry of an estimate is {largest:.6g} in size, beyond bound = {bound:g}; give"
                 " the largest there can be."
             )
+        # Chan et al. (1983): squares about the chunk's own mean, and what the two means differ by,
+        # which loses no digits where E g is large beside the deviation
         more, chunk_mean = len(chunk), chunk.mean(0)
-        shift, total = chunk_mean - mean, count + len(chunk)
-        squares = (
-            squares + (chunk - chunk_mean).square().sum(0) + shift.square() * (count * more / total)
-        )  # Chan et al. (1983)
+        shift, total = chunk_mean - mean, count + more
+        within, between = (chunk - chunk_mean).square().sum(0), shift.square()
+        squares = squares + within + between * (count * more / total)
         mean = mean + shift * (more / total)
         count, negative = total, negative + int((chunk[:, 0] < 0).sum())
     variance = squares / (count - 1)
     log_term = math.log(4 * mean.numel() / FAILURE_PROBABILITY)
-    interval = torch.sqrt(2 * variance * log_term / count) + 14 * bound * log_term / (
-        3 * (count - 1)
-    )  # (1)
+    by_variance = torch.sqrt(2 * variance * log_term / count)
+    by_range = 14 * bound * log_term / (3 * (count - 1))
+    interval = by_variance + by_range  # (1)
     return SampledMoments(mean, interval, float(variance.sum()), negative / count, count)

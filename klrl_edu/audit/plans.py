@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def prompt(self) -> Tensor | None:
-        """[S], or None."""
+        """The prompt's tokens [S]; None where there is none."""
         return self.origin.prompt
 
     def scene(self, policy: LanguageModel, max_sequences: int) -> tuple[Scene, dict[str, Tensor]]:

@@ -161,14 +161,12 @@ class AuditReport:
     def _lines(self) -> list[str]:
         """Mean, moments and means of computing, a line each."""
         within = "" if self.interval is None else f" ± at most {float(self.interval.max()):.3g}"
-        shown = ", ".join(f"{value:.6g}" for value in self.mean[:_SHOWN].tolist()) + (
-            ", …" if len(self.mean) > _SHOWN else ""
-        )
-        negative = (
-            ""
-            if self.probability_negative is None
-            else f", P(estimate < 0) = {self.probability_negative:.6g}"
-        )
+        shown = ", ".join(f"{value:.6g}" for value in self.mean[:_SHOWN].tolist())
+        if len(self.mean) > _SHOWN:
+            shown += ", …"
+        negative = ""
+        if self.probability_negative is not None:
+            negative = f", P(estimate < 0) = {self.probability_negative:.6g}"
         how = "outcomes enumerated" if self.interval is None else "batches drawn"
         lines = [
             f"mean {shown}{within} ({self.coordinates})",
@@ -177,11 +175,11 @@ class AuditReport:
                 f" {self.executions:,} {how} in {self.seconds:.2g} s"
             ),
         ]
-        return lines + [
-            f"{word}: {text}"
-            for word, text in (("differentiated by", self.differentiation), ("cost", self.cost))
-            if text
-        ]
+        if self.differentiation:
+            lines.append(f"differentiated by: {self.differentiation}")
+        if self.cost:
+            lines.append(f"cost: {self.cost}")
+        return lines
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
         if len(self.mean) == 1:

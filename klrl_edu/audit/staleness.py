@@ -117,11 +117,10 @@ def audit_staleness(
     Raises:
         InputError: no behaviour policy, and what `audit_gradient` raises.
     """
-    named = (
-        behaviours
-        if isinstance(behaviours, Mapping)
-        else {str(index): model for index, model in enumerate(behaviours)}
-    )
+    if isinstance(behaviours, Mapping):
+        named = behaviours
+    else:
+        named = {str(index): model for index, model in enumerate(behaviours)}
     if not named:
         raise InputError(
             "behaviours is empty; give at least one policy, such as the policy itself."
@@ -135,12 +134,11 @@ def audit_staleness(
         label: audit_gradient(loss, policy, problem, behaviour=model, **options)
         for label, model in named.items()
     }
-    return StalenessReport(
-        tuple(
-            StalenessRow(label, _divergence(policy, named[label], problem), report)
-            for label, report in reports.items()
-        )
-    )
+    rows = [
+        StalenessRow(label, _divergence(policy, named[label], problem), report)
+        for label, report in reports.items()
+    ]
+    return StalenessReport(tuple(rows))
 
 
 @torch.no_grad()

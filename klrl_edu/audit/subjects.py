@@ -20,10 +20,8 @@ from klrl_edu.core.errors import KlrlError, TooLargeError
 from klrl_edu.learning.batches import Batch
 
 _CHUNK = 1 << 20  # numbers of one field that a chunk of batches holds: 8 MiB
-SHARED = (
-    "group",
-    "kl_coef",
-)  # the same for every batch, and left unbatched under vmap so that bincount and the like work
+# the same for every batch, and left unbatched under vmap so that bincount and the like work
+SHARED = ("group", "kl_coef")
 
 
 class Executions(NamedTuple):
@@ -112,47 +110,37 @@ class Subject(ABC):
             TooLargeError: with the outcomes of its own draws the function has more than
                 `max_executions`.
         """
-        left = max_executions
-        for some_rows, some_weight in zip(
-            self._chunks(rows), self._chunks(rows, log_weight), strict=True
-        ):
+        left = max_executions  # of the outcomes of its own draws, over all batches together
+        chunks = zip(self._chunks(rows), self._chunks(rows, log_weight), strict=True)
+        for some_rows, some_weight in chunks:
             if not self.draws:
-                results = (
-                    self.many(some_rows)
-                    if vmap
-                    else torch.stack([self.one(batch) for batch in some_rows])
-                )
-                yield Executions(some_rows, results, some_weight)
+                yield Executions(some_rows, self._results(some_rows, None, vmap), some_weight)
                 continue
             found = []
             for batch in some_rows:
                 found.append(self.outcomes(batch, left, max_executions))
                 left -= len(found[-1][0])
+            # a batch stands once for each outcome of the draws on it
             repeats = torch.tensor([len(results) for results, _ in found], device=rows.device)
-            weights = some_weight.repeat_interleave(repeats) + torch.cat(
-                [weight for _, weight in found]
-            )
-            yield Executions(
-                some_rows.repeat_interleave(repeats, 0),
-                torch.cat([results for results, _ in found]),
-                weights,
-            )
+            results = torch.cat([results for results, _ in found])
+            own_weight = torch.cat([weight for _, weight in found])
+            weight = some_weight.repeat_interleave(repeats) + own_weight
+            yield Executions(some_rows.repeat_interleave(repeats, 0), results, weight)
 
     def sampled(self, rows: Tensor, draw: Draw, *, vmap: bool) -> Iterator[Executions]:
         """Batches [X,B] that were drawn, each of weight 1/X; the function's own draws are drawn
         too.
         """
+        each = -math.log(len(rows))
         for some_rows in self._chunks(rows):
-            results = (
-                self.many(some_rows)
-                if vmap
-                else torch.stack([self.one(batch, draw) for batch in some_rows])
-            )
-            yield Executions(
-                some_rows,
-                results,
-                torch.full_like(some_rows[:, 0], -math.log(len(rows)), dtype=torch.float64),
-            )
+            log_weight = torch.full_like(some_rows[:, 0], each, dtype=torch.float64)
+            yield Executions(some_rows, self._results(some_rows, draw, vmap), log_weight)
+
+    def _results(self, rows: Tensor, draw: Draw | None, vmap: bool) -> Tensor:
+        """What the function gives on batches [X,B] -> [X,n], at once or one by one."""
+        if vmap:
+            return self.many(rows)
+        return torch.stack([self.one(batch, draw) for batch in rows])
 
     def outcomes(self, rows: Tensor, left: int, max_executions: int) -> tuple[Tensor, Tensor]:
         """Every outcome of the function's own draws on one batch [B]: results [K,n] and
@@ -169,10 +157,9 @@ class Subject(ABC):
                 f" {max_executions:,} outcomes; take a smaller batch_size or space, raise"
                 " max_executions, or sample: monte_carlo=n with draw= and bound=."
             ) from None
-        log_probs = torch.tensor(
-            [outcome.log_prob for outcome in outcomes], dtype=torch.float64, device=rows.device
-        )
-        return torch.stack([outcome.result for outcome in outcomes]), log_probs
+        results = torch.stack([outcome.result for outcome in outcomes])
+        log_probs = [outcome.log_prob for outcome in outcomes]
+        return results, torch.tensor(log_probs, dtype=torch.float64, device=rows.device)
 
     def why_not_vmap(self, rows: Tensor, expected: Tensor) -> str | None:
         """None where vmap gives the plain results `expected` [X,n] on the batches rows [X,B]; else
@@ -186,16 +173,13 @@ class Subject(ABC):
             raise
         except Exception as error:  # whatever a user's code raises under vmap; without vmap it ran
             return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        return (
-            None
-            if torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
-            else "under vmap it gives other results"
-        )
+        if not torch.allclose(seen, expected, rtol=1e-9, atol=1e-12):
+            return "under vmap it gives other results"
+        return None
 
     def _chunks(self, rows: Tensor, values: Tensor | None = None) -> Sequence[Tensor]:
         """Batches [X,B], or values [X] of them, in chunks whose fields stay small."""
         fields = self.whole.tensors()
         widest = fields.get("log_dists", self.whole.log_probs)
-        return (rows if values is None else values).split(
-            max(1, _CHUNK // (rows.shape[1] * widest[0].numel()))
-        )
+        batches = max(1, _CHUNK // (rows.shape[1] * widest[0].numel()))
+        return (rows if values is None else values).split(batches)

@@ -47,11 +47,12 @@ class SupportTree:
         trie = PrefixTrie(space, tokens)
         on_path = trie.edge_of >= 0
         log_probs = token_log_probs.sum(-1)
-        edge_log_probs = torch.zeros(len(trie.key), dtype=log_probs.dtype, device=log_probs.device)
-        edge_log_probs[trie.edge_of[on_path]] = token_log_probs[on_path]
-        mass = logspace.segment_logsumexp(
-            log_probs[:, None].expand_as(tokens)[on_path], trie.edge_of[on_path], len(trie.key)
-        )
+        edges = trie.edge_of[on_path]
+        # all sequences through an edge write the same number there
+        edge_log_probs = log_probs.new_zeros(len(trie.key))
+        edge_log_probs[edges] = token_log_probs[on_path]
+        of_sequence = log_probs[:, None].expand_as(tokens)[on_path]
+        mass = logspace.segment_logsumexp(of_sequence, edges, len(trie.key))
         node_mass = logspace.segment_logsumexp(mass, trie.parent, trie.nodes)
         edge_at = torch.full((trie.nodes * space.vocab_size,), -1, device=tokens.device)
         edge_at[trie.key] = torch.arange(len(trie.key), device=tokens.device)
@@ -59,16 +60,14 @@ class SupportTree:
 
     @property
     def edges(self) -> int:
-        """E."""
+        """The number E of edges."""
         return len(self.trie.key)
 
     def path_sums(self, weights: Tensor) -> Tensor:
         """Coefficients [E] of Σ_y w_y log π(y) for weights [S]: c_e = Σ_{y through e} w_y."""
         on_path = self.trie.edge_of >= 0
-        total = torch.zeros(self.edges, dtype=weights.dtype, device=weights.device)
-        return total.index_add(
-            0, self.trie.edge_of[on_path], weights[:, None].expand_as(self.tokens)[on_path]
-        )
+        of_sequence = weights[:, None].expand_as(self.tokens)[on_path]
+        return weights.new_zeros(self.edges).index_add(0, self.trie.edge_of[on_path], of_sequence)
 
     def on_edges(self, values: Tensor) -> Tensor:
         """Per-token values [S,T] that depend on the prefix and the token alone, read off once an
@@ -94,5 +93,5 @@ class SupportTree:
         """
         node = self.trie.node_of[rows].unsqueeze(-1)
         columns = self.trie.space.vocab_size
-        edge = self.edge_at[node.clamp(min=0) * columns + torch.arange(columns, device=node.device)]
-        return torch.where(node >= 0, edge, -1)
+        key = node.clamp(min=0) * columns + torch.arange(columns, device=node.device)
+        return torch.where(node >= 0, self.edge_at[key], -1)

@@ -85,14 +85,11 @@ class ValueOnSupport(Subject):
         fields = self.fields(rows)
         kept = {name: value.clone() for name, value in fields.items()}
         self.call(fields)
-        return next(
-            (
-                name
-                for name, value in fields.items()
-                if value._version or not torch.equal(value, kept[name])
-            ),
-            None,
-        )
+        for name, value in fields.items():
+            # the version counts changes made through torch; one through numpy shows in the value
+            if value._version or not torch.equal(value, kept[name]):
+                return name
+        return None
 
     def by_sequence(self, rows: Tensor) -> Tensor | None:
         """The values of all sequences `rows` [S] of the support; None where they depend on the rest
@@ -101,9 +98,10 @@ class ValueOnSupport(Subject):
         if self.draws:
             return None
         values = self.values(self.fields(rows))
-        half = torch.arange(len(rows) - 1, -1, -2, device=rows.device)
         if values.ndim == 0:
             return None
+        # every second sequence, from the last: other neighbours, another place, another batch size
+        half = torch.arange(len(rows) - 1, -1, -2, device=rows.device)
         again = self.values(self.fields(rows[half]))
         if not torch.allclose(again, values[half], rtol=_AGREE, atol=_AGREE, equal_nan=True):
             return None
@@ -167,10 +165,8 @@ def enumerated_value(
     picked, expected = probe(subject, rows)
     vmap = subject.why_not_vmap(picked, expected) is None
     parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
-    estimates, weights = (
-        torch.cat([part.results[:, 0] for part in parts]),
-        torch.cat([part.log_weight for part in parts]),
-    )
+    estimates = torch.cat([part.results[:, 0] for part in parts])
+    weights = torch.cat([part.log_weight for part in parts])
     mean = _mean(weights, estimates)
     return {
         "mean": mean,
@@ -237,11 +233,9 @@ def _mean(log_weight: Tensor, values: Tensor) -> Tensor:
 
 
 def _variance(log_weight: Tensor, values: Tensor, mean: Tensor) -> float:
-    return (
-        total_variance(log_weight, values[:, None], mean)
-        if bool(torch.isfinite(mean))
-        else math.inf
-    )
+    if not bool(torch.isfinite(mean)):
+        return math.inf  # inf − inf would be NaN
+    return total_variance(log_weight, values[:, None], mean)
 
 
 def _probability_negative(log_weight: Tensor, estimates: Tensor) -> float:

@@ -143,16 +143,10 @@ def catalogue_text(rows: Sequence[CheckedEntry]) -> str:
         by_entry.setdefault(row.entry.name, {})[row.case] = row
     lines: list[list[Cell]] = []
     for name, found in by_entry.items():
-        entry = next(iter(found.values())).entry
+        said = _said(next(iter(found.values())).entry)
+        errors = [f"{found[case].error:.1e}" if case in found else "–" for case in cases]
         kept = "holds" if all(row.holds for row in found.values()) else "FAILS"
-        lines.append(
-            [
-                name,
-                _said(entry),
-                *(f"{found[case].error:.1e}" if case in found else "–" for case in cases),
-                kept,
-            ]
-        )
+        lines.append([name, said, *errors, kept])
     failures = sum(not row.holds for row in rows)
     verdict = (
         f"{len(by_entry)} claims hold to {TOLERANCE:g} on {' and '.join(cases)}."
@@ -200,7 +194,6 @@ def _claimed(entry: Entry, report: AuditReport, case: AuditCase) -> Tensor:
 
 
 def _error(report: AuditReport, claimed: Tensor) -> float:
-    """(1)."""
-    return float((report.mean - claimed).norm()) / (
-        float(claimed.norm()) or math.sqrt(report.variance) or 1.0
-    )
+    """How far the mean is from the claimed one, relative to it: (1)."""
+    scale = float(claimed.norm()) or math.sqrt(report.variance) or 1.0
+    return float((report.mean - claimed).norm()) / scale

@@ -29,9 +29,8 @@ Prediction = Callable[[LanguageModel, Problem, LanguageModel], Tensor]
 def of_dr_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """½ ∇(−E r)/T, of a group of two."""
     whole = _whole(policy, problem, behaviour)
-    return _slope(-(whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum(), policy) / (
-        2 * problem.space.max_length
-    )
+    expected_reward = (whole.log_probs.sum(-1).exp() * whole.rewards.sum(-1)).sum()
+    return _slope(-expected_reward, policy) / (2 * problem.space.max_length)
 
 
 def of_winning(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -49,12 +48,10 @@ def of_grpo_without_kl(policy: LanguageModel, problem: Problem, behaviour: Langu
 def of_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """That of `of_grpo_without_kl`, plus λ E_π[(1/L) Σ_t (1 − w_t) s_t]."""
     whole = _whole(policy, problem, behaviour)
-    slopes = -torch.expm1(whole.prior_log_probs - whole.log_probs.detach()) / whole.live.sum(
-        -1, keepdim=True
-    )
-    return of_grpo_without_kl(policy, problem, behaviour) + problem.kl_coef * _of_tokens(
-        whole, slopes, policy
-    )
+    log_weight = whole.prior_log_probs - whole.log_probs.detach()
+    slopes = -torch.expm1(log_weight) / whole.live.sum(-1, keepdim=True)  # (1 − w_t)/L
+    penalty = problem.kl_coef * _of_tokens(whole, slopes, policy)
+    return of_grpo_without_kl(policy, problem, behaviour) + penalty
 
 
 def of_dapo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -65,24 +62,23 @@ def of_dapo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -
 def of_variation(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """∇Σ|π − q|, twice that of the total variation."""
     whole = _whole(policy, problem, behaviour)
-    return _slope(
-        (whole.log_probs.sum(-1).exp() - whole.prior_log_probs.sum(-1).exp()).abs().sum(), policy
-    )
+    difference = whole.log_probs.sum(-1).exp() - whole.prior_log_probs.sum(-1).exp()
+    return _slope(difference.abs().sum(), policy)
 
 
 def of_token_variation(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """E_π Σ_t ∇Σ_v|π_t − q_t| with prefixes held fixed."""
     log_dists, prior, frozen, _ = _conditionals(policy, problem, behaviour)
-    return _slope((frozen * (log_dists.exp() - prior.exp()).abs().sum((-1, -2))).sum(), policy)
+    along_sequence = (log_dists.exp() - prior.exp()).abs().sum((-1, -2))
+    return _slope((frozen * along_sequence).sum(), policy)
 
 
 def of_mean_k2(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """∇E_π[u²/2]."""
     whole = _whole(policy, problem, behaviour)
     log_pi = whole.log_probs.sum(-1)
-    return _slope(
-        (log_pi.exp() * (log_pi - whole.prior_log_probs.sum(-1)).square() / 2).sum(), policy
-    )
+    log_ratio = log_pi - whole.prior_log_probs.sum(-1)
+    return _slope((log_pi.exp() * log_ratio.square() / 2).sum(), policy)
 
 
 def of_mean_k2_elsewhere(
@@ -116,13 +112,8 @@ def of_clamped_k3(bound: float) -> Prediction:
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
         log_weight = whole.prior_log_probs - whole.log_probs.detach()
-        return _of_tokens(
-            whole,
-            torch.where(
-                torch.expm1(log_weight) - log_weight < bound, -torch.expm1(log_weight), 0.0
-            ),
-            policy,
-        )
+        below = torch.expm1(log_weight) - log_weight < bound  # k3(u_t) < b
+        return _of_tokens(whole, torch.where(below, -torch.expm1(log_weight), 0.0), policy)
 
     return predicted
 
@@ -132,12 +123,10 @@ def of_divergence_to_posterior(generator: Callable[[Tensor], Tensor]) -> Predict
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
-        target = logspace.log_normalize(
-            whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / problem.kl_coef
-        )
-        return _slope(
-            (target.exp() * generator(torch.exp(whole.log_probs.sum(-1) - target))).sum(), policy
-        )
+        tilted = whole.prior_log_probs.sum(-1) + whole.rewards.sum(-1) / problem.kl_coef
+        log_star = logspace.log_normalize(tilted)
+        ratio = torch.exp(whole.log_probs.sum(-1) - log_star)  # π/π*
+        return _slope((log_star.exp() * generator(ratio)).sum(), policy)
 
     return predicted
 
@@ -150,11 +139,8 @@ def mean_of(function: Callable[[Tensor, Tensor], Tensor]) -> Prediction:
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         whole = _whole(policy, problem, behaviour)
-        return (
-            function(whole.log_probs.detach().sum(-1).exp(), whole.prior_log_probs.sum(-1).exp())
-            .sum()
-            .reshape(1)
-        )
+        pi, prior = whole.log_probs.detach().sum(-1).exp(), whole.prior_log_probs.sum(-1).exp()
+        return function(pi, prior).sum().reshape(1)
 
     return predicted
 
@@ -174,10 +160,9 @@ def of_kept_terms(k: int, *, bucket: bool) -> Prediction:
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         log_dists, prior, frozen, _ = _conditionals(policy, problem, behaviour)
+        columns = frozen.tolist(), log_dists.exp().tolist(), prior.exp().tolist()
         total = 0.0
-        for probability, rows, prior_rows in zip(
-            frozen.tolist(), log_dists.exp().tolist(), prior.exp().tolist(), strict=True
-        ):
+        for probability, rows, prior_rows in zip(*columns, strict=True):
             for row, prior_row in zip(rows, prior_rows, strict=True):
                 pairs = sorted(zip(row, prior_row, strict=True), key=lambda pair: -pair[0])
                 kept, tail = pairs[:k], pairs[k:]
@@ -197,19 +182,19 @@ def of_ratio_of_sums(policy: LanguageModel, problem: Problem, behaviour: Languag
 
 
 def of_ratios(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
-    """E[u/L]."""
+    """The mean E[u/L] of the log-ratio a token."""
     pi, log_ratio, length = _sampled(policy, problem, behaviour)
     return (pi @ (log_ratio / length)).reshape(1)
 
 
 def of_fixed_length(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
-    """KL(π‖q)/T."""
+    """The sequence KL over the fixed length, KL(π‖q)/T."""
     pi, log_ratio, _ = _sampled(policy, problem, behaviour)
     return (pi @ log_ratio).reshape(1) / problem.space.max_length
 
 
 def of_evidence(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
-    """Z."""
+    """The evidence Z."""
     return _posterior(policy, problem, behaviour)[1].exp().reshape(1)
 
 
@@ -238,7 +223,7 @@ def of_upper_bound(policy: LanguageModel, problem: Problem, behaviour: LanguageM
 def of_inverse_evidence(
     policy: LanguageModel, problem: Problem, behaviour: LanguageModel
 ) -> Tensor:
-    """1/Z."""
+    """The reciprocal 1/Z of the evidence."""
     return 1 / of_evidence(policy, problem, behaviour)
 
 
@@ -316,18 +301,13 @@ def _of_pairs(
 ) -> Tensor:
     """−E_{y,y'}[A(r − r') c(L, L') s(y)], for A odd and c of the two lengths."""
     whole = _whole(policy, problem, behaviour)
-    log_pi, rewards, length = (
-        whole.log_probs.sum(-1),
-        whole.rewards.sum(-1),
-        whole.live.sum(-1).double(),
-    )
+    log_pi, rewards = whole.log_probs.sum(-1), whole.rewards.sum(-1)
+    length = whole.live.sum(-1).double()
     pi = log_pi.detach().exp()
-    weight = (
-        pi[:, None]
-        * pi
-        * advantage(rewards[:, None] - rewards)
-        * share(length[:, None], length[None])
-    )
+    # [S,S]: the first of a pair down, the second across
+    advantages = advantage(rewards[:, None] - rewards)
+    shares = share(length[:, None], length[None])
+    weight = pi[:, None] * pi * advantages * shares
     return _slope(-(weight.sum(1) * log_pi).sum(), policy)
 
 
@@ -338,17 +318,12 @@ def _sample_score(difference: Tensor) -> Tensor:
 
 def _of_tokens(whole: Batch, slopes: Tensor, policy: LanguageModel) -> Tensor:
     """E_π[Σ_t g_t s_t] for g [S,T] without gradient."""
-    return _slope(
-        (whole.log_probs.detach().sum(-1).exp() * (slopes * whole.log_probs).sum(-1)).sum(), policy
-    )
+    pi = whole.log_probs.detach().sum(-1).exp()
+    return _slope((pi * (slopes * whole.log_probs).sum(-1)).sum(), policy)
 
 
 def _slope(value: Tensor, policy: LanguageModel) -> Tensor:
-    """∇value [P]."""
+    """The gradient of a scalar by the policy's trainable parameters, in their order: [P]."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.cat(
-        [
-            gradient.reshape(-1).double()
-            for gradient in torch.autograd.grad(value, parameters, materialize_grads=True)
-        ]
-    )
+    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1).double() for gradient in gradients])
