@@ -19,10 +19,8 @@ import pytest
 
 from klrl_edu.testing import ledger
 
-_SEED, _LEDGER = (
-    "klrl_edu_seed",
-    "klrl_edu_ledger",
-)  # what xdist's controller hands to a worker, and gets back
+_SEED = "klrl_edu_seed"  # what xdist's controller hands to a worker
+_LEDGER = "klrl_edu_ledger"  # what it gets back
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,9 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Opens the ledger of this process; an xdist worker has its controller's seed."""
-    ledger.run = ledger.Ledger(
-        getattr(config, "workerinput", {}).get(_SEED, config.getoption("klrl_seed"))
-    )
+    of_controller = getattr(config, "workerinput", {})
+    ledger.run = ledger.Ledger(of_controller.get(_SEED, config.getoption("klrl_seed")))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -80,9 +77,8 @@ def klrl_draw(klrl_seed: int) -> Any:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """In xdist's controller: adds what a worker wrote down."""
-    ledger.run.entries.extend(
-        ledger.LedgerEntry(*row) for row in getattr(node, "workeroutput", {}).get(_LEDGER, [])
-    )
+    rows = getattr(node, "workeroutput", {}).get(_LEDGER, [])  # none where it crashed
+    ledger.run.entries.extend(ledger.LedgerEntry(*row) for row in rows)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -90,9 +86,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     bar.
     """
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput[_LEDGER] = [
-            dataclasses.astuple(entry) for entry in ledger.run.entries
-        ]
+        # xdist carries plain tuples between processes, and no classes of ours
+        rows = [dataclasses.astuple(entry) for entry in ledger.run.entries]
+        session.config.workeroutput[_LEDGER] = rows
     elif _excess(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

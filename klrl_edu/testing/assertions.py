@@ -40,28 +40,23 @@ def standard_cases() -> list[AuditCase]:
     ties, rewards by token, logits by prefix.
     """
     texts = {"": 0.15, "a": 0.25, "b": 0.2, "a b": 0.4, "b b": 0.0}
+    values = {"": 1.0, "a": -0.5, "b": 1.0, "a b": 2.0, "b b": 0.0}
     varied = SequenceTable.from_texts(texts)
-    lengths = Problem(
-        varied,
-        table_reward({"": 1.0, "a": -0.5, "b": 1.0, "a b": 2.0, "b b": 0.0}, varied.space),
-        2.0,
-    )
+    lengths = Problem(varied, table_reward(values, varied.space), 2.0)
+    supported = varied.tokens[:4]  # all but "b b", where the prior has no mass
+    covering = SequenceTable(varied.space, supported, torch.tensor([0.3, -0.2, 0.0, 0.5]))
+
     prefixes = SequenceTable.from_texts({"": 0.1, "x": 0.3, "x x": 0.2, "x y": 0.4})
     by_token = Problem(prefixes, token_reward([0.5, -1.0, 0.25], prefixes.space), 0.25)
     table = PrefixTable(prefixes.space, prefixes.tokens)
-    table.logits.data.copy_(
-        torch.linspace(-1, 1, table.logits.numel(), dtype=torch.float64).reshape(table.logits.shape)
-    )
+    logits = torch.linspace(-1, 1, table.logits.numel(), dtype=torch.float64)
+    table.logits.data.copy_(logits.reshape(table.logits.shape))
+    restricted = restrict_to_support(table, prefixes)
+
     return [
         AuditCase("four sentences at λ = 0.5", four_sentences_policy(), four_sentences(0.5)),
-        AuditCase(
-            "texts of 0 to 2 words at λ = 2",
-            SequenceTable(varied.space, varied.tokens[:4], torch.tensor([0.3, -0.2, 0.0, 0.5])),
-            lengths,
-        ),
-        AuditCase(
-            "a row of logits a prefix at λ = 0.25", restrict_to_support(table, prefixes), by_token
-        ),
+        AuditCase("texts of 0 to 2 words at λ = 2", covering, lengths),
+        AuditCase("a row of logits a prefix at λ = 0.25", restricted, by_token),
     ]
 
 
@@ -93,15 +88,10 @@ def assert_unbiased(
             instead.
         InputError: an unknown target, or one that is infinite here.
     """
+    name = target if isinstance(target, str) else "the target given"
     for case in _cases(policy, problem, behaviour):
         report = _audit(estimator, case, batch_size)
-        _check_mean(
-            report,
-            _target(report, target),
-            target if isinstance(target, str) else "the target given",
-            case,
-            tolerance,
-        )
+        _check_mean(report, _target(report, target), name, case, tolerance)
 
 
 def assert_same_gradient(
@@ -130,28 +120,25 @@ def assert_same_gradient(
     for case in _cases(policy, problem, behaviour):
         if in_expectation:
             expected = _audit(other, case, batch_size)
-            _check_mean(
-                _audit(loss, case, batch_size),
-                expected.mean,
-                f"the mean gradient of {expected.name}",
-                case,
-                tolerance,
-            )
+            report = _audit(loss, case, batch_size)
+            what = f"the mean gradient of {expected.name}"
+            _check_mean(report, expected.mean, what, case, tolerance)
             continue
+        # both go through the batches in the same order
         pairs = zip(
             _gradients(loss, case, batch_size),
             _gradients(other, case, batch_size),
             strict=True,
         )
-        texts, mine, theirs = zip(
-            *((text, one, two) for (text, one), (_, two) in pairs), strict=True
-        )
-        difference, size = (
-            (torch.stack(mine) - torch.stack(theirs)).norm(dim=-1),
-            torch.stack(theirs).norm(dim=-1).max(),
-        )
+        texts, mine, theirs = [], [], []
+        for (text, one), (_, two) in pairs:
+            texts.append(text)
+            mine.append(one)
+            theirs.append(two)
+        difference = (torch.stack(mine) - torch.stack(theirs)).norm(dim=-1)
+        size = torch.stack(theirs).norm(dim=-1).max()
         allowed = tolerance * max(float(size), _SMALLEST_SCALE)
-        bad = (~(difference <= allowed)).nonzero()
+        bad = (~(difference <= allowed)).nonzero()  # a NaN is bad too
         if len(bad):
             k = int(bad[0])
             raise AssertionError(
@@ -269,31 +256,27 @@ def _gradients(loss: Estimator, case: AuditCase, batch_size: int) -> Iterator[tu
             " in_expectation=True."
         )
     loss = loss if takes_a_batch(loss) else adapted(loss, None)
-    support = enumerate_support(
-        case.policy if case.behaviour is None else case.behaviour, prompt=case.problem.prompt
-    ).tokens
+    drawn_by = case.policy if case.behaviour is None else case.behaviour
+    support = enumerate_support(drawn_by, prompt=case.problem.prompt).tokens
     wanted = needs_of(loss)
-    whole = score_batch(
-        case.policy, [case.problem], [support], distributions="distributions" in wanted
-    )
+    distributions = "distributions" in wanted
+    # scored once, with its graph: each batch is a few of these rows
+    whole = score_batch(case.policy, [case.problem], [support], distributions=distributions)
     if case.behaviour is not None:
         drawn_at = token_log_probs(case.behaviour, support, case.problem.prompt).detach()
         whole = dataclasses.replace(whole, behaviour_log_probs=drawn_at)
     parameters = [parameter for parameter in case.policy.parameters() if parameter.requires_grad]
-    everything = range(len(support))
+    everything = tuple(range(len(support)))
     complete = "support" in wanted
-    for rows in (
-        [tuple(everything)] if complete else itertools.product(everything, repeat=batch_size)
-    ):
+    batches = [everything] if complete else itertools.product(everything, repeat=batch_size)
+    for rows in batches:
         batch = whole.pick(torch.tensor(rows))
         value = loss(dataclasses.replace(batch, complete=complete))
         gradients = torch.autograd.grad(
             value, parameters, retain_graph=True, materialize_grads=True
         )
-        yield (
-            str(case.problem.space.decode(support[list(rows)])),
-            torch.cat([gradient.reshape(-1).double() for gradient in gradients]),
-        )
+        texts = str(case.problem.space.decode(support[list(rows)]))
+        yield texts, torch.cat([gradient.reshape(-1).double() for gradient in gradients])
 
 
 def _remedy(report: AuditReport, expected: Tensor) -> str:
@@ -317,9 +300,8 @@ def _remedy(report: AuditReport, expected: Tensor) -> str:
         float(batch_size): "the batch is summed; take the mean.",
     }
     found = [text for factor, text in usual.items() if math.isclose(scale, factor, rel_tol=1e-9)]
-    return f"it follows the target times {scale:.6g}: " + (
-        found[0] if found else "look for a factor that is too many or missing."
-    )
+    hint = found[0] if found else "look for a factor that is too many or missing."
+    return f"it follows the target times {scale:.6g}: {hint}"
 
 
 def _exact(executions: int) -> str:
@@ -330,8 +312,6 @@ def _exact(executions: int) -> str:
 
 
 def _numbers(values: Tensor) -> str:
-    return (
-        "("
-        + ", ".join(f"{value:.6g}" for value in values[:6].tolist())
-        + (", …)" if len(values) > 6 else ")")
-    )
+    """A vector for messages, its first six entries."""
+    shown = ", ".join(f"{value:.6g}" for value in values[:6].tolist())
+    return f"({shown}, …)" if len(values) > 6 else f"({shown})"

@@ -47,9 +47,8 @@ def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
     if not space.eos:
         return tokens
     length = torch.randint(space.max_length, (n, 1), generator=generator)
-    length[:2] = torch.tensor([[space.max_length - 1], [0]])[
-        :n
-    ]  # the longest and the empty one always
+    # the longest and the empty one always
+    length[:2] = torch.tensor([[space.max_length - 1], [0]])[:n]
     return torch.where(torch.arange(space.max_length) < length, tokens, len(space.vocabulary))
 
 
@@ -94,9 +93,8 @@ def check_language_model(
     check_prompts(model, tokens=tokens)
 
 
-assert_is_language_model = (
-    check_language_model  # under the name that stands beside the other assertions
-)
+# under the name that stands beside the other assertions
+assert_is_language_model = check_language_model
 
 
 def check_normalised(
@@ -110,14 +108,9 @@ def check_normalised(
     `check_language_model`.
     """
     tokens = example_tokens(model.space) if tokens is None else tokens
-    log_probs = conditional_log_probs(model, tokens, prompt)
-    _agree(
-        logspace.logsumexp(log_probs),
-        torch.zeros(tokens.shape, dtype=torch.float64),
-        "normalised: log Σ_v π(v|prefix)",
-        model,
-        tolerance,
-    )
+    log_total = logspace.logsumexp(conditional_log_probs(model, tokens, prompt))
+    zero = torch.zeros(tokens.shape, dtype=torch.float64)
+    _agree(log_total, zero, "normalised: log Σ_v π(v|prefix)", model, tolerance)
 
 
 def check_causal(
@@ -131,20 +124,14 @@ def check_causal(
     the row must not move.
     """
     tokens = example_tokens(model.space) if tokens is None else tokens
-    log_probs = _read(model, tokens, prompt)
+    log_probs, columns = _read(model, tokens, prompt), model.space.vocab_size
     for t in range(model.space.max_length):
-        for shift in range(1, min(model.space.vocab_size, 4)):
-            changed = torch.cat(
-                [tokens[:, :t], (tokens[:, t:] + shift) % model.space.vocab_size], 1
-            )
+        law = f"causal: row t = {t} of forward, with other tokens from {t} on"
+        # three other continuations, each with every later token changed
+        for shift in range(1, min(columns, 4)):
+            changed = torch.cat([tokens[:, :t], (tokens[:, t:] + shift) % columns], 1)
             seen = _read(model, changed, prompt)[:, t]
-            _agree(
-                seen,
-                log_probs[:, t],
-                f"causal: row t = {t} of forward, with other tokens from {t} on",
-                model,
-                tolerance,
-            )
+            _agree(seen, log_probs[:, t], law, model, tolerance)
 
 
 def check_decoding(
@@ -162,44 +149,27 @@ def check_decoding(
     expected = _read(model, tokens, prompt)
     logits, state = model.start(n, batch_prompt(prompt, n))
     branched = state
-    _agree(
-        _finish(model, logits, tokens, 0), expected[:, 0], "step ≡ forward: start", model, tolerance
-    )
+    seen = _finish(model, logits, tokens, 0)
+    _agree(seen, expected[:, 0], "step ≡ forward: start", model, tolerance)
+    # `branch` gives the two children of a row side by side; the first is the true one
+    true_children = torch.arange(0, 2 * n, 2, device=tokens.device)
     for t in range(1, space.max_length):
         logits, after = model.step(state, tokens[:, t - 1])
-        _agree(
-            _finish(model, logits, tokens, t),
-            expected[:, t],
-            f"step ≡ forward: position {t}",
-            model,
-            tolerance,
-        )
+        seen = _finish(model, logits, tokens, t)
+        _agree(seen, expected[:, t], f"step ≡ forward: position {t}", model, tolerance)
         other = (tokens[:, t - 1] + 1) % space.vocab_size
         model.step(state, other)  # a state may be stepped twice: the first child must not notice
         state = after
-        turned = torch.cat([tokens[:, : t - 1], other[:, None], tokens[:, t:]], 1)
         pair, both = model.branch(branched, torch.stack([tokens[:, t - 1], other], 1))
-        assert pair.shape == (
-            n,
-            2,
-            space.vocab_size,
-        ), f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
-        _agree(
-            _finish(model, pair[:, 0], tokens, t),
-            expected[:, t],
-            f"branch ≡ forward: position {t}, the true token",
-            model,
-            tolerance,
+        assert pair.shape == (n, 2, space.vocab_size), (
+            f"branch of {n} rows by 2 tokens gave logits {list(pair.shape)}, expected [n, k, V]"
         )
-        beside = _read(model, turned, prompt)[:, t]
-        _agree(
-            _finish(model, pair[:, 1], turned, t),
-            beside,
-            f"branch ≡ forward: position {t}, another token",
-            model,
-            tolerance,
-        )
-        branched = model.select(both, torch.arange(0, 2 * n, 2, device=tokens.device))
+        seen, law = _finish(model, pair[:, 0], tokens, t), f"branch ≡ forward: position {t}"
+        _agree(seen, expected[:, t], f"{law}, the true token", model, tolerance)
+        turned = torch.cat([tokens[:, : t - 1], other[:, None], tokens[:, t:]], 1)
+        seen, beside = _finish(model, pair[:, 1], turned, t), _read(model, turned, prompt)[:, t]
+        _agree(seen, beside, f"{law}, another token", model, tolerance)
+        branched = model.select(both, true_children)
 
 
 def check_rows_independent(
@@ -215,24 +185,18 @@ def check_rows_independent(
     tokens = example_tokens(model.space) if tokens is None else tokens
     rows, n = batch_prompt(prompt, len(tokens)), len(tokens)
     expected = _read(model, tokens, prompt)
+    law = "rows independent of the batch"
     for i in range(min(n, 6)):
         alone = _read(model, tokens[i : i + 1], None if rows is None else rows[i : i + 1])
-        _agree(
-            alone[0], expected[i], f"rows independent of the batch: row {i} alone", model, tolerance
-        )
+        _agree(alone[0], expected[i], f"{law}: row {i} alone", model, tolerance)
+    # all rows backwards, and every second one again
     index = torch.cat([torch.arange(n).flip(0), torch.arange(0, n, 2)]).to(tokens.device)
     _, state = model.start(n, rows)
     for t in range(1, model.space.max_length):
         logits, _ = model.step(model.select(state, index), tokens[index, t - 1])
         _, state = model.step(state, tokens[:, t - 1])
-        seen = _finish(model, logits, tokens[index], t)
-        _agree(
-            seen,
-            expected[index, t],
-            f"rows independent of the batch: rows reordered by select, position {t}",
-            model,
-            tolerance,
-        )
+        seen, what = _finish(model, logits, tokens[index], t), "rows reordered by select"
+        _agree(seen, expected[index, t], f"{law}: {what}, position {t}", model, tolerance)
 
 
 def check_eos_absorbs(
@@ -268,10 +232,10 @@ def check_samples_belong(
     prompt [S] or None.
     """
     tokens = model.sample(n, draw=seeded_draw(0) if draw is None else draw, prompt=prompt)
-    assert tokens.shape == (
-        n,
-        model.space.max_length,
-    ), f"sample gave shape {list(tokens.shape)}, expected [n, T] = {[n, model.space.max_length]}"
+    expected = [n, model.space.max_length]
+    assert list(tokens.shape) == expected, (
+        f"sample gave shape {list(tokens.shape)}, expected [n, T] = {expected}"
+    )
     try:
         model.space.check_tokens(tokens, "sample")
     except InputError as error:
@@ -293,26 +257,21 @@ def check_decoding_gradient(
     by `forward`. prompt [S] or None.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tokens, decoded = sample_scored(
-        model, n, draw=seeded_draw(0), prompts=None if prompt is None else prompt[None]
-    )
+    prompts = None if prompt is None else prompt[None]
+    tokens, decoded = sample_scored(model, n, draw=seeded_draw(0), prompts=prompts)
     read = token_log_probs(model, tokens, prompt)
-    _agree(
-        decoded.detach(),
-        read.detach(),
-        "gradient of step ≡ forward: the log-probabilities themselves",
-        model,
-        tolerance,
-    )
+    law = "gradient of step ≡ forward"
+    themselves = f"{law}: the log-probabilities themselves"
+    _agree(decoded.detach(), read.detach(), themselves, model, tolerance)
     if not parameters or not read.requires_grad:
         return
     assert decoded.requires_grad, (
         "gradient of step ≡ forward: start and step carry no gradient, so training on samples would"
         " not move the model"
     )
-    weight = torch.linspace(-1, 1, read.numel(), dtype=read.dtype, device=read.device).view_as(
-        read
-    )  # an advantage for each token
+    # an advantage for each token, all different, so that no two errors cancel
+    advantages = torch.linspace(-1, 1, read.numel(), dtype=read.dtype, device=read.device)
+    weight = advantages.view_as(read)
     sides = (
         torch.autograd.grad((weight * side).sum(), parameters, allow_unused=True)
         for side in (decoded, read)
@@ -321,7 +280,7 @@ def check_decoding_gradient(
         mine, theirs = (
             torch.zeros_like(parameter) if gradient is None else gradient for gradient in gradients
         )
-        _agree(mine, theirs, "gradient of step ≡ forward", model, tolerance)
+        _agree(mine, theirs, law, model, tolerance)
 
 
 def check_state_dict(
@@ -345,13 +304,8 @@ def check_state_dict(
     file.seek(0)
     other = _scrambled(model) if fresh is None else fresh()
     other.load_state_dict(torch.load(file, weights_only=True))
-    _agree(
-        _read(other, tokens, prompt),
-        _read(model, tokens, prompt),
-        "state_dict round trip",
-        model,
-        tolerance,
-    )
+    seen, expected = _read(other, tokens, prompt), _read(model, tokens, prompt)
+    _agree(seen, expected, "state_dict round trip", model, tolerance)
 
 
 def check_refuses_past_end(
@@ -432,10 +386,10 @@ def check_causal_reward(
         "causal reward: a value after the first EOS is not 0"
     )
     for t in range(space.max_length):
+        # each sequence goes on as another of them does, and is then closed by EOS
         for shift in range(1, min(len(tokens), 5)):
-            changed = _close(
-                torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1), space
-            )
+            mixed = torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1)
+            changed = _close(mixed, space)
             seen = reward(changed, rows)[:, t]
             same = torch.isclose(seen, values[:, t], rtol=0, atol=1e-12, equal_nan=True)
             assert bool(same.all()), (
@@ -449,11 +403,8 @@ def _read(model: LanguageModel, tokens: Tensor, prompt: Tensor | None) -> Tensor
     """Log-probabilities [N,T,V] along any ids, whether or not they are a sequence of the space (EOS
     at T).
     """
-    return force_eos(
-        model(tokens, batch_prompt(prompt, len(tokens))),
-        *ended_and_last(model.space, tokens),
-        model.space,
-    )
+    logits = model(tokens, batch_prompt(prompt, len(tokens)))
+    return force_eos(logits, *ended_and_last(model.space, tokens), model.space)
 
 
 def _finish(model: LanguageModel, logits: Tensor, tokens: Tensor, t: int) -> Tensor:
@@ -477,11 +428,10 @@ def _agree(
 
 
 def _first(same: Tensor, seen: Tensor, expected: Tensor) -> str:
+    """The first entry that differs, in words."""
     place = (~same).nonzero()[0].tolist()
-    return (
-        f"entry {place} is {seen[tuple(place)].item():.17g}, expected"
-        f" {expected[tuple(place)].item():.17g}"
-    )
+    found, wanted = seen[tuple(place)].item(), expected[tuple(place)].item()
+    return f"entry {place} is {found:.17g}, expected {wanted:.17g}"
 
 
 @torch.no_grad()

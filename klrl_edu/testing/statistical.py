@@ -31,9 +31,7 @@ from klrl_edu.testing import ledger
 FALSE_ALARM = 1e-9
 MISS = 1e-6  # the probability of missing a bias as large as the one that an assertion states
 _RARE = 10.0  # sequences expected less often are counted together
-_ROUNDING = (
-    1e-12  # relative to the largest value: two exact sums of the same numbers differ by less
-)
+_ROUNDING = 1e-12  # of the largest value: two exact sums of the same numbers differ by less
 
 Array = NDArray[Any]
 
@@ -107,11 +105,13 @@ def assert_samples_from(
     )
     counts = np.bincount(bins[index.cpu().numpy()], minlength=len(mass))
     outside = (counts < limits.low) | (counts > limits.high)
-    k = int(np.argmax(np.where(outside, np.abs(counts / len(tokens) - mass) / np.sqrt(mass), 0)))
+    # named is the bin that is furthest off in standard deviations, which go with √mass
+    surprise = np.abs(counts / len(tokens) - mass) / np.sqrt(mass)
+    k = int(np.argmax(np.where(outside, surprise, 0)))
     members = model.space.decode(support.tokens[torch.as_tensor(bins == k)])
-    name = repr(members[0]) + (
-        f" (and {len(members) - 1} rare ones beside it)" if members[1:] else ""
-    )
+    name = repr(members[0])
+    if members[1:]:
+        name += f" (and {len(members) - 1} rare ones beside it)"
     assert not outside.any(), (
         f"{len(tokens):,} samples are not from {type(model).__name__}: {name} came {counts[k]:,}"
         f" times, a share of {counts[k] / len(tokens):.6g}; expected {mass[k]:.6g}, between"
@@ -124,14 +124,12 @@ def assert_samples_from(
 def _drawn(
     sampler: LanguageModel | Sampler | Tensor, n: int, draw: Draw, prompt: Tensor | None
 ) -> Tensor:
-    """Tokens [n,T]."""
+    """The samples as tokens [n,T], drawn unless they are given."""
     if isinstance(sampler, Tensor):
         return sampler
-    return (
-        sampler.sample(n, draw=draw, prompt=prompt)
-        if isinstance(sampler, LanguageModel)
-        else sampler(n, draw=draw)
-    )
+    if isinstance(sampler, LanguageModel):
+        return sampler.sample(n, draw=draw, prompt=prompt)
+    return sampler(n, draw=draw)
 
 
 class CountLimits(NamedTuple):
@@ -149,7 +147,10 @@ def count_limits(n: int, mass: Array, false_alarm: float) -> CountLimits:
 
     The binomial is discrete, so what is left outside is less than δ, and is summed exactly.
     """
-    mass, level = np.minimum(mass, 1.0), _check_false_alarm(false_alarm) / (2 * len(mass))
+    mass = np.minimum(mass, 1.0)  # a sum of probabilities may round to a little more
+    level = _check_false_alarm(false_alarm) / (2 * len(mass))
+    # (1) refuses a count whose tail is no more likely than the level; a count at which the tail
+    # just meets it is refused too, hence the step by one
     low = stats.binom.ppf(level, n, mass)  # the smallest c with P(C ≤ c) ≥ level
     low = np.where(stats.binom.cdf(low, n, mass) <= level, low + 1, low)
     high = stats.binom.isf(level, n, mass)  # the smallest c with P(C > c) ≤ level
@@ -166,12 +167,10 @@ def detectable_mass(n: int, mass: Array, limits: CountLimits) -> float:
     of the binomial tails, P(C ≤ c | p) = 1 − I_p(c + 1, n − c) (Clopper and Pearson 1934).
     """
     low, high = limits.low, limits.high
-    up = np.where(
-        high < n, stats.beta.ppf(1 - MISS, high + 1, np.maximum(n - high, 1)), 1.0
-    )  # P(C ≤ high | up) = 1e-6
-    down = np.where(
-        low > 0, stats.beta.ppf(MISS, np.maximum(low, 1), n - low + 1), 0.0
-    )  # P(C ≥ low | down) = 1e-6
+    # the mass `up` at which P(C ≤ high) = 1e-6, and `down` at which P(C ≥ low) = 1e-6
+    up = stats.beta.ppf(1 - MISS, high + 1, np.maximum(n - high, 1))
+    down = stats.beta.ppf(MISS, np.maximum(low, 1), n - low + 1)
+    up, down = np.where(high < n, up, 1.0), np.where(low > 0, down, 0.0)
     return float(max((up - mass).max(), (mass - down).max()))
 
 
@@ -186,7 +185,8 @@ def _bins(probs: Array, n: int) -> Array:
     bins = np.zeros(len(probs), dtype=np.int64)
     if rare.any():
         bins[rare] = _pieces(n * probs[rare])
-    bins[~rare] = np.arange((~rare).sum()) + (bins.max() + 1 if rare.any() else 0)
+    first_free = bins.max() + 1 if rare.any() else 0
+    bins[~rare] = np.arange((~rare).sum()) + first_free
     return bins
 
 
@@ -203,9 +203,9 @@ def _pieces(expected: Array) -> Array:
 
 def _index_in(support: Tensor, tokens: Tensor) -> Tensor:
     """The row of `support` [S,T] that each of `tokens` [n,T] is -> [n]; −1 where there is none."""
-    distinct, inverse = torch.unique(
-        torch.cat([support, tokens.to(support)]), dim=0, return_inverse=True
-    )
+    # sorted together, a sample and its row of the support get the same number
+    both = torch.cat([support, tokens.to(support)])
+    distinct, inverse = torch.unique(both, dim=0, return_inverse=True)
     row = torch.full((len(distinct),), -1, dtype=torch.long, device=support.device)
     row[inverse[: len(support)]] = torch.arange(len(support), device=support.device)
     return row[inverse[len(support) :]]
@@ -295,9 +295,10 @@ def detectable_shift(
     The mean must be further off than the limit by what (2) allows the other way.
     """
     low, high = mean_limits(n, expected, sigma, value_range, false_alarm)
-    return max(high - expected, expected - low) + bernstein_deviation(
-        n, sigma, value_range[1] - value_range[0], MISS
-    )
+    lowest, highest = value_range
+    # wherever the true mean lies, a sample exceeds it by the whole range at most
+    other_way = bernstein_deviation(n, sigma, highest - lowest, MISS)
+    return max(high - expected, expected - low) + other_way
 
 
 def bernstein_deviation(n: int, sigma: float, largest: float, probability: float) -> float:

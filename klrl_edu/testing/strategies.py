@@ -21,17 +21,8 @@ from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import Reward, table_reward, token_reward
 
-EXTREME_LOG_WEIGHTS = (
-    -math.inf,
-    0.0,
-    -0.0,
-    1e-300,
-    -1e-16,
-    -36.0,
-    -745.2,
-    -1e5,
-    700.0,
-)  # zeros, ties, underflow in a probability
+# zeros, ties, underflow in a probability
+EXTREME_LOG_WEIGHTS = (-math.inf, 0.0, -0.0, 1e-300, -1e-16, -36.0, -745.2, -1e5, 700.0)
 KL_COEFS = (0.05, 0.25, 0.5, 1.0, 2.0, 10.0)
 
 
@@ -42,9 +33,8 @@ def spaces(
     """Small spaces with and without EOS: at most `max_words` words and T ≤ `max_length`."""
     words = draw(st.integers(1, max_words))
     length = draw(st.integers(1, max_length))
-    return SequenceSpace(
-        tuple("abcdefghijkl"[:words]), length, draw(st.booleans()) if eos is None else eos
-    )
+    eos = draw(st.booleans()) if eos is None else eos
+    return SequenceSpace(tuple("abcdefghijkl"[:words]), length, eos)
 
 
 @st.composite
@@ -84,9 +74,8 @@ def sequence_tables(
     """
     everything = space.all_tokens()
     count = draw(st.integers(1, min(len(everything), max_sequences)))
-    index = draw(
-        st.lists(st.integers(0, len(everything) - 1), min_size=count, max_size=count, unique=True)
-    )
+    row = st.integers(0, len(everything) - 1)
+    index = draw(st.lists(row, min_size=count, max_size=count, unique=True))
     return SequenceTable(space, everything[index], draw(log_weights(count, extremes)))
 
 
@@ -102,10 +91,8 @@ def rewards(
     """
     space, supported = prior.space, prior.log_probs.detach() > -math.inf
     if draw(st.integers(0, 3)) == 0:
-        return token_reward(
-            draw(st.lists(st.floats(-2, 2), min_size=space.vocab_size, max_size=space.vocab_size)),
-            space,
-        )
+        size = space.vocab_size
+        return token_reward(draw(st.lists(st.floats(-2, 2), min_size=size, max_size=size)), space)
     value = st.sampled_from((0.0, 1.0, 2.0, -1.0)) | st.floats(-3, 3)
     if forbid:
         value = value | st.just(-math.inf)
@@ -113,11 +100,10 @@ def rewards(
         value = value | st.sampled_from((1e300, -1e300, 1e308, 5e-324))
     texts = space.decode(prior.tokens[supported])
     equal = draw(st.sampled_from((True, False, False)))
-    values = (
-        [draw(value)] * len(texts)
-        if equal
-        else draw(st.lists(value, min_size=len(texts), max_size=len(texts)))
-    )
+    if equal:
+        values = [draw(value)] * len(texts)
+    else:
+        values = draw(st.lists(value, min_size=len(texts), max_size=len(texts)))
     assume(any(one > -math.inf for one in values))
     return table_reward(dict(zip(texts, values, strict=True)), space)
 
@@ -144,9 +130,8 @@ def problems(
     if kl_coefs is None:
         kl_coefs = st.sampled_from(KL_COEFS) | st.floats(0.1, 5)
         if extremes:
-            kl_coefs = (
-                st.sampled_from((0.0, math.inf, 5e-324)) | kl_coefs
-            )  # a branch of their own: a third of all
+            # a branch of their own, beside the two above: a third of all
+            kl_coefs = st.sampled_from((0.0, math.inf, 5e-324)) | kl_coefs
     return Problem(prior, draw(rewards(prior, forbid, extremes)), draw(kl_coefs))
 
 
