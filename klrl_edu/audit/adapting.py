@@ -131,17 +131,16 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
     readers = {} if callable(adapt) else _readers(function, adapt or {})
 
     def on_batch(batch: Batch, **draw: Draw) -> Any:
-        given = (
-            adapt(batch)
-            if callable(adapt)
-            else {name: reader(batch) for name, reader in readers.items()}
-        )
+        if callable(adapt):
+            given = adapt(batch)
+        else:
+            given = {name: reader(batch) for name, reader in readers.items()}
         result = function(**given, **draw)
         return result[0] if isinstance(result, tuple) else result
 
-    asked = set(needs_of(function)) | (
-        {"distributions"} if {"log_dists", "prior_log_dists"} & set(readers) else set()
-    )
+    asked = set(needs_of(function))
+    if {"log_dists", "prior_log_dists"} & set(readers):
+        asked.add("distributions")
     return needs(*asked)(on_batch)
 
 

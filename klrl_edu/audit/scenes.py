@@ -90,11 +90,12 @@ def build_scene(
     """
     check_same_space(policy.space, problem.space, "policy and problem")
     tokens = _support(policy, problem.space, problem.prompt, max_sequences)
-    whole = (
-        score_batch(policy, [problem], [tokens], distributions=distributions, complete=complete)
-        if supported
-        else _scored_anyway(policy, problem, tokens)
-    )
+    if supported:
+        whole = score_batch(
+            policy, [problem], [tokens], distributions=distributions, complete=complete
+        )
+    else:
+        whole = _scored_anyway(policy, problem, tokens)
     tree = SupportTree.build(policy.space, tokens, whole.log_probs)
     missed = missed_log_mass(problem.prior, tree, problem.prompt)
     sampler, remarks = tree.log_probs, _missing_mass(whole, tree, missed)
@@ -140,14 +141,15 @@ def table_scene(
     place = tree.trie.rows_of(whole.tokens)  # all are there: the table refused others
     width = table.rows.shape[1]
     if table.prior is None:
+        # the table's share of each sequence [S]; Σ π ∇log π = 0 is added, as for forward_kl
         share = torch.zeros_like(tree.log_probs).index_add(0, place, table.log_weights.exp())
         targets = {"negative_log_likelihood": tree.path_sums(tree.log_probs.exp() - share)}
         missed = -math.inf
         remarks: tuple[str, ...] = ()
     else:
-        scored = dataclasses.replace(
-            whole, tokens=tokens, prior_log_probs=token_log_probs(table.prior, tokens, prompt)
-        )
+        # the divergences are sums over the support, and `whole` holds the table's rows
+        prior_log_probs = token_log_probs(table.prior, tokens, prompt)
+        scored = dataclasses.replace(whole, tokens=tokens, prior_log_probs=prior_log_probs)
         missed = missed_log_mass(table.prior, tree, prompt)
         remarks = _missing_mass(scored, tree, missed)
         targets = divergence_targets(scored, tree, missed)

@@ -43,9 +43,9 @@ def gradient_targets(
     pi, log_pi, log_q = tree.log_probs.exp(), tree.log_probs, whole.prior_log_probs.sum(-1)
     rewards = whole.rewards.sum(-1)
     ratio = log_pi - log_q  # u [S], nats
-    centred_ratio, centred_reward = (
-        value - logspace.expectation(log_pi, value) for value in (ratio, rewards)
-    )
+    # less their means, which changes no gradient (E_π[∇log π] = 0) and keeps the digits near π*
+    centred_ratio = ratio - logspace.expectation(log_pi, ratio)
+    centred_reward = rewards - logspace.expectation(log_pi, rewards)
     return {
         "objective": tree.path_sums(pi * (kl_coef * centred_ratio - centred_reward)),
         "expected_reward": tree.path_sums(-pi * centred_reward),
@@ -62,20 +62,16 @@ def divergence_targets(whole: Batch, tree: SupportTree, missed: float) -> dict[s
         "reverse_kl_per_token": _reverse_per_token(whole, tree),
     }
     if missed == -math.inf:
-        edge_log_q = tree.on_edges(whole.prior_log_probs)
+        # −Σ q ∇log π, and Σ π ∇log π = 0 added so that it is 0 where π = q, exactly
         found["forward_kl"] = tree.path_sums(pi - log_q.exp())
-        found["forward_kl_per_token"] = tree.node_log_mass[tree.trie.parent].exp() * (
-            tree.edge_log_probs.exp() - edge_log_q.exp()
-        )
+        prefix_mass = tree.node_log_mass[tree.trie.parent].exp()
+        edge_log_q = tree.on_edges(whole.prior_log_probs)
+        difference = tree.edge_log_probs.exp() - edge_log_q.exp()
+        found["forward_kl_per_token"] = prefix_mass * difference
     return {name: found[name] for name in _ORDER if name in found}
 
 
-_ORDER = (
-    "reverse_kl",
-    "forward_kl",
-    "reverse_kl_per_token",
-    "forward_kl_per_token",
-)
+_ORDER = ("reverse_kl", "forward_kl", "reverse_kl_per_token", "forward_kl_per_token")
 
 
 def _reverse_per_token(whole: Batch, tree: SupportTree) -> Tensor:
@@ -94,9 +90,8 @@ def value_targets(whole: Batch, tree: SupportTree, missed: float) -> dict[str, T
     forward = per_token = torch.full_like(reverse, math.inf)
     if missed == -math.inf:
         forward = logspace.kl_divergence(log_q, tree.log_probs)
-        per_token = (
-            _forward_per_token(whole, tree) if bool(torch.isfinite(log_q).all()) else per_token
-        )
+        if bool(torch.isfinite(log_q).all()):
+            per_token = _forward_per_token(whole, tree)
     found = {
         "reverse_kl": reverse,
         "forward_kl": forward,

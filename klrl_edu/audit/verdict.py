@@ -27,9 +27,8 @@ def verdict(
     size = float(mean.norm())
     if math.isinf(size):
         alike = [other for other, target in targets.items() if torch.equal(mean, target)]
-        return f"{name} has an infinite mean" + (
-            f", as have {' and '.join(alike)}." if alike else "."
-        )
+        company = f", as have {' and '.join(alike)}" if alike else ""
+        return f"{name} has an infinite mean{company}."
     if size < precision * max(1.0, spread):
         return f"{name} has expectation 0."
     exact = [
@@ -52,10 +51,12 @@ def nearest_target(mean: Tensor, targets: Mapping[str, Tensor]) -> tuple[str, fl
     ones last.
     """
     distances = {name: relative_distance(mean, target) for name, target in targets.items()}
-    name = min(
-        distances,
-        key=lambda other: (math.inf if math.isnan(distances[other]) else distances[other], other),
-    )
+
+    def rank(name: str) -> tuple[float, str]:
+        distance = distances[name]  # NaN compares with nothing, so it goes last with the infinite
+        return (math.inf if math.isnan(distance) else distance, name)
+
+    name = min(distances, key=rank)
     return name, distances[name]
 
 
@@ -70,9 +71,8 @@ def _scaled(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> st
         size = float(target @ target)
         scale = float(mean @ target) / size if size else math.nan
         if float((mean - scale * target).norm()) < precision * float(mean.norm()):
-            return f"follows {name}, scaled by {scale:.6g}" + (
-                ": it climbs what it should descend" if scale < 0 else ""
-            )
+            warning = ": it climbs what it should descend" if scale < 0 else ""
+            return f"follows {name}, scaled by {scale:.6g}{warning}"
     return None
 
 
@@ -80,10 +80,10 @@ def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -
     """The plainest exact combination of two targets; none where two vectors span all there is, and
     any mean would be one.
     """
-    if (
-        len(targets) < 2
-        or int(torch.linalg.matrix_rank(torch.stack([mean, *targets.values()]), rtol=precision)) < 3
-    ):
+    if len(targets) < 2:
+        return None
+    vectors = torch.stack([mean, *targets.values()])
+    if int(torch.linalg.matrix_rank(vectors, rtol=precision)) < 3:
         return None
     found: list[tuple[int, str]] = []
     for one, other in itertools.combinations(targets, 2):
@@ -91,16 +91,12 @@ def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -
         if _nearly_parallel(*basis.unbind(1)):
             continue
         a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
-        if float(
-            (basis @ torch.tensor([a, b], dtype=mean.dtype) - mean).norm()
-        ) < precision * float(mean.norm()):
-            plain = [abs(abs(c) - 1) < precision for c in (a, b)]
-            found.append(
-                (
-                    plain.count(False),
-                    f"descends {_term(a, one, precision)}{_term(b, other, precision, joined=True)}",
-                )
-            )
+        rest = basis @ torch.tensor([a, b], dtype=mean.dtype) - mean
+        if float(rest.norm()) < precision * float(mean.norm()):
+            # the plainest has the fewest coefficients other than ±1
+            odd = sum(not abs(abs(c) - 1) < precision for c in (a, b))
+            terms = _term(a, one, precision) + _term(b, other, precision, joined=True)
+            found.append((odd, f"descends {terms}"))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 

@@ -24,8 +24,9 @@ from klrl_edu.core.validation import any_known
 
 @takes_numbers
 def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
-    """The mean of the other values in each one's group: [N] and group [N] -> [N]; independent of
-    the value it is subtracted from, as (1) asks.
+    """The mean of the other values in each one's group: [N] and group [N] -> [N].
+
+    It is independent of the value it is subtracted from, as (1) asks.
 
     Raises:
         InputError: a group of one.
@@ -38,16 +39,18 @@ def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
 
 @takes_numbers
 def leave_one_out_advantage(values: Tensor, group: Tensor) -> Tensor:
-    """R − leave-one-out mean: [N] and group [N] -> [N], n/(n − 1) times `centred`. RLOO: Ahmadian
-    et al. (2024), eq. 8.
+    """R − leave-one-out mean: [N] and group [N] -> [N], n/(n − 1) times `centred`.
+
+    Source: RLOO, Ahmadian et al. (2024), eq. 8.
     """
     return values - leave_one_out_mean(values, group)
 
 
 @takes_numbers
 def centred(values: Tensor, group: Tensor) -> Tensor:
-    """R − the group's mean, which contains R itself: [N] and group [N] -> [N]; the gradient shrinks
-    to (n − 1)/n of ∇E[R], in the same direction.
+    """R − the group's mean, which contains R itself: [N] and group [N] -> [N].
+
+    The gradient shrinks to (n − 1)/n of ∇E[R], in the same direction.
     """
     return values - _totals(values, group) / torch.bincount(group)[group]
 
@@ -110,8 +113,9 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
 
 @takes_numbers
 def to_go(rewards: Tensor) -> Tensor:
-    """Σ_{t'≥t} r_t' [N,T] -> [N,T]: what a token can still change, in reward units. A token's
-    earlier rewards are a constant b of (1).
+    """Σ_{t'≥t} r_t' [N,T] -> [N,T]: what a token can still change, in reward units.
+
+    A token's earlier rewards are a constant b of (1).
     """
     return rewards.flip(-1).cumsum(-1).flip(-1)
 

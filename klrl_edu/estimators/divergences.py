@@ -21,8 +21,9 @@ from klrl_edu.core.numbers import takes_numbers
 
 @takes_numbers
 def forward_kl(log_ratio: Tensor) -> Tensor:
-    """KL(q‖π) by w log w = −u e^{−u} [...]: unbiased; may be negative. Variance E_q[w u²] −
-    KL(q‖π)²; 0 where q = 0.
+    """KL(q‖π) by w log w = −u e^{−u} [...]: unbiased; may be negative, and is 0 where q = 0.
+
+    Variance E_q[w u²] − KL(q‖π)².
     """
     return logspace.mul_exp(-log_ratio, -log_ratio)
 
@@ -45,8 +46,9 @@ def forward_kl_nonnegative(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def chi_squared(log_ratio: Tensor) -> Tensor:
-    """½E_q(t − 1)² by cosh u − 1 = 2 sinh²(u/2) [...]: unbiased; heavy-tailed upwards, as (2) holds
-    E_π[t²].
+    """½E_q(t − 1)² by cosh u − 1 = 2 sinh²(u/2) [...]: unbiased.
+
+    Heavy-tailed upwards, as (2) holds E_π[t²].
     """
     return 2 * torch.sinh(log_ratio / 2).square()
 
@@ -61,8 +63,9 @@ def reverse_chi_squared(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def total_variation(log_ratio: Tensor) -> Tensor:
-    """½Σ|π − q| by ½|1 − e^{−u}| [...]: unbiased; between 0 and ½ where π > q. Variance ¼E_π(w −
-    1)² − TV².
+    """½Σ|π − q| by ½|1 − e^{−u}| [...]: unbiased; between 0 and ½ where π > q.
+
+    Variance ¼E_π(w − 1)² − TV².
     """
     return torch.expm1(-log_ratio).abs() / 2
 

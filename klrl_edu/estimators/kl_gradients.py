@@ -43,8 +43,9 @@ def reward_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
 @takes_numbers
 def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t sg(Σ_{t'≥t} u_t') log π_t, two [N,T] -> scalar: unbiased for ∇KL(π‖q) by (3); a
-    token is not charged for what came before it.
+    """mean Σ_t sg(Σ_{t'≥t} u_t') log π_t, two [N,T] -> scalar: unbiased for ∇KL(π‖q) by (3).
+
+    A token is not charged for what came before it.
     """
     penalty = to_go(log_probs.detach() - prior_log_probs)
     return (penalty * log_probs).sum(-1).mean()
@@ -80,8 +81,9 @@ def reward_full_kl(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
 
 @takes_numbers
 def reward_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean sg(k3(u)) log π, two [N,T] -> scalar: follows ∇KL(π‖q) − ∇KL(q‖π), as E_π[w s] =
-    −∇KL(q‖π).
+    """mean sg(k3(u)) log π, two [N,T] -> scalar: follows ∇KL(π‖q) − ∇KL(q‖π).
+
+    The second comes from the term w of k3, as E_π[w s] = −∇KL(q‖π).
     """
     value = k3((log_probs.detach() - prior_log_probs).sum(-1))
     return (value * log_probs.sum(-1)).mean()
@@ -99,59 +101,62 @@ def reward_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
 @takes_numbers
 def loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean u, two [N,T] -> scalar: its gradient s has expectation 0; pure noise of variance E‖s‖²
-    over N. Per token it is the same.
+    """mean u, two [N,T] -> scalar: its gradient s has expectation 0.
+
+    Pure noise, of variance E‖s‖² over N. Per token it is the same.
     """
     return (log_probs - prior_log_probs).sum(-1).mean()
 
 
 @takes_numbers
 def loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean u²/2 of the sequence, two [N,T] -> scalar: unbiased for ∇KL(π‖q); the gradient u s is
-    that of `reward_k1`, sample by sample.
+    """mean u²/2 of the sequence, two [N,T] -> scalar: unbiased for ∇KL(π‖q).
+
+    The gradient u s is that of `reward_k1`, sample by sample.
     """
     return k2((log_probs - prior_log_probs).sum(-1)).mean()
 
 
 @takes_numbers
 def loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean k3(u) of the sequence, two [N,T] -> scalar: unbiased for ∇KL(q‖π), the *forward* KL; the
-    gradient is (1 − w)s.
+    """mean k3(u) of the sequence, two [N,T] -> scalar: unbiased for ∇KL(q‖π), the *forward* KL.
+
+    The gradient is (1 − w)s.
     """
     return k3((log_probs - prior_log_probs).sum(-1)).mean()
 
 
 @takes_numbers
 def loss_absolute_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean |u| of the sequence, two [N,T] -> scalar: follows 2∇TV(π, q) = ∇Σ|π − q|; the gradient
-    is sign(u) s.
+    """mean |u| of the sequence, two [N,T] -> scalar: follows 2∇TV(π, q) = ∇Σ|π − q|.
+
+    The gradient is sign(u) s.
     """
     return (log_probs - prior_log_probs).sum(-1).abs().mean()
 
 
 @takes_numbers
 def loss_k2_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t u_t²/2, two [N,T] -> scalar: unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t), with
-    prefixes held fixed; gradient Σ_t u_t s_t.
+    """mean Σ_t u_t²/2, two [N,T] -> scalar: unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t).
+
+    Prefixes are held fixed there. The gradient is Σ_t u_t s_t.
     """
     return k2(log_probs - prior_log_probs).sum(-1).mean()
 
 
 @takes_numbers
 def loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t k3(u_t), two [N,T] -> scalar: unbiased for the per-token *forward* E_π Σ_t
-    ∇KL(q_t‖π_t), with prefixes held fixed.
+    """mean Σ_t k3(u_t), two [N,T] -> scalar: unbiased for a per-token *forward* KL.
 
-    The KL term of GRPO: Shao et al. (2024), eq. 4.
+    That is E_π Σ_t ∇KL(q_t‖π_t), with prefixes held fixed. The KL term of GRPO: Shao et al. (2024),
+    eq. 4.
     """
     return k3(log_probs - prior_log_probs).sum(-1).mean()
 
 
 @takes_numbers
 def loss_absolute_k1_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t |u_t|, two [N,T] -> scalar: follows 2 E_π Σ_t ∇TV(π_t, q_t), with prefixes held
-    fixed.
-    """
+    """mean Σ_t |u_t|, two [N,T] -> scalar: follows 2 E_π Σ_t ∇TV(π_t, q_t), prefixes held fixed."""
     return (log_probs - prior_log_probs).abs().sum(-1).mean()
 
 
@@ -159,26 +164,28 @@ def loss_absolute_k1_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor
 def loss_clamped_k3_token(
     log_probs: Tensor, prior_log_probs: Tensor, bound: float = 10.0
 ) -> Tensor:
-    """mean Σ_t min(k3(u_t), b), two [N,T] -> scalar: E_π Σ_t ∇KL(q_t‖π_t) without the tokens with
-    k3 > b, whose pull back is lost.
+    """mean Σ_t min(k3(u_t), b), two [N,T] -> scalar: `loss_k3_token` with clamped values.
+
+    Follows E_π Σ_t ∇KL(q_t‖π_t) without the tokens with k3 > b, whose pull back is lost.
     """
     return k3(log_probs - prior_log_probs).clamp(max=bound).sum(-1).mean()
 
 
 @takes_numbers
 def loss_full_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """mean Σ_t KL(π_t‖q_t), two [N,T,V] -> scalar: unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t),
-    with the noise of the prefixes only.
+    """mean Σ_t KL(π_t‖q_t), two [N,T,V] -> scalar: unbiased for the per-token reverse KL.
 
-    Each term is the expectation of that of `loss_k2_token` given the prefix (Rao–Blackwell).
+    That is E_π Σ_t ∇KL(π_t‖q_t), here with the noise of the prefixes only: each term is the
+    expectation of that of `loss_k2_token` given the prefix (Rao–Blackwell).
     """
     return per_token_kl(log_dists, prior_log_dists).sum(-1).mean()
 
 
 @takes_numbers
 def loss_full_forward_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """mean Σ_t KL(q_t‖π_t), two [N,T,V] -> scalar: unbiased for the per-token forward E_π Σ_t
-    ∇KL(q_t‖π_t).
+    """mean Σ_t KL(q_t‖π_t), two [N,T,V] -> scalar: unbiased for the per-token forward KL.
+
+    That is E_π Σ_t ∇KL(q_t‖π_t), with prefixes held fixed.
     """
     return logspace.kl_divergence(prior_log_dists, log_dists).sum(-1).mean()
 
@@ -188,16 +195,18 @@ def loss_full_forward_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
 
 @takes_numbers
 def reward_and_loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean sg(u) log π + u, two [N,T] -> scalar: unbiased for ∇KL(π‖q); the second term adds noise
-    only: the gradient is (u + 1)s.
+    """mean sg(u) log π + u, two [N,T] -> scalar: unbiased for ∇KL(π‖q).
+
+    The second term adds noise only: the gradient is (u + 1)s.
     """
     return reward_k1(log_probs, prior_log_probs) + loss_k1(log_probs, prior_log_probs)
 
 
 @takes_numbers
 def reward_and_loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean sg(u²/2) log π + u²/2, two [N,T] -> scalar: follows ∇E_π[u²/2], which is not ∇KL; k2's
-    value is biased, and now its gradient is too.
+    """mean sg(u²/2) log π + u²/2, two [N,T] -> scalar: follows ∇E_π[u²/2], which is not ∇KL.
+
+    k2's value is biased, and now its gradient is too.
     """
     value = k2((log_probs - prior_log_probs).sum(-1))
     return (value.detach() * log_probs.sum(-1) + value).mean()
@@ -205,8 +214,9 @@ def reward_and_loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
 @takes_numbers
 def reward_and_loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean sg(k3(u)) log π + k3(u), two [N,T] -> scalar: unbiased for ∇KL(π‖q); the gradient is (u
-    + q/π − q/π)s = u s, that of `reward_k1`.
+    """mean sg(k3(u)) log π + k3(u), two [N,T] -> scalar: unbiased for ∇KL(π‖q).
+
+    The gradient is (u + q/π − q/π)s = u s, that of `reward_k1`.
     """
     value = k3((log_probs - prior_log_probs).sum(-1))
     return (value.detach() * log_probs.sum(-1) + value).mean()
@@ -318,6 +328,7 @@ def detached_ratio_k3(
 @takes_numbers
 def off_policy_unweighted(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(u) log π on samples of μ, two [N,T] -> scalar: `reward_k1` as if they were π's.
+
     Follows E_μ[u s], which is ∇½E_μ[u²].
     """
     return reward_k1(log_probs, prior_log_probs)

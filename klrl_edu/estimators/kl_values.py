@@ -32,8 +32,9 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def k2(log_ratio: Tensor) -> Tensor:
-    """u²/2 [...]: biased by ½E[u²] − E[u]; its gradient on-policy is that of KL(π‖q). Variance
-    ¼Var_π(u²). Schulman (2020).
+    """u²/2 [...]: biased by ½E[u²] − E[u]; its gradient on-policy is that of KL(π‖q).
+
+    Variance ¼Var_π(u²). Schulman (2020).
     """
     return log_ratio.square() / 2
 
@@ -108,24 +109,27 @@ def fitted_coefficient(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def absolute_k1(log_ratio: Tensor) -> Tensor:
-    """|u| [...] (verl's `abs`): biased upwards, E|u| = KL + 2E[max(−u, 0)]. Variance E[u²] −
-    (E|u|)².
+    """|u| [...] (verl's `abs`): biased upwards, E|u| = KL + 2E[max(−u, 0)].
+
+    Variance E[u²] − (E|u|)².
     """
     return log_ratio.abs()
 
 
 @takes_numbers
 def opposite_k3(log_ratio: Tensor) -> Tensor:
-    """e^u − 1 − u [...], k3 with its ratio upside down, a trap: its mean is E_π[π/q] − 1 − KL =
-    χ²(π‖q) − KL(π‖q), χ²(π‖q) = E_q[(π/q − 1)²].
+    """e^u − 1 − u [...], k3 with its ratio upside down, a trap: its mean is χ²(π‖q) − KL(π‖q).
+
+    As E_π[π/q] − 1 = χ²(π‖q) = E_q[(π/q − 1)²].
     """
     return logspace.expm1_minus_identity(log_ratio)
 
 
 @takes_numbers
 def clamped_k1(log_ratio: Tensor, bound: float) -> Tensor:
-    """min(max(u, −b), b) [...]: biased by the tails, E[(−b − u)₊] − E[(u − b)₊]; its gradient is 0
-    where |u| > b.
+    """min(max(u, −b), b) [...]: biased by the tails, E[(−b − u)₊] − E[(u − b)₊].
+
+    Its gradient is 0 where |u| > b.
     """
     return log_ratio.clamp(-bound, bound)
 
@@ -143,8 +147,9 @@ def clamped_k3(log_ratio: Tensor, bound: float = 10.0) -> Tensor:
 
 @takes_numbers
 def input_clamped_k3(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
-    """k3(min(max(u, −b), b)) [...]: finite for every u, biased by the tails; its gradient is 0
-    where |u| > b.
+    """k3(min(max(u, −b), b)) [...]: finite for every u, biased by the tails.
+
+    Its gradient is 0 where |u| > b.
     """
     return k3(log_ratio.clamp(-bound, bound))
 
@@ -169,13 +174,12 @@ def per_token_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
 
 @takes_numbers
 def rao_blackwell(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """Σ_t KL_t of (3) along each sampled sequence: [N,T,V] twice -> [N] in nats; unbiased for the
-    sequence KL.
+    """Σ_t KL_t of (3) along each sampled sequence: [N,T,V] twice -> [N] in nats.
 
-    Each term is E[u_t|y_<t], so it has less variance than u_t; the *sum* need not: Var(Σ_t KL_t)
-    counts how KL_s of later prefixes follows from earlier tokens, which Σ_t u_t may cancel. (P₁ =
-    (.5,.5), Q₁ = (.25,.75); after 0 P = Q; after 1 P = (.01,.99), Q = (.99,.01): 5.07 against k1's
-    3.32.) Source: Amini et al. (2025).
+    Unbiased for the sequence KL. Each term is E[u_t|y_<t], so it has less variance than u_t; the
+    *sum* need not: Var(Σ_t KL_t) counts how KL_s of later prefixes follows from earlier tokens,
+    which Σ_t u_t may cancel. (P₁ = (.5,.5), Q₁ = (.25,.75); after 0 P = Q; after 1 P = (.01,.99),
+    Q = (.99,.01): 5.07 against k1's 3.32.) Source: Amini et al. (2025).
     """
     return per_token_kl(log_dists, prior_log_dists).sum(-1)
 

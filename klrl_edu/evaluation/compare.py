@@ -130,14 +130,12 @@ class Comparison:
         return f"{html_table(*self._table())}<p>{html.escape(self.summary)}</p>"
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
+        metrics = self.metrics()
         if self.exact:
-            return ["metric", "exact value"], [
-                [name, value] for name, value in self.metrics().items()
-            ]
+            return ["metric", "exact value"], [[name, value] for name, value in metrics.items()]
         header = ["metric", f"mean of {self.sequences}", "standard error"]
-        return header, [
-            [name, value, self.standard_error.get(name)] for name, value in self.metrics().items()
-        ]
+        errors = self.standard_error
+        return header, [[name, value, errors.get(name)] for name, value in metrics.items()]
 
 
 @dataclass(frozen=True)
@@ -149,14 +147,13 @@ class Comparisons:
     @property
     def mean(self) -> dict[str, float]:
         """Metric -> mean over the problems (metrics that every row has)."""
-        columns = {
-            name: [row.metrics()[name] for row in self.rows] for name in self.rows[0].metrics()
-        }
-        return {
-            name: math.fsum(v for v in values if v is not None) / len(values)
-            for name, values in columns.items()
-            if None not in values
-        }
+        means = {}
+        for name in self.rows[0].metrics():
+            values = [row.metrics()[name] for row in self.rows]
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                means[name] = math.fsum(known) / len(known)
+        return means
 
     def to_dict(self) -> dict[str, Any]:
         """Rows and mean as plain numbers."""
@@ -164,13 +161,10 @@ class Comparisons:
 
     def __str__(self) -> str:
         header = ["metric", *(f"problem {i}" for i in range(len(self.rows))), "mean"]
-        return text_table(
-            header,
-            [
-                [name, *(row.metrics()[name] for row in self.rows), mean]
-                for name, mean in self.mean.items()
-            ],
-        )
+        lines: list[list[Cell]] = []
+        for name, mean in self.mean.items():
+            lines.append([name, *(row.metrics()[name] for row in self.rows), mean])
+        return text_table(header, lines)
 
 
 @overload
@@ -241,6 +235,7 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
     """
     sums, kl_coef = target.against(approximation), target.problem.kl_coef
     reverse_kl, kl_to_prior = float(sums.reverse_kl), float(sums.kl_to_prior)
+    # J as defined; its gap to the best is taken from the divergence, which cancels nothing
     objective = float(sums.expected_reward) - _product(kl_coef, kl_to_prior)
     log_evidence_error, sample_size = None, math.exp(-float(sums.log_second_moment))
     if isinstance(approximation, WeightedSequences):
@@ -294,8 +289,9 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
     log_ratio = pi - sequence_log_probs(problem.prior, mine, problem.prompt)  # u [n]
     inside = log_ratio < math.inf
     rewards = torch.zeros_like(pi)
-    rewards[inside] = problem.rewards(mine[inside])
+    rewards[inside] = problem.rewards(mine[inside])  # elsewhere a reward need not exist
     pi_there, star_there = _both_log_probs(approximation, target, theirs)
+    # the Jensen–Shannon divergence has a half under each; the two samples are independent
     js_mine, mine_error = _mean(pi - _middle(pi, star))
     js_theirs, theirs_error = _mean(star_there - _middle(pi_there, star_there))
     weight, weight_error = _mean(torch.exp(star_there - pi_there))  # E_π*[π*/π]
@@ -311,12 +307,13 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
         "uncovered_mass": _mean((pi_there == -math.inf).double()),
         "violating_mass": _mean((star == -math.inf).double()),
     }
-    gap = _gap(
-        values["reverse_kl"][0], problem.kl_coef, float(target.value), values["objective"][0]
+    (reverse_kl, reverse_kl_error), (objective, objective_error) = (
+        values["reverse_kl"],
+        values["objective"],
     )
-    gap_error = (
-        problem.kl_coef * values["reverse_kl"][1] if problem.kl_coef > 0 else values["objective"][1]
-    )
+    gap = _gap(reverse_kl, problem.kl_coef, float(target.value), objective)
+    # the error of whichever of the two the gap was taken from
+    gap_error = problem.kl_coef * reverse_kl_error if problem.kl_coef > 0 else objective_error
     values["objective_gap"] = (gap, gap_error)
     means = {name: value for name, (value, _) in values.items()}
     errors = {name: error for name, (_, error) in values.items()}
@@ -326,10 +323,10 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
 def _both_log_probs(
     approximation: LanguageModel, target: Posterior, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """log π and log π* of sequences [n,T]: [n] each, in nats."""
     prompt = target.problem.prompt
-    return sequence_log_probs(approximation, tokens, prompt), sequence_log_probs(
-        target.model, tokens, prompt
-    )
+    mine = sequence_log_probs(approximation, tokens, prompt)
+    return mine, sequence_log_probs(target.model, tokens, prompt)
 
 
 def _stepwise_kl(
@@ -339,12 +336,12 @@ def _stepwise_kl(
     by the chain rule, and 0 where they agree.
     """
     mine, theirs = (conditional_log_probs(model, tokens, prompt) for model in (drawn_from, other))
-    return torch.where(
-        drawn_from.space.live(tokens), logspace.kl_divergence(mine, theirs), 0.0
-    ).sum(-1)
+    divergence = logspace.kl_divergence(mine, theirs)
+    return torch.where(drawn_from.space.live(tokens), divergence, 0.0).sum(-1)
 
 
 def _middle(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log ½(p + q), in nats."""
     return torch.logaddexp(log_p, log_q) - math.log(2)
 
 

@@ -69,9 +69,9 @@ class History:
 
     def _table(self, shown: int = 8) -> tuple[list[str], list[list[float | None]]]:
         stride = max(1, math.ceil(len(self.records) / shown))
-        picked = self.records[::stride] + (
-            [self.records[-1]] if self.records and (len(self.records) - 1) % stride else []
-        )
+        picked = self.records[::stride]
+        if self.records and (len(self.records) - 1) % stride:
+            picked.append(self.records[-1])  # the last step always
         return self.names, [[record.get(name) for name in self.names] for record in picked]
 
     def __str__(self) -> str:

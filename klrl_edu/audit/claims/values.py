@@ -80,9 +80,8 @@ def _log_weights(
 def _evidence(
     log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
 ) -> Tensor:
-    return evidence.importance_sampling(
-        _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
-    ).exp()
+    log_weights = _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    return evidence.importance_sampling(log_weights).exp()
 
 
 def _log_evidence(
@@ -106,27 +105,23 @@ def _upper_bound(
 def _inverse_evidence(
     log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
 ) -> Tensor:
-    return (
-        -evidence.harmonic_mean(_log_weights(log_probs, prior_log_probs, rewards, kl_coef))
-    ).exp()
+    log_weights = _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    return (-evidence.harmonic_mean(log_weights)).exp()
 
 
 def _self_normalised(
     log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
 ) -> Tensor:
-    return evidence.self_normalised(
-        rewards.sum(-1), _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
-    )
+    log_weights = _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    return evidence.self_normalised(rewards.sum(-1), log_weights)
 
 
 # --- constants ------------------------------------------------------------------------------------
 
 
 def _best_coefficient(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
-    log_pi, log_q = (
-        model.log_prob(problem_support(problem).tokens).detach()
-        for model in (policy, problem.prior)
-    )
+    tokens = problem_support(problem).tokens
+    log_pi, log_q = policy.log_prob(tokens).detach(), problem.prior.log_prob(tokens).detach()
     return {"coefficient": float(best_coefficient(log_pi, log_q))}
 
 
