@@ -88,11 +88,8 @@ def surnames_by_score(count: int) -> klrl.Problem:
     """Surnames rewarded by their Scrabble score over ten."""
     prior = klrl.surnames(count=count).prior
     score = {letter: value / 10 for value, letters in LETTER_SCORES.items() for letter in letters}
-    return klrl.Problem(
-        prior,
-        klrl.text_reward(lambda name: sum(score[letter] for letter in name), prior.space),
-        1.0,
-    )
+    reward = klrl.text_reward(lambda name: sum(score[letter] for letter in name), prior.space)
+    return klrl.Problem(prior, reward, 1.0)
 
 
 def _grid(first: float, last: float, points: int) -> list[float]:
@@ -119,33 +116,27 @@ def _frontier_height(point: Callable[[float], dict[str, float]]) -> Callable[[fl
     nothing, and flat beyond the frontier's end.
     """
     smallest, largest = 0.01, 1e6
-    start, end, nearest, farthest = (
-        point(kl_coef) for kl_coef in (math.inf, 0.0, largest, smallest)
-    )
+    start, end = point(math.inf), point(0.0)
+    least, most = point(largest)["kl_to_prior"], point(smallest)["kl_to_prior"]
+    between = math.log(smallest), math.log(largest)
 
     def height(kl: float) -> float:
-        if not nearest["kl_to_prior"] < kl < farthest["kl_to_prior"]:
-            return (end if kl > nearest["kl_to_prior"] else start)["expected_reward"]
+        if not least < kl < most:
+            return (end if kl > least else start)["expected_reward"]
         root = brentq(
-            lambda x: point(math.exp(x))["kl_to_prior"] - kl,
-            math.log(smallest),
-            math.log(largest),
-            xtol=1e-14,
-            rtol=1e-14,
+            lambda x: point(math.exp(x))["kl_to_prior"] - kl, *between, xtol=1e-14, rtol=1e-14
         )
         at = point(math.exp(root))
-        return at["expected_reward"] + at["kl_coef"] * (
-            kl - at["kl_to_prior"]
-        )  # the tangent takes up the root's last digits
+        # along the tangent, which takes up the root's last digits
+        return at["expected_reward"] + at["kl_coef"] * (kl - at["kl_to_prior"])
 
     return height
 
 
 def _train(problem: klrl.Problem, support: klrl.Support, config: Config) -> dict[str, Any]:
     """RLOO from the prior, one row of logits a prefix; looked at every few steps."""
-    policy = klrl.PrefixTable.from_model(
-        problem.prior, support.tokens
-    )  # −inf where q has no mass, and stays so
+    # logits of −inf where q has no mass, which no step moves
+    policy = klrl.PrefixTable.from_model(problem.prior, support.tokens)
     run: dict[str, Any] = {
         "kl_coef": problem.kl_coef,
         "step": [],
@@ -167,9 +158,8 @@ def _train(problem: klrl.Problem, support: klrl.Support, config: Config) -> dict
         "draw": klrl.seeded_draw(config.seed),
     }
     optimizer = torch.optim.SGD(policy.parameters(), lr=config.lr)
-    for record in klrl.train_steps(
-        policy, problem, klrl.losses.rloo, optimizer=optimizer, **options
-    ):
+    loop = klrl.train_steps(policy, problem, klrl.losses.rloo, optimizer=optimizer, **options)
+    for record in loop:
         if record["step"] % config.every == 0:
             look(int(record["step"]))
     return run
@@ -183,6 +173,7 @@ def draw(data: dict[str, Any]) -> Figure:
     x, y = ([*frontier[name], end[name]] for name in ("kl_to_prior", "expected_reward"))
     plane.plot(x, y, color=plots.BLACK, label="exact frontier")
     for tangent, colour in zip(data["tangents"], plots.POLICY_COLOURS, strict=False):
+        # all tangents of about one length on the page, where a nat is half as long as a reward unit
         width = 0.9 / math.hypot(1, 2 * tangent["kl_coef"])
         around = [max(0, tangent["kl_to_prior"] - width), tangent["kl_to_prior"] + width]
         plane.plot(
@@ -202,9 +193,8 @@ def draw(data: dict[str, Any]) -> Figure:
             "label": name,
         }
         plane.plot(run["kl_to_prior"], run["expected_reward"], **style)
-        below.plot(
-            run["step"][1:], run["shortfall"][1:], **style
-        )  # at step 0 the policy is the prior, on the frontier
+        # without step 0, where the policy is the prior, on the frontier: no logarithm shows 0
+        below.plot(run["step"][1:], run["shortfall"][1:], **style)
     plane.set(
         xlabel="KL(π‖q) in nats",
         ylabel="E[r] in reward units",

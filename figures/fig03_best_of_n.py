@@ -45,17 +45,11 @@ def compute(config: Config) -> dict[str, Any]:
     sentences = klrl.posterior(klrl.four_sentences()).enumerated()
     priors = [("four sentences", sentences.log_prior, sentences.rewards)]
     for size in config.sizes:
-        priors.append(
-            (
-                f"uniform over {size}",
-                torch.full((size,), -math.log(size), dtype=torch.float64),
-                torch.arange(float(size)),
-            )
-        )
+        uniform = torch.full((size,), -math.log(size), dtype=torch.float64)
+        priors.append((f"uniform over {size}", uniform, torch.arange(float(size))))
     generator = torch.Generator().manual_seed(config.seed)
-    log_q = torch.log_softmax(
-        torch.randn(config.outcomes, generator=generator, dtype=torch.float64), 0
-    )
+    logits = torch.randn(config.outcomes, generator=generator, dtype=torch.float64)
+    log_q = torch.log_softmax(logits, 0)
     rewards = torch.randn(config.outcomes, generator=generator, dtype=torch.float64)
     mine = [klrl.best_of_n(log_q, rewards, n) for n in draws]
     spread = klrl.budget.frontier(log_q, rewards, [0.02 * 1.15**i for i in range(70)])

@@ -49,26 +49,25 @@ class Config:
 
 def compute(config: Config) -> dict[str, Any]:
     """Each optimum, and its ratio π/q as a function of the reward with the same ν."""
-    log_q, rewards = (
-        torch.tensor(config.prior, dtype=torch.float64).log(),
-        torch.tensor(config.rewards, dtype=torch.float64),
-    )
-    grid = torch.linspace(
-        min(config.rewards), max(config.rewards), config.points, dtype=torch.float64
-    )
+    log_q = torch.tensor(config.prior, dtype=torch.float64).log()
+    rewards = torch.tensor(config.rewards, dtype=torch.float64)
+    ends = min(config.rewards), max(config.rewards)
+    grid = torch.linspace(*ends, config.points, dtype=torch.float64)
     optima, curves = [], {}
     for name, label in NAMES.items():
         found = klrl.regularizers.optimum(name, log_q, rewards, config.kl_coef)
         probabilities = found.log_probs.exp()
-        zeros = (found.log_probs == -torch.inf).nonzero().squeeze(-1).tolist()
-        optima.append({"name": label, "probabilities": probabilities.tolist(), "zeros": zeros})
-        optima[-1] |= {
-            "expected_reward": float(probabilities @ rewards),
-            "objective": found.objective,
-        }
-        curves[label] = klrl.regularizers.density_ratio(
-            name, (grid - found.normaliser) / config.kl_coef
-        ).tolist()
+        optima.append(
+            {
+                "name": label,
+                "probabilities": probabilities.tolist(),
+                "zeros": (found.log_probs == -torch.inf).nonzero().squeeze(-1).tolist(),
+                "expected_reward": float(probabilities @ rewards),
+                "objective": found.objective,
+            }
+        )
+        advantage = (grid - found.normaliser) / config.kl_coef
+        curves[label] = klrl.regularizers.density_ratio(name, advantage).tolist()
     return {
         "prior": list(config.prior),
         "rewards": list(config.rewards),

@@ -40,11 +40,9 @@ from klrl_edu.decisions.decision_learning import LearningCurve
 from klrl_edu.decisions.decision_process import DecisionProcess
 from klrl_edu.decisions.soft_control import policy_evaluation, value_iteration
 
-PLANNING, Q_LEARNING, POLICY_GRADIENT = (
-    "planning on the estimated model",
-    "soft Q-learning",
-    "policy gradient",
-)
+PLANNING = "planning on the estimated model"
+Q_LEARNING = "soft Q-learning"
+POLICY_GRADIENT = "policy gradient"
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,9 @@ class Config:
     kl_coef: float = 0.1
     discount: float = 0.95
     seeds: int = 5
-    shortest: int = (
-        5  # log2 of the first checkpoint; the policy gradient's first batches are longer
-    )
-    shortest_of_gradient: int = 8
-    longest: int = 15
+    shortest: int = 5  # log2 of the first checkpoint
+    shortest_of_gradient: int = 8  # the same for the policy gradient, whose batches are longer
+    longest: int = 15  # log2 of the last
     exponent: float = 0.8  # of the steps of Q-learning
     learning_rate: float = 4.0
     episodes: int = 32
@@ -69,22 +65,19 @@ def clearing(points: int, discount: float) -> DecisionProcess:
     """States by points still open, then annoyed and over; actions ask and answer."""
     S = points + 3
     annoyed, over = S - 2, S - 1
+    ask, answer = 0, 1
+    # while points are open: a question mostly clears one, an answer earns little and ends it
     prior, rewards = [[0.75, 0.25] for _ in range(S)], [[-0.02, 0.3] for _ in range(S)]
     transitions = torch.zeros(S, 2, S, dtype=torch.float64)
-    transitions[:, 1, over] = 1
+    transitions[:, answer, over] = 1
     for state in range(points):
         for after, chance in ((state + 1, 0.7), (state, 0.22), (annoyed, 0.08)):
-            transitions[state, 0, after] = chance
-    prior[points], rewards[points] = (
-        [0.2, 0.8],
-        [
-            -0.02,
-            2.0,
-        ],
-    )  # all is clear: one more question is idle
-    transitions[points, 0, points], transitions[points, 0, annoyed] = 0.8, 0.2
+            transitions[state, ask, after] = chance
+    # all is clear: the answer is worth most, and one more question is idle
+    prior[points], rewards[points] = [0.2, 0.8], [-0.02, 2.0]
+    transitions[points, ask, points], transitions[points, ask, annoyed] = 0.8, 0.2
     prior[annoyed], rewards[annoyed] = [0.5, 0.5], [-0.2, -0.1]
-    transitions[annoyed, 0, annoyed] = transitions[annoyed, 0, over] = 0.5
+    transitions[annoyed, ask, annoyed] = transitions[annoyed, ask, over] = 0.5
     places = torch.arange(S)
     names = (*(f"{count} open" for count in range(points, -1, -1)), "annoyed", "over")
     return DecisionProcess.from_probabilities(
@@ -129,25 +122,22 @@ def compute(config: Config) -> dict[str, Any]:
 
 
 def _learner(name: str, curves: list[LearningCurve]) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         "name": name,
         "transitions": [list(curve.transitions) for curve in curves],
         "gaps": [list(curve.gaps) for curve in curves],
     }
-    return (
-        {**found, "bounds": [list(curve.model_bounds) for curve in curves]}
-        if curves[0].model_bounds
-        else found
-    )
+    if curves[0].model_bounds:
+        found["bounds"] = [list(curve.model_bounds) for curve in curves]
+    return found
 
 
 @plots.publication_style()
 def draw(data: dict[str, Any]) -> Figure:
     """What each earns, and what it lacks, against transitions."""
     figure, (earned, lacking) = plots.new_figure(2, 3.5, 3.3)
-    for learner, colour, marker in zip(
-        data["learners"], (plots.GREEN, plots.VERMILION, plots.PURPLE), "os^", strict=True
-    ):
+    colours = (plots.GREEN, plots.VERMILION, plots.PURPLE)
+    for learner, colour, marker in zip(data["learners"], colours, "os^", strict=True):
         samples = [
             statistics.median(column) for column in zip(*learner["transitions"], strict=True)
         ]

@@ -54,17 +54,15 @@ class Config:
 def compute(config: Config) -> dict[str, Any]:
     """Everything in closed form."""
     ratio = (config.largest / config.smallest) ** (1 / (config.points - 1))
-    kl = torch.tensor(
-        [config.smallest * ratio**i for i in range(config.points)], dtype=torch.float64
-    )
+    grid = [config.smallest * ratio**i for i in range(config.points)]
+    kl = torch.tensor(grid, dtype=torch.float64)
     moments = {"k1": gaussian_kl.k1(kl), "k2": gaussian_kl.k2(kl), "k3": gaussian_kl.k3(kl)}
     best = gaussian_kl.control_variate(kl, gaussian_kl.best_coefficient(kl))
+    with_best = moments | {"best": best}  # unbiased too, hence not among the biases
     crossing = gaussian_kl.crossing()
     return {
         "kl": kl.tolist(),
-        "relative_std": {
-            name: one.relative_std.tolist() for name, one in (moments | {"best": best}).items()
-        },
+        "relative_std": {name: one.relative_std.tolist() for name, one in with_best.items()},
         "relative_bias": {name: one.relative_bias.tolist() for name, one in moments.items()},
         "crossing": {"kl": crossing, "relative_std": float(gaussian_kl.k1(crossing).relative_std)},
         "published": PUBLISHED,
@@ -85,9 +83,9 @@ def draw(data: dict[str, Any]) -> Figure:
             linewidth=1.2 if name == "best" else 1.5,
         )
     for name, line in data["relative_bias"].items():
-        bias.plot(
-            kl, line, color=COLOURS[name], linestyle=(0, (4, 4)) if name == "k3" else "-"
-        )  # k3 on k1: both 0
+        # k3 dashed, as it lies on k1: both 0
+        style: Any = (0, (4, 4)) if name == "k3" else "-"
+        bias.plot(kl, line, color=COLOURS[name], linestyle=style)
     for name in ("k1", "k2", "k3"):
         for ax, quantity in ((noise, "relative_std"), (bias, "relative_bias")):
             ax.plot(

@@ -171,11 +171,9 @@ def _draw_placements(rows: list[dict[str, Any]], bias: Axes, noise: Axes) -> Non
     for ax, quantity in ((bias, "bias"), (noise, "std")):
         ax.barh(names, [row[quantity] for row in rows], 0.65, color=colours)
         for place, (row, hit) in enumerate(zip(rows, exact, strict=True)):
-            said, end = (
-                ("unbiased", 0.0)
-                if hit and quantity == "bias"
-                else (f"{row[quantity]:.2f}", row[quantity])
-            )
+            said, end = f"{row[quantity]:.2f}", row[quantity]
+            if hit and quantity == "bias":
+                said, end = "unbiased", 0.0
             ax.annotate(
                 said, (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5
             )

@@ -64,9 +64,8 @@ def compute(config: Config) -> dict[str, Any]:
 def _train(target: klrl.Posterior, config: Config) -> dict[str, Any]:
     """RLOO from the prior, one row of logits a prefix; looked at every few steps."""
     problem, support = target.problem, target.enumerated()
-    policy = klrl.PrefixTable.from_model(
-        problem.prior, support.tokens
-    )  # −inf where q has no mass, and stays so
+    # logits of −inf where q has no mass, which no step moves
+    policy = klrl.PrefixTable.from_model(problem.prior, support.tokens)
     run: dict[str, Any] = {
         "kl_coef": problem.kl_coef,
         "step": [],
@@ -96,10 +95,8 @@ def _train(target: klrl.Posterior, config: Config) -> dict[str, Any]:
     order = (target.log_probs * 1e9).round().argsort(descending=True, stable=True)
     run["posterior_entropy"] = float(klrl.logspace.entropy(target.log_probs)) + 0.0  # never −0
     run["best"] = problem.space.decode(support.tokens[log_pi.argmax()][None])[0]
-    run["posterior"], run["probabilities"] = (
-        target.log_probs[order].exp().tolist(),
-        log_pi[order].exp().tolist(),
-    )
+    run["posterior"] = target.log_probs[order].exp().tolist()
+    run["probabilities"] = log_pi[order].exp().tolist()
     return run
 
 

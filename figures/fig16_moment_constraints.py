@@ -62,23 +62,22 @@ def compute(config: Config) -> dict[str, Any]:
 def dpg(batch: klrl.Batch) -> torch.Tensor:
     """(2): −mean (p/π) log π with p ∝ q e^{r/λ} normalised by the batch's own estimate of Z."""
     log_pi = batch.log_probs.sum(-1)
-    log_weight = (
-        batch.prior_log_probs.sum(-1) + batch.rewards.sum(-1) / batch.kl_coef - log_pi.detach()
-    )
+    log_p = batch.prior_log_probs.sum(-1) + batch.rewards.sum(-1) / batch.kl_coef  # up to log Z
+    log_weight = log_p - log_pi.detach()
+    # the softmax divides by the sum of the weights: the batch's Z, and its size, at once
     return -(torch.softmax(log_weight, 0) * log_pi).sum()
 
 
 def _train(
     config: Config, mu: float, log_prior: torch.Tensor, dog: torch.Tensor
 ) -> dict[str, float]:
-    beta = float(
-        klrl.match_moments(log_prior, dog, torch.tensor([mu], dtype=torch.float64)).coefficients
-    )
+    """A network trained to the optimum under one constraint, and how near it came."""
+    wanted = torch.tensor([mu], dtype=torch.float64)
+    beta = float(klrl.match_moments(log_prior, dog, wanted).coefficients)
     base = klrl.four_sentences()
     problem = klrl.Problem(base.prior, klrl.scale(klrl.count_reward("dog", base.space), beta), 1.0)
-    policy = klrl.restrict_to_support(
-        klrl.RecurrentModel(base.space, hidden_size=16, seed=config.seed), base.prior
-    )
+    network = klrl.RecurrentModel(base.space, hidden_size=16, seed=config.seed)
+    policy = klrl.restrict_to_support(network, base.prior)
     options = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr}
     klrl.train(policy, problem, dpg, draw=klrl.seeded_draw(config.seed), **options)
     side = klrl.compare(policy, klrl.posterior(problem))

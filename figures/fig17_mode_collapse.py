@@ -43,16 +43,11 @@ def compute(config: Config) -> dict[str, Any]:
     log_q = torch.tensor(config.prior, dtype=torch.float64).log()
     ratio = (config.largest / config.smallest) ** (1 / (config.points - 1))
     grid = [config.smallest * ratio**i for i in range(config.points)]
-    unequal, equal = (
-        torch.tensor([1.0 + extra, 1.0, 0.0], dtype=torch.float64)
-        for extra in (config.advantage, 0.0)
-    )
-    odds = [
-        config.prior[1]
-        / config.prior[0]
-        * torch.tensor(-config.advantage / x, dtype=torch.float64).exp().item()
-        for x in grid
-    ]
+    unequal = torch.tensor([1.0 + config.advantage, 1.0, 0.0], dtype=torch.float64)
+    equal = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    major, minor, _ = config.prior
+    tilts = [torch.tensor(-config.advantage / x, dtype=torch.float64).exp().item() for x in grid]
+    odds = [minor / major * tilt for tilt in tilts]
     names = ("reverse_kl", "forward_kl")
     return {
         "kl_coef": grid,
@@ -66,6 +61,7 @@ def compute(config: Config) -> dict[str, Any]:
 
 
 def _share(name: str, log_q: torch.Tensor, rewards: torch.Tensor, kl_coef: float) -> float:
+    """The minor mode's share of the two modes' mass in the optimum."""
     log_pi = klrl.regularizers.optimum(name, log_q, rewards, kl_coef).log_probs
     return float((log_pi[1] - log_pi[:2].logsumexp(0)).exp())
 

@@ -51,35 +51,35 @@ def compute(config: Config) -> dict[str, Any]:
     """The three updates step by step, each iterate held against the exact posterior at λ_t."""
     target = klrl.posterior(klrl.four_sentences(config.kl_coef))
     support = target.enumerated()
-    log_q, r, lam, mix = (
-        support.log_prior,
-        support.rewards,
-        config.kl_coef,
-        config.rate * config.kl_coef,
-    )
+    log_q, r, lam = support.log_prior, support.rewards, config.kl_coef
+    mix = config.rate * lam  # ηλ
     tilted = log_q + r / lam  # q e^{r/λ}
+    # each: the update of log π, and the λ_t whose posterior the t-th iterate is
     runs = [
+        # (1)
         _run(
             "natural gradient",
             log_q,
             lambda p: (1 - mix) * p + mix * tilted,
             lambda t: lam / (1 - (1 - mix) ** t),
             config.steps,
-        ),  # (1)
+        ),
+        # (2)
         _run(
             "proximal",
             log_q,
             lambda p: (p + mix * tilted) / (1 + mix),
             lambda t: lam / (1 - (1 + mix) ** -t),
             config.steps,
-        ),  # (2)
+        ),
+        # (3)
         _run(
             "reward only",
             log_q,
             lambda p: p + config.rate * r,
             lambda t: 1 / (config.rate * t),
             config.reward_only_steps,
-        ),  # (3)
+        ),
     ]
     one_step = _run("one step", log_q, lambda p: tilted, lambda t: lam, 1)
     sweep = [20.0 * (0.05 / 20.0) ** (i / (config.points - 1)) for i in range(config.points)]
@@ -118,22 +118,21 @@ def _run(
 
 
 def _deviation(run: dict[str, Any]) -> float:
-    pairs = zip(run["kl_coef"], run["probabilities"], strict=True)
-    return max(
-        abs(p - star)
-        for kl_coef, row in pairs
-        for p, star in zip(row, _exact(kl_coef), strict=True)
-    )
+    """The most by which any probability of a run is off the posterior at its λ_t."""
+    worst = 0.0
+    for kl_coef, row in zip(run["kl_coef"], run["probabilities"], strict=True):
+        for p, star in zip(row, _exact(kl_coef), strict=True):
+            worst = max(worst, abs(p - star))
+    return worst
 
 
 def _plain_gradient(log_prior: Tensor, rewards: Tensor, config: Config) -> dict[str, Any]:
     """θ ← θ + η π (r − λu − J), u = log π/q: gradient ascent on J in sequence logits."""
     log_pi, rows = log_prior, [log_prior.exp().tolist()]
     for _ in range(config.plain_steps):
-        worth = rewards - config.kl_coef * (log_pi - log_prior)
-        log_pi = klrl.logspace.log_normalize(
-            log_pi + config.plain_rate * log_pi.exp() * (worth - log_pi.exp() @ worth)
-        )
+        worth = rewards - config.kl_coef * (log_pi - log_prior)  # r − λu, whose mean is J
+        advantage = worth - log_pi.exp() @ worth
+        log_pi = klrl.logspace.log_normalize(log_pi + config.plain_rate * log_pi.exp() * advantage)
         rows.append(log_pi.exp().tolist())
     return {"step": list(range(config.plain_steps + 1)), "probabilities": rows}
 
@@ -186,9 +185,8 @@ def draw(data: dict[str, Any]) -> Figure:
         linewidth=1,
         label="λ sweep: all π*$_λ$",
     )
-    for run, marker, colour in zip(
-        data["runs"], "osx", (plots.BLUE, plots.ORANGE, plots.VERMILION), strict=True
-    ):
+    colours = (plots.BLUE, plots.ORANGE, plots.VERMILION)
+    for run, marker, colour in zip(data["runs"], "osx", colours, strict=True):
         rows = [run["probabilities"][t - 1] for t in _SHOWN[run["name"]]]
         simplex.plot(
             [row[x] for row in rows],
