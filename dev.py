@@ -50,16 +50,14 @@ def main(arguments: list[str]) -> int:
         "figures": figures,
     }
     if not arguments or arguments[0] not in targets:
-        asked = (
-            f"no target {arguments[0]!r}. "
-            if arguments and arguments[0] not in ("-h", "--help")
-            else ""
-        )
+        wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
+        complaint = f"no target {arguments[0]!r}. " if wrong else ""
+        _, _, usage = (__doc__ or "").partition("\n\n")  # without the first line
         print(
-            f"dev.py: {asked}Usage:\n{(__doc__ or '').partition(chr(10) * 2)[2].rstrip()}",
-            file=sys.stderr if asked else sys.stdout,
+            f"dev.py: {complaint}Usage:\n{usage.rstrip()}",
+            file=sys.stderr if wrong else sys.stdout,
         )
-        return 2 if asked else 0
+        return 2 if wrong else 0
     try:
         return targets[arguments[0]](arguments[1:])
     except subprocess.CalledProcessError as error:
@@ -81,27 +79,17 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """The tests, on all cores, one torch thread each."""
     set_up("test")
-    return run(
-        "-m",
-        "pytest",
-        "-n",
-        "auto",
-        "--dist",
-        "worksteal",
-        "--klrl-false-alarm",
-        "1e-6",
-        *arguments,
-    )
+    parallel = ["-n", "auto", "--dist", "worksteal"]
+    return run("-m", "pytest", *parallel, "--klrl-false-alarm", "1e-6", *arguments)
 
 
 def check(arguments: list[str]) -> int:
     """Style and types."""
     set_up("dev")
-    return max(
-        run("-m", "ruff", "check", "."),
-        run("-m", "ruff", "format", "--check", "."),
-        run("-m", "mypy"),
-    )
+    style = run("-m", "ruff", "check", ".")
+    layout = run("-m", "ruff", "format", "--check", ".")
+    types = run("-m", "mypy")
+    return max(style, layout, types)  # all three run, whatever the first finds
 
 
 def bench(arguments: list[str]) -> int:
@@ -152,25 +140,14 @@ def set_up(extra: str = "") -> None:
     if not PYTHON.exists():
         print(f"making {VENV.name} with Python {sys.version.split()[0]} …", flush=True)
         venv.create(VENV, with_pip=True)
+    chosen = f"[{extra}]" if extra else ""
     print(
-        f"installing klrl_edu{f'[{extra}]' if extra else ''} (the first time takes a few minutes:"
-        " torch is large) …",
+        f"installing klrl_edu{chosen} (the first time takes a few minutes: torch is large) …",
         flush=True,
     )
-    package = f".[{extra}]" if extra else "."
-    command = [
-        str(PYTHON),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "-c",
-        "constraints.txt",
-        "-e",
-        package,
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    package = ["-c", "constraints.txt", "-e", f".{chosen}"]
+    subprocess.run([*pip, *package], cwd=ROOT, check=True)
     stamp.write_text(wanted)
 
 

@@ -81,18 +81,16 @@ def audit(
         batch_size=batch_size,
         max_executions=max_executions,
     )
+    result = {
+        "command": "audit",
+        "target": target,
+        "problem": problem,
+        "kl_coef": kl_coef,
+        **report.to_dict(),
+        "entries": _entries(report, policy),
+    }
     directory = new_directory(out, "audit")
-    write_json(
-        directory / "result.json",
-        {
-            "command": "audit",
-            "target": target,
-            "problem": problem,
-            "kl_coef": kl_coef,
-            **report.to_dict(),
-            "entries": _entries(report, policy),
-        },
-    )
+    write_json(directory / "result.json", result)
     _draw(report, directory / "audit")
     say(f"{report}{_order_of_entries(report, policy)}")
     say(f"\nresult.json, audit.png and .pdf are in {directory}")
@@ -105,11 +103,8 @@ def tilted_prior(problem: Problem) -> SequenceTable:
     support = posterior(problem).enumerated()
     kept = support.rewards > -torch.inf
     tokens, log_prior = support.tokens[kept], support.log_prior[kept]
-    return SequenceTable(
-        problem.space,
-        tokens,
-        log_prior + torch.cos(torch.arange(1, len(tokens) + 1, dtype=torch.float64)),
-    )
+    tilt = torch.cos(torch.arange(1, len(tokens) + 1, dtype=torch.float64))
+    return SequenceTable(problem.space, tokens, log_prior + tilt)
 
 
 def _entries(report: AuditReport, policy: SequenceTable) -> list[str] | None:
@@ -132,11 +127,10 @@ def _kind_of(function: Callable[..., Any]) -> Literal["value", "gradient"]:
     everything else estimates a value.
     """
     first = next(iter(parameters_of(function).values()), None)
-    takes_batch = first is not None and (
-        first.name == "batch" or first.annotation in (Batch, "Batch")
-    )
+    if first is not None and (first.name == "batch" or first.annotation in (Batch, "Batch")):
+        return "gradient"
     words = f"{getattr(function, '__module__', '')}.{name_of(function)}".lower()
-    return "gradient" if takes_batch or "loss" in words or "gradient" in words else "value"
+    return "gradient" if "loss" in words or "gradient" in words else "value"
 
 
 def _run(

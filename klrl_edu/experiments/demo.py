@@ -71,25 +71,18 @@ def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, An
     """All four parts; tables go to `say`, pictures to `out`. Returns every printed number."""
     target = posterior(four_sentences())
     first = show_four_sentences(target, say)
+    space = target.problem.space
+    networks = {
+        "LSTM": RecurrentModel(space, hidden_size=32, seed=seed),
+        "Transformer": TransformerModel(space, width=32, layers=1, seed=seed),
+    }
     runs = {
-        "LSTM": _train_small(
-            "LSTM",
-            target,
-            RecurrentModel(target.problem.space, hidden_size=32, seed=seed),
-            seed,
-            progress,
-        ),
-        "Transformer": _train_small(
-            "Transformer",
-            target,
-            TransformerModel(target.problem.space, width=32, layers=1, seed=seed),
-            seed,
-            progress,
-        ),
+        name: _train_small(name, target, network, seed, progress)
+        for name, network in networks.items()
     }
     collapsed_target = posterior(four_sentences(kl_coef=0.0))
-    network = RecurrentModel(target.problem.space, hidden_size=32, seed=seed)
-    collapsed = _train_small("LSTM, λ = 0", collapsed_target, network, seed, progress)
+    same_network = RecurrentModel(space, hidden_size=32, seed=seed)
+    collapsed = _train_small("LSTM, λ = 0", collapsed_target, same_network, seed, progress)
     second = show_networks(target, runs, collapsed, say)
     draw_four_sentences(target, runs, collapsed, out / "four-sentences")
     third = show_surnames(out / "surnames", seed, say, progress)
@@ -99,26 +92,17 @@ def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, An
 
 def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
     """Part 1: prior, reward, π*, log Z, and the policy (.5, .2, .1, .2) held against q and π*."""
-    policy = four_sentences_policy()
+    policy, support = four_sentences_policy(), target.enumerated()
     comparison = compare(policy, target)
-    tokens = target.enumerated().tokens
-    pi = sequence_log_probs(policy, tokens).exp().tolist()
-    support = target.enumerated()
-    columns = (
-        support.log_prior.exp().tolist(),
-        support.rewards.tolist(),
-        target.log_probs.exp().tolist(),
-        pi,
-    )
-    table = list(zip(target.problem.space.decode(tokens), *columns, strict=True))
+    sentences = target.problem.space.decode(support.tokens)
+    q, r = support.log_prior.exp().tolist(), support.rewards.tolist()
+    star = target.log_probs.exp().tolist()
+    pi = sequence_log_probs(policy, support.tokens).exp().tolist()
     say(
         "1. Four sentences: the prior q, the reward r, and the posterior π* ∝ q·exp(r/λ) at λ = 1\n"
     )
-    say(
-        text_table(
-            ["sentence", "prior q", "reward r", "posterior π*", "policy π"], table, digits=12
-        )
-    )
+    header = ["sentence", "prior q", "reward r", "posterior π*", "policy π"]
+    say(text_table(header, list(zip(sentences, q, r, star, pi, strict=True)), digits=12))
     z = float(target.log_evidence.exp())
     say(
         f"\nZ = {z:.12f},  log Z = {float(target.log_evidence):.12f} nats,  λ log Z ="
@@ -137,7 +121,7 @@ def show_four_sentences(target: Posterior, say: Say) -> dict[str, Any]:
     return {
         **target.to_dict(),
         "evidence": z,
-        "posterior": dict(zip(target.problem.space.decode(tokens), columns[2], strict=True)),
+        "posterior": dict(zip(sentences, star, strict=True)),
         **comparison.metrics(),
     }
 
@@ -150,21 +134,12 @@ def show_networks(
         "2. The same problem learned by networks from samples alone (RLOO, λ·log π/q in the"
         " reward)\n"
     )
-    rows: list[list[Cell]] = [
-        [
-            name,
-            run.history["reverse_kl"][0],
-            run.history["reverse_kl"][-1],
-            run.history["total_variation"][-1],
-        ]
-        for name, run in runs.items()
-    ]
-    say(
-        text_table(
-            ["policy", "KL(π‖π*) at the start", f"after {SMALL.steps} steps", "total variation"],
-            rows,
-        )
-    )
+    header = ["policy", "KL(π‖π*) at the start", f"after {SMALL.steps} steps", "total variation"]
+    rows: list[list[Cell]] = []
+    for name, run in runs.items():
+        divergence, variation = run.history["reverse_kl"], run.history["total_variation"]
+        rows.append([name, divergence[0], divergence[-1], variation[-1]])
+    say(text_table(header, rows))
     best = collapsed.history["expected_reward"][-1]
     entropy = float(logspace.entropy(target.log_probs))
     say(
@@ -249,26 +224,17 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
         compare(model, target) for model in (problem.prior, target.model, policy)
     )
     rows = target.rows(_SURNAMES_SHOWN)
-    learned = (
-        sequence_log_probs(policy, problem.space.encode([text for text, *_ in rows])).exp().tolist()
-    )
+    shown = problem.space.encode([text for text, *_ in rows])
+    learned = sequence_log_probs(policy, shown).exp().tolist()
     by_prior = support.log_prior.argsort(descending=True, stable=True)[:_SURNAMES_SHOWN]
-    top = list(
-        zip(
-            problem.space.decode(support.tokens[by_prior]),
-            support.log_prior[by_prior].exp().tolist(),
-            strict=True,
-        )
-    )
+    names = problem.space.decode(support.tokens[by_prior])
+    top = list(zip(names, support.log_prior[by_prior].exp().tolist(), strict=True))
+    header = ["top of the prior", "q", "top of the posterior", "reward", "π*", "network"]
     table = [
         [*first, text, reward, star, pi]
         for first, (text, _, reward, star), pi in zip(top, rows, learned, strict=True)
     ]
-    say(
-        text_table(
-            ["top of the prior", "q", "top of the posterior", "reward", "π*", "network"], table
-        )
-    )
+    say(text_table(header, table))
     rewards = [side.expected_reward for side in (q_side, star_side, network_side)]
     say(
         f"\nlog Z = {float(target.log_evidence):.12f} nats,  KL(π*‖q) ="
@@ -303,9 +269,8 @@ def show_spelling(problem: Problem, say: Say) -> dict[str, Any]:
     exact over every spelling there is.
     """
     table = surname_frequencies(len(enumerate_support(problem.prior)))
-    people = [
-        1e3 * percent for percent in table.values()
-    ]  # of 100,000: smoothing weighs counts, not shares
+    # people of 100,000: smoothing weighs counts, not shares
+    people = [1e3 * percent for percent in table.values()]
     prior = NGramModel.fit(problem.space, list(table), 3, weights=people)
     reward = accept_reward(regular_expression(SURNAME_PATTERN, problem.space))
     target = posterior(Problem(prior, reward, problem.kl_coef))
@@ -357,48 +322,24 @@ def show_count_threes(path: Path, seed: int, say: Say, progress: Progress) -> di
         f"\n4. A Transformer prior over {len(support.tokens):,} sequences of digits, r = number of"
         f" 3s − ½·adjacent repeats, λ = {problem.kl_coef:g};"
     )
-    entropy, divergence = (
-        float(logspace.entropy(support.log_prior)),
-        float(logspace.kl_divergence(support.log_prior, target.log_probs)),
-    )
+    entropy = float(logspace.entropy(support.log_prior))
+    divergence = float(logspace.kl_divergence(support.log_prior, target.log_probs))
     say(
         f"   H(q) = {entropy:.4f} of {math.log(len(support.tokens)):.4f} nats, KL(q‖π*) ="
         f" {divergence:.4f}, exact by walking the prefix trie;"
     )
     say("   training reads log q and r from the table that the walk left\n")
-    policy = copy_of_prior(problem)
+    policy, label = copy_of_prior(problem), "Transformer on count-threes"
     before = compare(policy, target)
-    run = _train(
-        policy,
-        target,
-        COUNT_THREES,
-        seed,
-        progress,
-        "Transformer on count-threes",
-        EVALUATE_LARGE_EVERY,
-    )
+    run = _train(policy, target, COUNT_THREES, seed, progress, label, EVALUATE_LARGE_EVERY)
     after = compare(policy, target)
-    shown = (
-        "reverse_kl",
-        "forward_kl",
-        "total_variation",
-        "expected_reward",
-        "objective",
-        "objective_gap",
-    )
+    shown = ["reverse_kl", "forward_kl", "total_variation"]
+    shown += ["expected_reward", "objective", "objective_gap"]
     rows: list[list[Cell]] = [
         [name, before.metrics()[name], after.metrics()[name]] for name in shown
     ]
-    say(
-        text_table(
-            [
-                "exact",
-                "copy of the prior",
-                f"after {COUNT_THREES.steps} RLOO steps of {COUNT_THREES.batch_size}",
-            ],
-            rows,
-        )
-    )
+    trained = f"after {COUNT_THREES.steps} RLOO steps of {COUNT_THREES.batch_size}"
+    say(text_table(["exact", "copy of the prior", trained], rows))
     say(f"   the best objective there is: λ log Z = {float(target.value):.6f}")
     _draw_count_threes(target, run, path)
     return {
@@ -441,14 +382,9 @@ def _draw_count_threes(target: Posterior, run: Trained, path: Path) -> list[Path
 def _train_small(
     name: str, target: Posterior, network: LanguageModel, seed: int, progress: Progress
 ) -> Trained:
-    return _train(
-        restrict_to_support(network, target.problem.prior),
-        target,
-        SMALL,
-        seed,
-        progress,
-        f"{name} on four sentences",
-    )
+    """A network trained on the four sentences, kept to the prior's support."""
+    policy = restrict_to_support(network, target.problem.prior)
+    return _train(policy, target, SMALL, seed, progress, f"{name} on four sentences")
 
 
 def _train(
@@ -470,9 +406,8 @@ def _train(
         trained.history.records.append({**record, **comparison_metrics(policy, target)})
         trained.steps.append(record["step"])
         with torch.no_grad():
-            trained.entropy.append(
-                float(logspace.entropy(support_log_mass(policy, support.tokens, support.trie)[0]))
-            )
+            log_probs, _ = support_log_mass(policy, support.tokens, support.trie)
+        trained.entropy.append(float(logspace.entropy(log_probs)))
 
     look({"step": 0})
     loop = train_steps(

@@ -127,10 +127,8 @@ def read_entry(script: Path) -> FigureEntry:
     """
     documentation = (ast.get_docstring(_parse(script)) or script.stem).strip()
     paragraphs = [" ".join(text.split()) for text in documentation.split("\n\n")]
-    source = next(
-        (text.removeprefix("Source:").strip() for text in paragraphs if text.startswith("Source:")),
-        "",
-    )
+    named = [text for text in paragraphs if text.startswith("Source:")]
+    source = named[0].removeprefix("Source:").strip() if named else ""
     return FigureEntry(script, paragraphs[0], source)
 
 
@@ -210,11 +208,8 @@ def _guarded(script: Path, what: str, call: Callable[[], Any]) -> Any:
     except KlrlError as error:
         raise InputError(f"{script}: {what}: {error}") from error
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(script)
-        ]
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == str(script)]
         place = f" at line {lines[-1]}" if lines else ""
         raise InputError(
             f"{script}: {what} failed{place}: {type(error).__name__}: {error}"
@@ -244,18 +239,17 @@ def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
     write_atomically(directory / "data.json", data_bytes(made.data))
     with plots.publication_style():
         plots.save_figure(made.picture, directory / entry.script.stem)
-    about = {
+    result = {
+        "command": "figure",
         "number": entry.number,
         "title": entry.title,
         "source": entry.source,
         "script": entry.script.name,
-    }
-    numbers = {
         "config": dataclasses.asdict(made.config),
         "seconds": made.seconds,
         "data": made.data,
     }
-    write_json(directory / "result.json", {"command": "figure", **about, **numbers})
+    write_json(directory / "result.json", result)
     return directory
 
 

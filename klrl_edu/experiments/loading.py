@@ -173,11 +173,8 @@ def line_of(error: BaseException) -> str:
         str(Path(importlib.__file__).parent),
         "<frozen",
     )
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(others)
-    ]
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in trace if not frame.filename.startswith(others)]
     lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
     return f" (line {lines[-1]})" if lines else ""
 

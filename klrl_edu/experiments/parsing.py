@@ -112,10 +112,10 @@ def _parse_command(name: str, command: Command, words: list[str]) -> Parsed | No
         command, name, lambda *args, **given: found.append(Parsed(command, args, given))
     )
     asks_for_help = any(word in _HELP for word in words)
+    # tyro's own complaints are boxes; ours, below, say the same in a line
+    silence = contextlib.redirect_stderr(io.StringIO())
     try:
-        with (
-            contextlib.nullcontext() if asks_for_help else contextlib.redirect_stderr(io.StringIO())
-        ):
+        with contextlib.nullcontext() if asks_for_help else silence:
             _, unknown = tyro.cli(
                 readable,
                 prog=f"klrl {name}",
@@ -147,9 +147,8 @@ def _readable(
 
     readable.__doc__, readable.__name__ = _unwrapped(command), command.__name__
     readable.__annotations__ = {**read, "return": None}
-    readable.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(annotation=read[key]) for key, parameter in parameters.items()]
-    )
+    renamed = [parameter.replace(annotation=read[key]) for key, parameter in parameters.items()]
+    readable.__signature__ = inspect.Signature(renamed)  # type: ignore[attr-defined]
     options = [
         _spelled(key)
         for key, parameter in parameters.items()
@@ -236,10 +235,8 @@ def _unknown_words(name: str, options: list[str], unknown: Sequence[str]) -> str
         )
     typed = wrong.partition("=")[0]
     stem = typed.strip("-").replace("_", "-").lower()
-    by_synonym = next(
-        (option for option in options if stem in _SYNONYMS.get(option, "").split()), None
-    )
-    near = [by_synonym] if by_synonym else difflib.get_close_matches(stem, options, n=1)
+    near = [option for option in options if stem in _SYNONYMS.get(option, "").split()][:1]
+    near = near or difflib.get_close_matches(stem, options, n=1)
     meant = f". Perhaps you meant: --{near[0]}" if near else ""
     listed = ", ".join(f"--{option}" for option in options)
     return f"{name} has no option {typed}{meant}; it takes {listed} {_see(name)}"
@@ -258,15 +255,13 @@ def _incomplete(name: str, command: Command, options: list[str], words: Sequence
     if unknown:
         return _unknown_words(name, options, unknown)
     hints = get_type_hints(command, include_extras=True)
-    own = [
-        next(
-            (mark.metavar for mark in get_args(hints[key])[1:] if isinstance(mark, Word)),
-            key.upper(),
-        )
-        for key, parameter in inspect.signature(command).parameters.items()
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-        and parameter.default is inspect.Parameter.empty
-    ]
+    own = []
+    for key, parameter in inspect.signature(command).parameters.items():
+        positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        if positional and parameter.default is inspect.Parameter.empty:
+            marks = get_args(hints[key])[1:]
+            words_for_it = [mark.metavar for mark in marks if isinstance(mark, Word)]
+            own.append(words_for_it[0] if words_for_it else key.upper())
     if own:
         return f"Missing: klrl {name} {' '.join(own)} {_see(name)}"
     return f"the arguments of klrl {name} cannot be read {_see(name)}"

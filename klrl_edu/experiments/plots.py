@@ -59,23 +59,25 @@ _STYLE: dict[Any, Any] = {
 # matplotlib's own font lacks these scripts; it asks the next family for a glyph that one does not
 # have
 _OTHER_SCRIPTS = (
-    *(
-        "Noto Sans CJK SC",
-        "Noto Sans CJK JP",
-        "Noto Sans SC",
-        "WenQuanYi Zen Hei",
-        "WenQuanYi Micro Hei",
-        "Droid Sans Fallback",
-    ),
-    *(
-        "Microsoft YaHei",
-        "PingFang SC",
-        "Hiragino Sans GB",
-        "SimHei",
-        "Malgun Gothic",
-        "Arial Unicode MS",
-    ),
-    *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai"),
+    # Chinese, Japanese and Korean, free
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    # the same, of Windows and macOS
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "SimHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    # other scripts
+    "Noto Sans Arabic",
+    "Noto Sans Hebrew",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
 )
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
@@ -107,13 +109,11 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     paths = [path.with_suffix(".png"), path.with_suffix(".pdf")]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for one_path in paths:
-            figure.savefig(
-                one_path, metadata={"CreationDate": None} if one_path.suffix == ".pdf" else None
-            )
-    missing = dict.fromkeys(
-        match[1] for one in caught if (match := _MISSING_GLYPH.match(str(one.message)))
-    )
+        png, pdf = paths
+        figure.savefig(png)
+        figure.savefig(pdf, metadata={"CreationDate": None})  # the same bytes at every run
+    matches = [_MISSING_GLYPH.match(str(one.message)) for one in caught]
+    missing = dict.fromkeys(match[1] for match in matches if match)  # both files warn of each
     if missing:
         characters = [chr(int(code)) for code in missing]
         shown = "".join(characters[:8])
@@ -194,9 +194,9 @@ def plot_posterior(
     """
     ax = _axes(ax)
     support, problem = posterior.enumerated(), posterior.problem
-    order = (support.log_prior.exp() + posterior.log_probs.exp()).argsort(
-        descending=True, stable=True
-    )[:count]
+    # those that either finds probable, and of these the posterior's order
+    mass = support.log_prior.exp() + posterior.log_probs.exp()
+    order = mass.argsort(descending=True, stable=True)[:count]
     order = order[posterior.log_probs[order].argsort(descending=True, stable=True)]
     tokens = support.tokens[order]
     bars = [
@@ -207,16 +207,14 @@ def plot_posterior(
         bars.append((name, sequence_log_probs(model, tokens, problem.prompt).detach(), colour))
     height = 0.8 / len(bars)
     for index, (name, log_probs, colour) in enumerate(bars):
-        places = [row + (index - (len(bars) - 1) / 2) * height for row in range(len(order))]
+        offset = (index - (len(bars) - 1) / 2) * height  # the group is centred on its row
+        places = [row + offset for row in range(len(order))]
         ax.barh(places, log_probs.exp().tolist(), height, label=name, color=colour)
-    rewards = support.rewards[order].tolist()
-    ax.set_yticks(
-        range(len(order)),
-        [
-            f"{literal(text) or '(empty)'}  (r = {r:g})"
-            for text, r in zip(problem.space.decode(tokens), rewards, strict=True)
-        ],
-    )
+    texts, rewards = problem.space.decode(tokens), support.rewards[order].tolist()
+    labels = [
+        f"{literal(text) or '(empty)'}  (r = {r:g})" for text, r in zip(texts, rewards, strict=True)
+    ]
+    ax.set_yticks(range(len(order)), labels)
     ax.invert_yaxis()
     ax.set_xlabel("probability")
     ax.legend(loc="lower right")
@@ -265,9 +263,8 @@ def plot_lines(
 ) -> Axes:
     """Named lines (x, y), told apart by colour and marker; infinities leave gaps."""
     ax = _axes(ax)
-    for (name, (x, y)), colour, marker in zip(
-        lines.items(), POLICY_COLOURS, _MARKERS, strict=False
-    ):
+    styled = zip(lines.items(), POLICY_COLOURS, _MARKERS, strict=False)
+    for (name, (x, y)), colour, marker in styled:
         shown = [value if math.isfinite(value) else math.nan for value in y]
         ax.plot(
             x,
@@ -294,20 +291,17 @@ def plot_audit(report: AuditReport, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     names, value = list(report.targets), len(report.mean) == 1
-    lengths = (
-        [float(target) for target in report.targets.values()]
-        if value
-        else list(report.cosine.values())
-    )
+    if value:
+        lengths = [float(target) for target in report.targets.values()]
+    else:
+        lengths = list(report.cosine.values())
     shown = [length if math.isfinite(length) else 0.0 for length in lengths]
     ax.barh(range(len(names)), shown, 0.6, color=[_match(report, name)[1] for name in names])
-    ax.set_yticks(
-        range(len(names)),
-        [
-            name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ")
-            for name in names
-        ],
-    )
+    labels = [
+        name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ")
+        for name in names
+    ]
+    ax.set_yticks(range(len(names)), labels)
     ax.invert_yaxis()
     ax.axvline(0, color=BLACK, linewidth=0.8)
     if value:
@@ -335,9 +329,9 @@ def _match(report: AuditReport, name: str) -> tuple[str, str]:
     bias, scale = report.relative_bias[name], report.scale[name]
     if bias < report.precision:
         return "unbiased", POSTERIOR_COLOUR
-    if (
-        len(report.mean) > 1 and abs(bias - abs(scale - 1)) < report.precision * bias
-    ):  # as far off as the scale alone accounts for
+    # a gradient that is only too long or too short is off by |scale − 1| of its target, no more
+    scaled = abs(bias - abs(scale - 1)) < report.precision * bias
+    if len(report.mean) > 1 and scaled:
         return f"{scale:.4g} × exactly", SKY
     return "infinite" if math.isinf(bias) else f"off by {100 * bias:.3g} %", PRIOR_COLOUR
 

@@ -93,9 +93,8 @@ class ProblemSource:
 
 def json_bytes(value: Any) -> bytes:
     """Strict JSON, indented, UTF-8."""
-    return (
-        json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    ).encode()
+    text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -106,11 +105,9 @@ def write_json(path: Path, value: Any) -> Path:
 
 def spreadsheet_cell(text: Cell) -> Cell:
     """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return (
-        f"'{text}"
-        if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r"))
-        else text
-    )
+    if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{text}"
+    return text
 
 
 def pick_device(name: DeviceName) -> torch.device:
@@ -119,11 +116,11 @@ def pick_device(name: DeviceName) -> torch.device:
     Raises:
         InputError: CUDA was asked for by name and is not there.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto.")
-    return torch.device(
-        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
-    )
+    on_cuda = name == "cuda" or (name == "auto" and available)
+    return torch.device("cuda" if on_cuda else "cpu")
 
 
 def build_policy(name: str, target: Posterior, seed: int) -> LanguageModel:
@@ -200,6 +197,7 @@ class RunWriter:
             return
         self._save(weights)
         self._saved_at = time.monotonic()
+        # large weights, or a slow disk: saved less often, so that saving costs its share at most
         took = self._saved_at - started
         self._pause = max(_SECONDS_BETWEEN_SAVES, took / _SAVING_SHARE)
 
@@ -211,10 +209,8 @@ class RunWriter:
 
     def _save(self, weights: dict[str, Any]) -> None:
         step = int(self.history.records[-1]["step"]) if len(self.history) else 0
-        save_checkpoint(
-            self.directory / "policy.pt",
-            {"weights": weights, "step": step, "trained_on": self._fingerprint},
-        )
+        state = {"weights": weights, "step": step, "trained_on": self._fingerprint}
+        save_checkpoint(self.directory / "policy.pt", state)
 
 
 @dataclass(frozen=True)
@@ -282,11 +278,11 @@ def _checked_config(directory: Path, config: dict[str, Any]) -> tuple[ProblemSou
         "seed": (config.get("seed"), int),
         "steps": (config.get("steps"), int),
     }
-    wrong = [
-        name
-        for name, (value, kind) in wanted.items()
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-    ]
+    wrong = []
+    for name, (value, kind) in wanted.items():
+        bool_as_number = isinstance(value, bool) and kind is not bool  # True is an int in Python
+        if not isinstance(value, kind) or bool_as_number:
+            wrong.append(name)
     if wrong:
         raise InputError(
             f"{directory / 'config.json'} is incomplete ({', '.join(wrong)}); it was altered since"
@@ -296,11 +292,8 @@ def _checked_config(directory: Path, config: dict[str, Any]) -> tuple[ProblemSou
     name = problem["name"]
     if name not in EXAMPLES:
         name = str(_table_in(directory, table))
-    return (
-        ProblemSource(name, problem["kl_coef"], problem["separator"], problem["normalize"]),
-        config["model"],
-        config["seed"],
-    )
+    source = ProblemSource(name, problem["kl_coef"], problem["separator"], problem["normalize"])
+    return source, config["model"], config["seed"]
 
 
 def _table_in(directory: Path, table: object) -> Path:
@@ -346,14 +339,12 @@ def _checked_state(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no weights by name; take an unaltered copy, or train again."
         )
-    broken = [
-        name for name, value in weights.items() if bool((value.isnan() | (value == math.inf)).any())
-    ]
-    if broken:
-        raise CheckpointError(
-            f"{path}: weights {broken[0]!r} hold NaN or infinity; take an unaltered copy, or train"
-            " again."
-        )
+    for name, value in weights.items():
+        if bool((value.isnan() | (value == math.inf)).any()):  # −inf is a logit without mass
+            raise CheckpointError(
+                f"{path}: weights {name!r} hold NaN or infinity; take an unaltered copy, or train"
+                " again."
+            )
     if not isinstance(step, int) or isinstance(step, bool) or "trained_on" not in state:
         raise CheckpointError(
             f"{path} does not say its step and what it was trained on, as those of an older klrl;"

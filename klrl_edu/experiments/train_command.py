@@ -105,9 +105,9 @@ def train(
     loaded.prior.to(where)
     target = exact_posterior(loaded)
     policy = build_policy(model, target, seed)
-    own = " or ".join(
-        f"--{option} {name}" for option, name in (("loss", loss), ("model", model)) if ":" in name
-    )
+    # what of it is the user's code, as messages name it
+    named = [(f"--loss {loss}", loss), (f"--model {model}", model)]
+    own = " or ".join(option for option, name in named if ":" in name)
     with blaming(own):
         start = comparison_metrics(policy, target)
     loop = train_steps(
@@ -132,9 +132,16 @@ def train(
             "separator": separator,
             "normalize": normalize,
         },
-        **{"model": model, "loss": loss, "steps": steps, "batch_size": batch_size, "lr": lr},
-        **{"schedule": schedule, "seed": seed, "device": str(where)},
-        **{"torch_threads": torch.get_num_threads(), "torch": torch.__version__},
+        "model": model,
+        "loss": loss,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "schedule": schedule,
+        "seed": seed,
+        "device": str(where),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
     writer = RunWriter(directory, config, source)
     say = speaker(quiet)

@@ -125,11 +125,9 @@ def lambda_page() -> str:
     bars.ygrid.grid_line_color = None
     bars.add_layout(bars.legend[0], "above")
     bars.legend.orientation = "horizontal"
-    numbers, listing, message = (
-        Div(name="numbers", **text),
-        Div(name="listing", **text),
-        Div(name="message", **text),
-    )
+    numbers = Div(name="numbers", **text)
+    listing = Div(name="listing", **text)
+    message = Div(name="message", **text)
     opening = typed_table(four_sentences())
     table = TextAreaInput(
         value=opening,
@@ -149,25 +147,14 @@ def lambda_page() -> str:
     )
     slider.js_on_change("value", update)
     typed.js_on_change("value", update)
-    table.js_on_change(
-        "value_input", CustomJS(args={"table": table}, code="table.value = table.value_input")
-    )
+    # `value` changes when the reader leaves the box, `value_input` at every key
+    at_every_key = CustomJS(args={"table": table}, code="table.value = table.value_input")
+    table.js_on_change("value_input", at_every_key)
     table.js_on_change("value", update)
     normalise.js_on_change("active", update)
     document = Document()
-    document.add_root(
-        column(
-            slider,
-            typed,
-            message,
-            bars,
-            numbers,
-            table,
-            normalise,
-            listing,
-            sizing_mode="stretch_width",
-        )
-    )
+    parts = [slider, typed, message, bars, numbers, table, normalise, listing]
+    document.add_root(column(*parts, sizing_mode="stretch_width"))
     document.js_on_event("document_ready", update)
     return str(file_html(document, INLINE, title=f"{TITLE} · klrl_edu", template=_TEMPLATE))
 

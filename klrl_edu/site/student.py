@@ -60,13 +60,12 @@ def write_student_copies(source: Path, out: Path) -> list[Path]:
         notebook = without_solutions(jupytext.read(path), path.stem)
         copies[out / path.name] = jupytext.writes(notebook, fmt="py:percent").encode()
         copies[out / f"{path.stem}.ipynb"] = jupytext.writes(notebook, fmt="ipynb").encode()
-    if changed := [
-        path for path, text in copies.items() if path.exists() and path.read_bytes() != text
-    ]:
-        raise InputError(
-            f"{changed[0]} is already there and differs; it may hold answers. Choose another"
-            " folder, or move it away."
-        )
+    for path, text in copies.items():  # all of them before the first is written
+        if path.exists() and path.read_bytes() != text:
+            raise InputError(
+                f"{path} is already there and differs; it may hold answers. Choose another"
+                " folder, or move it away."
+            )
     out.mkdir(parents=True, exist_ok=True)
     for path, text in copies.items():
         write_atomically(path, text)
@@ -77,11 +76,10 @@ def without_solutions(notebook: Any, stem: str) -> Any:
     """The notebook without the cells tagged `solution`; cells get ids that are the same at every
     call.
     """
-    notebook.cells = [
-        cell for cell in notebook.cells if SOLUTION_TAG not in cell.metadata.get("tags", [])
-    ]
-    for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"{stem[:40]}-{number:02d}"
+    kept = [cell for cell in notebook.cells if SOLUTION_TAG not in cell.metadata.get("tags", [])]
+    notebook.cells = kept
+    for number, cell in enumerate(kept):
+        cell["id"] = f"{stem[:40]}-{number:02d}"  # an id has at most 64 characters
     return notebook
 
 
