@@ -149,7 +149,8 @@ def pairs(
         )
     sides = torch.stack([_as_tokens(side, space) for side in (chosen, rejected)], 1)  # [P,2,T]
     kl_coef = check_kl_coef(kl_coef)
-    return Table(sides, _log_weights(weights, len(sides), size), size, draw, prompt, prior, kl_coef)
+    log_weights = _log_weights(weights, len(sides), size)
+    return Table(sides, space, log_weights, size, draw, prompt, prior, kl_coef)
 
 
 def texts(
@@ -171,13 +172,28 @@ def texts(
     """
     check_arguments("sources.texts(data, space)", space=(space, SequenceSpace))
     rows = _as_tokens(data, space)[:, None]
-    return Table(
-        rows, _log_weights(weights, len(rows), size), size, draw, prompt, None, None, space
-    )
+    log_weights = _log_weights(weights, len(rows), size)
+    return Table(rows, space, log_weights, size, draw, prompt)
+
+
+class _AboutProblems:
+    """What the sources of one problem or several have in common."""
+
+    problems: tuple[Problem, ...]
+
+    @property
+    def prior(self) -> LanguageModel:
+        """q, which the problems share."""
+        return self.problems[0].prior
+
+    @property
+    def space(self) -> SequenceSpace:
+        """Where the sequences live."""
+        return self.prior.space
 
 
 @dataclass(frozen=True)
-class PolicySamples:
+class PolicySamples(_AboutProblems):
     """Samples of the policy or of a behaviour model; see `on_policy` and `behaviour`."""
 
     problems: tuple[Problem, ...]
@@ -189,16 +205,6 @@ class PolicySamples:
     def __post_init__(self) -> None:
         check_count(self.size, "size")
         check_draw(self.draw)
-
-    @property
-    def prior(self) -> LanguageModel:
-        """q, which the problems share."""
-        return self.problems[0].prior
-
-    @property
-    def space(self) -> SequenceSpace:
-        """Where the sequences live."""
-        return self.prior.space
 
     def __call__(self, policy: LanguageModel) -> Batch:
         drawn_by = policy if self.behaviour is None else self.behaviour
@@ -230,22 +236,12 @@ class PolicySamples:
 
 
 @dataclass(frozen=True)
-class WholeSupport:
+class WholeSupport(_AboutProblems):
     """Every sequence once; see `support`."""
 
     problems: tuple[Problem, ...]
     groups: tuple[Tensor, ...]
     distributions: bool
-
-    @property
-    def prior(self) -> LanguageModel:
-        """q, which the problems share."""
-        return self.problems[0].prior
-
-    @property
-    def space(self) -> SequenceSpace:
-        """Where the sequences live."""
-        return self.prior.space
 
     def __call__(self, policy: LanguageModel) -> Batch:
         return score_batch(
@@ -291,6 +287,7 @@ class Table:
 
     Attributes:
         rows: [P,k,T], k = 1 for texts and 2 for pairs, the preferred one first.
+        space: where they live.
         log_weights: log-probability [P] with which a row is drawn.
         size: rows a step; None for all of them.
         draw: the randomness.
@@ -300,13 +297,13 @@ class Table:
     """
 
     rows: Tensor
+    space: SequenceSpace
     log_weights: Tensor
     size: int | None
     draw: Draw | None
     prompt: Tensor | None
-    prior: LanguageModel | None
-    kl_coef: float | None
-    own_space: SequenceSpace | None = None
+    prior: LanguageModel | None = None
+    kl_coef: float | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -319,13 +316,6 @@ class Table:
             check_draw(self.draw)
         if not len(self.rows):
             raise InputError("the table is empty; give at least one row.")
-
-    @property
-    def space(self) -> SequenceSpace:
-        """Where the sequences live."""
-        space = self.own_space if self.prior is None else self.prior.space
-        assert space is not None
-        return space
 
     def __call__(self, policy: LanguageModel) -> Batch:
         every = torch.arange(len(self.rows), device=self.rows.device)
