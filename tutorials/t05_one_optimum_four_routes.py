@@ -150,7 +150,10 @@ def hard(state, values):
 
 
 def settle(rule, look_ahead, alpha=0.5, rounds=200):
-    """Runs an update over all states and actions in turn, from Q = 0; nothing follows a second word."""
+    """Runs an update over all states and actions in turn, from Q = 0.
+
+    Nothing follows a second word.
+    """
     table = {state: dict.fromkeys(prior, 0.0) for state, prior in prior_after.items()}
     for _ in range(rounds):
         for state, row in table.items():
