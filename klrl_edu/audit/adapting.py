@@ -18,6 +18,7 @@ from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.learning.batches import Batch, needs, needs_of
 
+_NOTES = "_klrl_notes"
 Reader = Callable[[Batch], Any]
 Adapter = Mapping[str, Any] | Callable[[Batch], Mapping[str, Any]]
 
@@ -142,6 +143,12 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
     if {"log_dists", "prior_log_dists"} & set(readers):
         asked.add("distributions")
     return needs(*asked)(on_batch)
+
+
+def notes_of(function: Any) -> tuple[str, ...]:
+    """What was given for names that mean different things to different people."""
+    found: tuple[str, ...] = getattr(function, _NOTES, ())
+    return found
 
 
 def name_of(function: Any) -> str:

@@ -7,18 +7,26 @@ token log-probabilities, all batches at once where it allows (`differentiation`)
 contracted with the policy's Jacobian in closed form (`coordinates`). B batch size.
 """
 
-import math
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from klrl_edu.audit.adapting import Adapter, adapted, draws_random_numbers, name_of, takes_a_batch
-from klrl_edu.audit.checks import no_global_randomness, probe
+from klrl_edu.audit.adapting import (
+    Adapter,
+    adapted,
+    draws_random_numbers,
+    name_of,
+    notes_of,
+    takes_a_batch,
+)
+from klrl_edu.audit.checks import average_over_draws, no_global_randomness, probe
+from klrl_edu.audit.comparisons import Other, other_losses, other_reports, others_of
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
-from klrl_edu.audit.differentiation import LossOnSupport
+from klrl_edu.audit.differentiation import LossOnSupport, reach_of
 from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.moments import (
     Contributions,
@@ -29,7 +37,13 @@ from klrl_edu.audit.moments import (
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, check_monte_carlo, sampled_moments
 from klrl_edu.audit.plans import Plan, planned
 from klrl_edu.audit.report import AuditReport
-from klrl_edu.audit.scenes import Scene, build_scene
+from klrl_edu.audit.rounding import (
+    SAFETY,
+    arithmetic_of,
+    nudged_batches,
+    relative_precision,
+)
+from klrl_edu.audit.scenes import Scene, View, build_scene
 from klrl_edu.audit.targets import value_targets
 from klrl_edu.audit.values import (
     enumerated_value,
@@ -40,12 +54,11 @@ from klrl_edu.audit.values import (
 from klrl_edu.core.arguments import check_arguments, check_function, check_loss_function
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.multisets import multisets
 from klrl_edu.core.validation import check_count
 from klrl_edu.learning.batches import Loss, needs_of
 from klrl_edu.learning.sources import Source
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
-from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.problem import Problem, check_problems
 
 MAX_EXECUTIONS = 100_000
 _CHUNK = 1 << 22  # numbers in one block of sampled gradients: 32 MiB
@@ -54,11 +67,14 @@ _CHUNK = 1 << 22  # numbers in one block of sampled gradients: 32 MiB
 def audit_gradient(
     loss: Loss | Callable[..., Any],
     policy: LanguageModel,
-    source: Problem | Source,
+    source: Problem | Sequence[Problem] | Source,
     *,
     batch_size: int | None = None,
     behaviour: LanguageModel | None = None,
     adapt: Adapter | None = None,
+    against: Other | Mapping[str, Other] | None = None,
+    micro_batches: int | None = None,
+    ordered: bool = False,
     max_executions: int = MAX_EXECUTIONS,
     monte_carlo: int | None = None,
     draw: Draw | None = None,
@@ -68,18 +84,25 @@ def audit_gradient(
 
     Args:
         loss: Batch -> scalar, as `train` takes it; a parameter `draw` gets a Draw, whose every
-            outcome is enumerated. Or a function of tensors by name: a Batch's, verl's and TRL's
-            names are understood.
+            outcome is enumerated. Or a function of tensors by name: a Batch's, verl's, TRL's and
+            OpenRLHF's names are understood.
         policy: π, on the prior's support; its trainable parameters are the coordinates.
-        source: prior, reward and λ; or a source of `sources`, as training takes it, whose batches
-            are enumerated by its law: samples of π or of a behaviour policy for one problem, the
-            whole support, texts, preference pairs.
-        batch_size: B, 1 by default; a loss that needs the support is run once on it. A source has
-            its own.
+        source: prior, reward and λ; several problems of one prior, whose sequences stand in one
+            batch as in training, and over which the targets are averaged; or a source of
+            `sources`, as training takes it, whose batches are enumerated by its law: samples of π
+            or of a behaviour policy, the whole support, texts, preference pairs.
+        batch_size: B sequences a problem, 1 by default; a loss that needs the support is run once
+            on it. A source has its own.
         behaviour: the policy that draws the batches, on π's support; π itself by default. A source
             has its own.
-        adapt: what parameters of other names are: parameter -> name or value, or Batch -> keyword
-            arguments.
+        adapt: what parameters of other names are: parameter -> name, value or function of the
+            Batch; or Batch -> keyword arguments.
+        against: what the mean is held against besides the targets: another loss, with its mean over
+            the same batches (one marked `@needs("support")` is a function of the policy itself,
+            differentiated exactly); an AuditReport or the file of one; or several by name.
+        micro_batches: the loss splits each problem's sequences into so many parts in a row: which
+            part a sequence falls into counts, its place within does not.
+        ordered: every place counts, so all S^B orders are enumerated.
         max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
             own draws) to enumerate.
         monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |entry|
@@ -87,17 +110,18 @@ def audit_gradient(
 
     Returns:
         Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)),
-        expected_reward (∇(−E r)), and the divergences of π and q per sequence and, with frozen
-        prefixes, per token. For preference pairs the divergences alone; for texts
+        expected_reward (∇(−E r)), the divergences of π and q per sequence and, with frozen
+        prefixes, per token, the entropy likewise, and with a behaviour policy what losses without
+        weights follow. For preference pairs the divergences alone; for texts
         negative_log_likelihood, −E[log π] over the source's weights.
 
     Raises:
         TooLargeError: more executions than `max_executions`; the message has the count.
         UnsupportedPolicyError: the policy leaves the prior's support, or the behaviour policy the
             policy's.
-        InputError: what the loss must not do: return anything but a finite scalar with a gradient,
-            change its inputs, draw from a global generator, depend on the order of the batch; a
-            source whose law is not known.
+        InputError: what the loss must not do: return anything but a finite scalar with a finite
+            gradient, change its inputs, draw from a global generator, depend on the order of the
+            batch; a source whose law is not known.
     """
     started = time.perf_counter()
     check_arguments(
@@ -109,36 +133,40 @@ def audit_gradient(
     check_loss_function(loss)
     check_monte_carlo(monte_carlo, draw, bound)
     _check_policy(policy)
+    others = others_of(against)
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
-    plan = planned(source, batch_size, behaviour, needs_of(function))
+    asked = needs_of(function)
+    plan = planned(source, batch_size, behaviour, asked, micro_batches, ordered=ordered)
+    for other in other_losses(others).values():
+        plan = dataclasses.replace(
+            plan, distributions=plan.distributions or "distributions" in needs_of(other)
+        )
     limit = max_executions if monte_carlo is None else MAX_SEQUENCES
-    scene, targets = plan.scene(policy, limit)
-    on_support = LossOnSupport(
-        function,
-        name_of(loss),
-        scene.whole,
-        scene.tree,
-        draws_random_numbers(function),
-        scene.place,
-        scene.width,
-    )
-    coordinates = coordinates_of(policy, scene.tree, plan.prompt)
-    with no_global_randomness(f"the loss {on_support.name}"):
-        if monte_carlo is None:
-            found = _enumerated(on_support, scene, coordinates, plan, max_executions)
-        else:
-            assert draw is not None  # checked above
-            assert bound is not None
-            found = _sampled(on_support, scene, coordinates, plan, monte_carlo, draw, bound)
-    vectors = coordinates.combine(torch.stack(list(targets.values())))
+    scene, targets_of = plan.scene(policy, limit)
+    coordinates = coordinates_of(policy, scene.tree)
+    run = _Run(policy, scene, coordinates, max_executions, monte_carlo, draw, bound)
+    found = run(loss, function, plan)
+
+    coefficients = scene.mean_over_problems(targets_of)
+    zero = _zero_targets(scene, targets_of, coefficients)
+    vectors = coordinates.combine(torch.stack(list(coefficients.values())))
+    targets = dict(zip(coefficients, vectors, strict=True))
+    targets |= other_reports(others, coordinates.name, len(vectors[0]))
+    for name, other in other_losses(others).items():
+        theirs = planned(source, batch_size, behaviour, needs_of(other))
+        if not theirs.complete:
+            theirs = dataclasses.replace(theirs, micro_batches=plan.micro_batches)
+        targets[name] = run(other, other, theirs)["mean"]
     return AuditReport(
-        name=on_support.name,
-        targets=dict(zip(targets, vectors, strict=True)),
+        name=name_of(loss),
+        targets=targets,
         coordinates=coordinates.name,
+        entries=coordinates.entries,
         batch_size=plan.batch_size,
         cost=coordinates.cost,
-        notes=scene.remarks,
-        precision=_precision(policy),
+        zero_targets=zero,
+        notes=(*scene.remarks, *notes_of(function)),
+        precision=relative_precision(_parameter_type(policy)),
         seconds=time.perf_counter() - started,
         **found,
     )
@@ -147,7 +175,7 @@ def audit_gradient(
 def audit_value(
     estimator: Callable[..., Any],
     policy: LanguageModel,
-    problem: Problem,
+    problem: Problem | Sequence[Problem],
     *,
     batch_size: int = 1,
     behaviour: LanguageModel | None = None,
@@ -166,8 +194,8 @@ def audit_value(
             tokens) or a batch (scalar).
         policy: π. Where it has mass and the prior none, KL(π‖q) is infinite, and the report says
             so.
-        problem: its prior is q.
-        batch_size: estimates are averaged over this many independent samples.
+        problem: its prior is q; of several, over which KL is averaged, each gives its samples.
+        batch_size: estimates are averaged over this many independent samples a problem.
         behaviour: the policy that draws the samples, on π's support; π itself by default.
         adapt: what parameters of other names are.
         max_executions: the most batches to enumerate, which only estimators of whole batches and
@@ -188,15 +216,16 @@ def audit_value(
         "audit_value(estimator, policy, problem)",
         estimator=(estimator, object),
         policy=(policy, LanguageModel),
-        problem=(problem, Problem),
+        problem=(problem, object),
     )
+    problems = check_problems(problem)
     check_function(estimator, "estimator", "kl_values.k3")
     check_count(batch_size, "batch_size")
     check_monte_carlo(monte_carlo, draw, bound)
     scene = build_scene(
-        policy, problem, behaviour, MAX_SEQUENCES, distributions=True, supported=False
+        policy, problems, behaviour, MAX_SEQUENCES, distributions=True, supported=False
     )
-    subject = value_on_support(estimator, scene, adapt)
+    subject = value_on_support(estimator, scene, adapt, batch_size)
     with no_global_randomness(f"the estimator {subject.name}"):
         if monte_carlo is not None:
             assert draw is not None  # checked above
@@ -204,11 +233,12 @@ def audit_value(
             found = sampled_value(subject, scene, batch_size, monte_carlo, draw, bound)
         else:
             found = enumerated_value(subject, scene, batch_size, max_executions)
-    targets = value_targets(scene.whole, scene.tree, scene.missed)
+    each = [value_targets(view.whole, view.tree, view.missed) for view in scene.views]
+    targets = {name: torch.stack([found[name] for found in each]).mean(0) for name in each[0]}
     notes = scene.remarks
-    if behaviour is None:
+    if behaviour is None and len(each) == 1:
         bias = float(found["mean"] - targets["reverse_kl"])
-        notes += tuple(missing_mass_notes(subject.name, scene.missed, bias))
+        notes += tuple(missing_mass_notes(subject.name, scene.views[0].missed, bias))
     found["notes"] = (*notes, *found["notes"])
     return AuditReport(
         name=subject.name,
@@ -220,81 +250,151 @@ def audit_value(
     )
 
 
-def _enumerated(
-    loss: LossOnSupport,
-    scene: Scene,
-    coordinates: Coordinates,
-    plan: Plan,
-    max_executions: int,
-) -> dict[str, Any]:
-    """Moments over every execution, and how they were found."""
-    if plan.complete:
-        # one batch, with probability 1; its order is the support's, so nothing is tried out
-        rows = torch.arange(len(scene.whole.tokens), device=scene.sampler.device)[None]
-        log_weight = torch.zeros(1, dtype=torch.float64, device=rows.device)
-        picked, gradients = rows, loss.one(rows[0])[None]
-    else:
-        drawn = int((scene.sampler > -math.inf).sum())
-        check_executions(drawn, plan.batch_size, max_executions)
-        units, log_weight = multisets(scene.sampler, plan.batch_size)
-        rows = scene.rows(units)
-        picked, gradients = probe(loss, rows)
-    reason = loss.why_not_vmap(picked, gradients)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """How losses are averaged over the batches of one scene."""
 
-    def contributions() -> Iterator[Contributions]:
-        parts = loss.executions(
-            rows, log_weight, vmap=reason is None, max_executions=max_executions
+    policy: LanguageModel
+    scene: Scene
+    coordinates: Coordinates
+    max_executions: int
+    monte_carlo: int | None
+    draw: Draw | None
+    bound: float | None
+
+    def __call__(self, loss: Any, function: Loss, plan: Plan) -> dict[str, Any]:
+        """Mean, variance and how they were found, of `loss` as a `function` of a Batch."""
+        whole = self.scene.whole
+        subject = LossOnSupport(
+            function,
+            name_of(loss),
+            whole if whole.complete == plan.complete else dataclasses.replace(whole, complete=True),
+            self.scene.tree,
+            draws_random_numbers(function),
+            self.scene.place,
+            self.scene.width,
+            plan.block * self.scene.width,
+            reaches=reach_of(self.policy, self.scene.tree),
         )
-        return contributions_of(loss, parts)
+        with no_global_randomness(f"the loss {subject.name}"):
+            if self.monte_carlo is None:
+                return self._enumerated(subject, plan)
+            return self._sampled(subject, plan)
 
-    moments = gradient_moments(contributions, coordinates, scene.tree.edges, rows.device)
-    return {
-        "mean": coordinates.combine(moments.coefficients[None])[0],
-        "variance": moments.variance,
-        "executions": moments.executions,
-        "differentiation": _how(reason),
-    }
+    def _enumerated(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any]:
+        """Moments over every execution."""
+        if plan.complete:
+            # one batch, with probability 1; its order is the support's, so nothing is tried out
+            device = loss.whole.tokens.device
+            rows = torch.arange(len(loss.whole.tokens), device=device)[None]
+            log_weight = torch.zeros(1, dtype=torch.float64, device=device)
+            loss = dataclasses.replace(loss, block=loss.width)
+        else:
+            check_executions(self.scene.drawn, plan.block, self.max_executions, plan.micro_batches)
+            rows, log_weight = self.scene.every_batch(plan.block, plan.micro_batches)
+        loss, picked, gradients = _looked_at(loss, rows)
+        reason = loss.why_not_vmap(picked, gradients)
+
+        def contributions() -> Iterator[Contributions]:
+            parts = loss.executions(
+                rows, log_weight, vmap=reason is None, max_executions=self.max_executions
+            )
+            return contributions_of(loss, parts)
+
+        edges = self.scene.tree.edges
+        moments = gradient_moments(contributions, self.coordinates, edges, rows.device)
+        unresolved = torch.finfo(torch.float64).eps * moments.size + _noise(loss, picked)
+        return {
+            "mean": self.coordinates.combine(moments.coefficients[None])[0],
+            "variance": moments.variance,
+            "executions": moments.executions,
+            "differentiation": _how(reason),
+            "rounding": SAFETY * unresolved * moments.longest,
+            "arithmetic": _type_name(loss.arithmetic),
+        }
+
+    def _sampled(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any]:
+        """Moments over batches drawn, with an interval."""
+        count, draw, bound = self.monte_carlo, self.draw, self.bound
+        assert count is not None  # checked on entry
+        assert draw is not None
+        assert bound is not None
+        if plan.complete:
+            raise InputError(
+                f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave"
+                " monte_carlo out."
+            )
+        rows = self.scene.drawn_batches(count, plan.batch_size, draw)
+        # batches come in the order in which they were drawn, so order may mean something
+        loss, picked, gradients = _looked_at(dataclasses.replace(loss, block=loss.width), rows)
+        reason = loss.why_not_vmap(picked, gradients)
+
+        def estimates() -> Iterator[Tensor]:
+            parts = contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None))
+            at_once = max(1, _CHUNK // self.coordinates.size)  # wider than batches
+            for dense, _ in dense_coefficients(parts, self.scene.tree.edges):
+                yield from map(self.coordinates.combine, dense.split(at_once))
+
+        moments = sampled_moments(estimates(), bound)
+        return {
+            "mean": moments.mean,
+            "variance": moments.variance,
+            "executions": moments.draws,
+            "differentiation": _how(reason),
+            "interval": moments.interval,
+            "failure_probability": FAILURE_PROBABILITY,
+            "arithmetic": _type_name(loss.arithmetic),
+        }
 
 
-def _sampled(
-    loss: LossOnSupport,
+def _looked_at(loss: LossOnSupport, rows: Tensor) -> tuple[LossOnSupport, Tensor, Tensor]:
+    """The loss with the precision of its arithmetic, and some batches with their gradients."""
+    if not loss.draws:
+        arithmetic = arithmetic_of(lambda: loss.call(loss.fields(rows[0])))
+        loss = dataclasses.replace(loss, arithmetic=arithmetic)
+    return loss, *probe(loss, rows)
+
+
+def _noise(loss: LossOnSupport, picked: Tensor) -> float:
+    """The most that a rounding of the inputs moves the gradient on some batches [x,B]:
+    Σ_e |Δc_e|.
+    """
+    if loss.draws:
+        picked = picked[:1]
+    plain = [average_over_draws(loss, rows) for rows in picked]
+    moved = [
+        float((average_over_draws(nudged, rows) - before).abs().sum())
+        for batch in nudged_batches(loss.whole, loss.arithmetic)
+        for nudged in [dataclasses.replace(loss, whole=batch)]
+        for rows, before in zip(picked, plain, strict=True)
+    ]
+    return max(moved)
+
+
+def _zero_targets(
     scene: Scene,
-    coordinates: Coordinates,
-    plan: Plan,
-    count: int,
-    draw: Draw,
-    bound: float,
-) -> dict[str, Any]:
-    """Moments over `count` batches drawn, with an interval."""
-    if plan.complete:
-        raise InputError(
-            f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave"
-            " monte_carlo out."
-        )
-    every = torch.zeros(count * plan.batch_size, dtype=torch.long, device=scene.sampler.device)
-    rows = scene.rows(draw(scene.sampler[None], every).view(count, plan.batch_size))
-    picked, gradients = probe(loss, rows)
-    reason = loss.why_not_vmap(picked, gradients)
+    targets_of: Callable[[View], dict[str, Tensor]],
+    targets: Mapping[str, Tensor],
+) -> tuple[str, ...]:
+    """The targets [E] that are 0 here: no larger than what rounding makes of them."""
+    moved = [scene.nudged(torch.float64, way).mean_over_problems(targets_of) for way in range(2)]
 
-    def estimates() -> Iterator[Tensor]:
-        parts = contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None))
-        at_once = max(1, _CHUNK // coordinates.size)  # gradients [x,P] are wider than batches
-        for dense, _ in dense_coefficients(parts, scene.tree.edges):
-            yield from map(coordinates.combine, dense.split(at_once))
+    def unresolved(name: str) -> float:
+        return max(float((other[name] - targets[name]).abs().max()) for other in moved)
 
-    moments = sampled_moments(estimates(), bound)
-    return {
-        "mean": moments.mean,
-        "variance": moments.variance,
-        "executions": moments.draws,
-        "differentiation": _how(reason),
-        "interval": moments.interval,
-        "failure_probability": FAILURE_PROBABILITY,
-    }
+    return tuple(
+        name
+        for name, target in targets.items()
+        if float(target.abs().max()) <= SAFETY * unresolved(name)
+    )
 
 
 def _how(reason: str | None) -> str:
     return "vmap" if reason is None else f"one backward pass an execution: {reason}"
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_policy(policy: LanguageModel) -> None:
@@ -305,9 +405,7 @@ def _check_policy(policy: LanguageModel) -> None:
         )
 
 
-def _precision(policy: LanguageModel) -> float:
-    """Relative error below which two gradients count as equal: float32 parameters round what
-    backward passes add up.
-    """
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return 1e-9 if all(parameter.dtype == torch.float64 for parameter in trained) else 1e-5
+def _parameter_type(policy: LanguageModel) -> torch.dtype:
+    """The least precise type of the trained parameters: backward passes add up in it."""
+    trained = {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad}
+    return max(trained, key=lambda dtype: torch.finfo(dtype).eps)

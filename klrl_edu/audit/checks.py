@@ -19,7 +19,6 @@ from klrl_edu.audit.subjects import Subject
 from klrl_edu.core.errors import InputError
 
 _PROBES = 6  # batches that are looked at closely
-_AGREE = 1e-9
 _MOST_OUTCOMES = 10_000  # of a function's own draws on one probed batch
 
 
@@ -31,14 +30,22 @@ def no_global_randomness(what: str) -> Iterator[None]:
         InputError: it did; names the generator.
     """
     before = _generator_states()
-    yield
+    try:
+        yield
+    except InputError:
+        _refuse_moved(before, what)  # what else went wrong may come from there
+        raise
+    _refuse_moved(before, what)
+
+
+def _refuse_moved(before: dict[str, object], what: str) -> None:
     for generator, state in _generator_states().items():
         if state != before[generator]:
             raise InputError(
                 f"{what} draws from the global generator of {generator}, so its outcomes cannot be"
                 " enumerated; take a parameter `draw` and draw through it: draw(log_probs) ->"
                 " index."
-            )
+            ) from None
 
 
 def _generator_states() -> dict[str, object]:
@@ -53,7 +60,7 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Looks closely at a few of the batches rows [X,B], those with most different sequences first.
 
     Returns:
-        Some batches [x,B] and the results on them [x,n]; none where the function draws.
+        Some batches [x,B] and the results on them [x,n]; no results where the function draws.
 
     Raises:
         InputError: a fault, by its name.
@@ -75,10 +82,9 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
                 " state, or draws from a generator of its own; take a parameter `draw` and draw"
                 " through it."
             )
-    if rows.shape[1] > subject.width:
-        for batch in picked:
-            _check_order(subject, batch)
-    return (results, results) if subject.draws else (picked, results)
+    for batch in picked:
+        _check_order(subject, batch)
+    return picked, results
 
 
 def _most_varied(rows: Tensor) -> Tensor:
@@ -93,22 +99,15 @@ def _most_varied(rows: Tensor) -> Tensor:
 
 
 def _check_order(subject: Subject, rows: Tensor) -> None:
-    """Reversed and rotated, a batch must give what it gave before."""
-    expected = _average(subject, rows)
-    rounding = _AGREE * (1 + float(expected.abs().max()))
-    units = rows.view(-1, subject.width)  # what belongs together stays in its order
-    for what, moved in (("reversed", units.flip(0)), ("rotated", units.roll(1, 0))):
-        found = _average(subject, moved.flatten())
-        if not torch.allclose(found, expected, rtol=_AGREE, atol=rounding):
-            raise InputError(
-                f"the {subject.kind} {subject.name} depends on the order of its batch:"
-                f" {subject.describe(rows)} {what} gives another result. Batches are enumerated"
-                " without order; make it symmetric (a mean over all sequences, or over all pairs)."
-            )
+    """Reversed and rotated, a batch [B] must give what it gave before."""
+    expected = average_over_draws(subject, rows)
+    for what, order in subject.orders(len(rows)).items():
+        if not subject.same(average_over_draws(subject, rows[order]), expected):
+            subject.refuse_order(rows, what)
 
 
-def _average(subject: Subject, rows: Tensor) -> Tensor:
-    """What must not depend on the order of a batch [B], averaged over the function's own draws."""
+def average_over_draws(subject: Subject, rows: Tensor) -> Tensor:
+    """What a function does on a batch [B] whatever its order, averaged over its own draws."""
     if not subject.draws:
         return subject.unordered(rows, subject.one(rows))
     results, log_probs = subject.outcomes(rows, _MOST_OUTCOMES, _MOST_OUTCOMES)

@@ -29,6 +29,7 @@ from klrl_edu.models.table import PrefixTable, SequenceTable
 _BLOCK = 1 << 25  # numbers in one block of Jacobian rows: 256 MiB
 _MAX_GRAM = 1 << 26  # numbers in the Gram matrix of a model without a closed form: 512 MiB
 _FORWARD_ROWS = 256
+_MAX_ENTRIES = 10_000  # parameters with names; more are not read
 
 
 class Coordinates(Protocol):
@@ -48,6 +49,10 @@ class Coordinates(Protocol):
     depths_are_orthogonal: bool
 
     @property
+    def entries(self) -> tuple[str, ...] | None:
+        """What each of the P entries belongs to, in words; None for a network's."""
+
+    @property
     def cost(self) -> str | None:
         """What backward passes through a model cost, in words; None where there are none."""
 
@@ -61,7 +66,7 @@ class Coordinates(Protocol):
         """‖Σ_e c_e φ_e‖²: [K,E] -> [K], without the cancellation of the sum of kernels."""
 
 
-def coordinates_of(policy: LanguageModel, tree: SupportTree, prompt: Tensor | None) -> Coordinates:
+def coordinates_of(policy: LanguageModel, tree: SupportTree) -> Coordinates:
     """The closed form where the policy is a table (a subclass may compute something else), else
     backward passes.
     """
@@ -73,7 +78,7 @@ def coordinates_of(policy: LanguageModel, tree: SupportTree, prompt: Tensor | No
         inner = inner.policy
     if type(inner) is PrefixTable:
         return PrefixLogits(inner, tree)
-    return NetworkParameters(policy, tree, prompt)
+    return NetworkParameters(policy, tree)
 
 
 class PrefixLogits:
@@ -99,6 +104,7 @@ class PrefixLogits:
         self.parameter = row[trie.parent].clamp(min=0) * table.space.vocab_size + trie.token
         self.probs = tree.edge_log_probs.exp()
         self.square = self._node_sums(self.probs.square())[trie.parent]
+        self.entries = _prefix_entries(table)
 
     def kernel(self, left: Tensor, right: Tensor) -> Tensor:
         """<φ_e, φ_e'> by (1); 0 for edges of different nodes, which share no logit."""
@@ -138,6 +144,8 @@ class SequenceLogits:
     def __init__(self, table: SequenceTable, tree: SupportTree):
         trie = tree.trie
         self.size, self.name = len(table.logits), "sequence logits"
+        few = self.size <= _MAX_ENTRIES
+        self.entries = tuple(table.space.decode(table.tokens)) if few else None
         self.tree = tree
         _, edges = table.trie.find(tree.tokens)
         last_place = table.space.live(tree.tokens).sum(-1, keepdim=True) - 1
@@ -221,9 +229,10 @@ class NetworkParameters:
     """
 
     squares_are_cheap = depths_are_orthogonal = False  # [E,E] products an execution
+    entries = None
 
-    def __init__(self, policy: LanguageModel, tree: SupportTree, prompt: Tensor | None):
-        self.policy, self.tree, self.prompt, self.device = policy, tree, prompt, tree.tokens.device
+    def __init__(self, policy: LanguageModel, tree: SupportTree):
+        self.policy, self.tree, self.device = policy, tree, tree.tokens.device
         self.parameters = [
             parameter for parameter in policy.parameters() if parameter.requires_grad
         ]
@@ -298,8 +307,7 @@ class NetworkParameters:
         sequences, positions = places // length, places % length
         out = torch.empty(len(edges), self.size, dtype=torch.float64, device=self.device)
         for sequence in torch.unique(sequences).tolist():
-            tokens = self.tree.tokens[sequence : sequence + 1]
-            log_probs = token_log_probs(self.policy, tokens, self.prompt)[0]
+            log_probs = self._log_probs(slice(sequence, sequence + 1))[0]
             for row in (sequences == sequence).nonzero().squeeze(-1).tolist():
                 out[row] = self._backward(log_probs[positions[row]])
         return out
@@ -312,22 +320,28 @@ class NetworkParameters:
             return coefficients @ self.whole_jacobian
         started = time.perf_counter()
         total = torch.zeros(len(coefficients), self.size, dtype=torch.float64, device=self.device)
-        for tokens, weights in self._weighted_blocks(coefficients):
-            log_probs = token_log_probs(self.policy, tokens, self.prompt)
+        for block, weights in self._weighted_blocks(coefficients):
+            log_probs = self._log_probs(block)
             for row, weight in enumerate(weights):
                 total[row] += self._backward((weight * log_probs).sum())
         self.seconds += time.perf_counter() - started
         return total
 
-    def _weighted_blocks(self, coefficients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sequences [b,T] and the weights [K,b,T] of their tokens: each edge's coefficient stands
-        where the edge does first.
+    def _log_probs(self, block: slice) -> Tensor:
+        """log π(y_t|y_<t) [b,T] of some of the sequences, each after its prompt."""
+        prompt = None if self.tree.prompt is None else self.tree.prompt[block]
+        return token_log_probs(self.policy, self.tree.tokens[block], prompt)
+
+    def _weighted_blocks(self, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of sequences and the weights [K,b,T] of their tokens: each edge's coefficient
+        stands where the edge does first.
         """
         tokens = self.tree.tokens
         weights = coefficients.new_zeros(len(coefficients), tokens.numel(), device=tokens.device)
         weights[:, self.tree.first_use] = coefficients
         weight_blocks = weights.view(-1, *tokens.shape).split(_FORWARD_ROWS, 1)
-        return zip(tokens.split(_FORWARD_ROWS), weight_blocks, strict=True)
+        starts = range(0, len(tokens), _FORWARD_ROWS)
+        return zip([slice(a, a + _FORWARD_ROWS) for a in starts], weight_blocks, strict=True)
 
     def _backward(self, value: Tensor) -> Tensor:
         """∇value [P] in float64; 0 where the value is certain and nothing moves it."""
@@ -339,3 +353,19 @@ class NetworkParameters:
             value, self.parameters, retain_graph=True, materialize_grads=True
         )
         return torch.cat([gradient.reshape(-1).double() for gradient in gradients])
+
+
+def _prefix_entries(table: PrefixTable) -> tuple[str, ...] | None:
+    """Prefix → token for each logit [rows·V] of a table; None where they are too many to read."""
+    if table.logits.numel() > _MAX_ENTRIES:
+        return None
+    space, trie = table.space, table.trie
+    words = [*space.vocabulary, *(["EOS"] if space.eos else [])]
+    texts = [""] * trie.nodes
+    # edges stand in the order of their nodes, so a node has its text before its edges are met
+    edges = zip(trie.parent.tolist(), trie.token.tolist(), trie.child.tolist(), strict=True)
+    for parent, token, child in edges:
+        if child >= 0:
+            before = texts[parent] + space.separator if texts[parent] else ""
+            texts[child] = before + words[token]
+    return tuple(f"{text} → {word}" for text in texts for word in words)

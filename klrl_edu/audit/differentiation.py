@@ -8,21 +8,35 @@ else one backward pass each.
 tokens, V columns, n = BT (+ BTV).
 """
 
-from typing import ClassVar
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from klrl_edu.audit.subjects import SHARED, Subject
+from klrl_edu.audit.tree import SupportTree
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.learning.batches import check_loss, needs_of
+from klrl_edu.models.contract import LanguageModel, conditional_log_probs
 
 
+@dataclass(frozen=True, kw_only=True)
 class LossOnSupport(Subject):
-    """A loss; what it gives on a batch is its gradient (1), [n]."""
+    """A loss; what it gives on a batch is its gradient (1), [n].
+
+    Attributes:
+        reaches: whether gradients at given entries of the next-token distributions reach a weight
+            (`reach_of`).
+        unreachable: nodes of the tree where they were seen not to.
+    """
 
     kind: ClassVar[str] = "loss"
+    reaches: Callable[[Tensor, Tensor], bool]
+    unreachable: set[int] = field(default_factory=set)
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -84,6 +98,17 @@ class LossOnSupport(Subject):
         pushed = torch.zeros(self.tree.edges, dtype=result.dtype, device=rows.device)
         return pushed.index_add(0, edges[live], result[live])
 
+    def reordered(self, result: Tensor, order: Tensor) -> Tensor:
+        """Gradients of batches in their own order, from those [..., n] of the batches put into the
+        order [B].
+        """
+        size, length = len(order), self.whole.tokens.shape[1]
+        widths = [length, length * self.tree.trie.space.vocab_size][: len(self.leaves)]
+        parts = result.split([size * width for width in widths], -1)
+        back = torch.argsort(order)
+        by_sequence = [part.unflatten(-1, (size, -1))[..., back, :] for part in parts]
+        return torch.cat([part.flatten(-2) for part in by_sequence], -1)
+
     def changed_input(self, rows: Tensor) -> str | None:
         """The field of a batch [B] that the loss changes in place, if any."""
         fields = self.fields(rows)
@@ -100,22 +125,71 @@ class LossOnSupport(Subject):
         return None
 
     def _checked(self, values: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
-        """Gradients [X,n] with 0 where nothing can move; refuses values [X] and entries elsewhere
-        that are not finite.
+        """Gradients [X,n] with 0 where nothing can move.
+
+        Raises:
+            InputError: what a training step would refuse too: a value [X] or a gradient that is
+                not finite; or a push on tokens without mass.
         """
-        gradients = torch.where(self.edges(rows) >= 0, gradients.detach(), 0.0).double()
-        sound = torch.isfinite(values)
-        bad = ~(sound & torch.isfinite(gradients).all(-1))
+        edges, gradients = self.edges(rows), gradients.detach().double()
+        movable = torch.where(edges >= 0, gradients, 0.0)
+        bad = ~(torch.isfinite(values) & torch.isfinite(movable).all(-1))
         if bool(bad.any()):
             place = int(bad.nonzero()[0])
-            value = float(values[place])
-            what = (
-                f"{value:.6g} with a gradient that is not finite"
-                if bool(sound[place])
-                else f"{value}"
-            )
+            self._refuse(float(values[place]), float(movable[place].norm()), rows[place])
+        stray = (edges < 0) & (gradients != 0)  # NaN among them
+        if "log_dists" in self.leaves and bool(stray.any()):
+            self._look_at_tokens_without_mass(values, gradients, stray, rows)
+        return movable
+
+    def _refuse(self, value: float, norm: float, rows: Tensor) -> NoReturn:
+        """Names what is not finite, as training does."""
+        what = f"{value:.6g} and the gradient's norm is {norm}" if math.isfinite(value) else value
+        raise InputError(
+            f"the loss {self.name} is {what} on the batch {self.describe(rows)}; look for log 0,"
+            " 0/0, or a deviation of 0."
+        )
+
+    def _look_at_tokens_without_mass(
+        self, values: Tensor, gradients: Tensor, stray: Tensor, rows: Tensor
+    ) -> None:
+        """Gradients at log-probabilities of −inf [X,n] are nothing where the policy has no
+        weight behind them (a forced EOS), and reach every weight where it has (a logit of −inf).
+        """
+        length, columns = self.whole.tokens.shape[1], self.tree.trie.space.vocab_size
+        for place in stray.any(-1).nonzero().squeeze(-1).tolist():
+            batch = rows[place]
+            sequences = self.in_tree(batch)
+            pushed = stray[place, len(batch) * length :].view(len(batch), length, columns)
+            nodes = set(self.tree.trie.node_of[sequences][pushed.any(-1)].tolist()) - {-1}
+            if nodes <= self.unreachable:
+                continue
+            if not self.reaches(sequences, pushed):
+                self.unreachable.update(nodes)
+                continue
+            if not bool(torch.isfinite(gradients[place][stray[place]]).all()):
+                self._refuse(float(values[place]), math.nan, batch)
             raise InputError(
-                f"the loss {self.name} is {what} on the batch {self.describe(rows[place])}; look"
-                " for log 0, 0/0, or a deviation of 0."
+                f"the loss {self.name} pushes log-probabilities of tokens without mass, which are"
+                f" -inf, on the batch {self.describe(batch)}; leave them out:"
+                " torch.where(batch.log_dists > -math.inf, …, 0)."
             )
-        return gradients
+
+
+def reach_of(policy: LanguageModel, tree: SupportTree) -> Callable[[Tensor, Tensor], bool]:
+    """Whether gradients at entries [B,T,V] of the next-token distributions of sequences [B] reach a
+    weight of the policy.
+    """
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+    def reaches(sequences: Tensor, entries: Tensor) -> bool:
+        prompt = None if tree.prompt is None else tree.prompt[sequences]
+        log_dists = conditional_log_probs(policy, tree.tokens[sequences], prompt)
+        if not log_dists.requires_grad:
+            return False
+        # a NaN put in comes out wherever there is a way, and nowhere else
+        marked = torch.zeros_like(log_dists).masked_fill(entries, math.nan)
+        gradients = torch.autograd.grad(log_dists, parameters, marked, materialize_grads=True)
+        return any(bool(torch.isnan(gradient).any()) for gradient in gradients)
+
+    return reaches

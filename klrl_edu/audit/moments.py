@@ -46,11 +46,15 @@ def contributions_of(
 
 
 class GradientMoments(NamedTuple):
-    """E g as coefficients [E], total variance, and how many executions there were."""
+    """E g as coefficients [E], total variance, and how many executions there were; √E(Σ|c|)², the
+    size of what was added up; and the largest ‖φ_e‖.
+    """
 
     coefficients: Tensor
     variance: float
     executions: int
+    size: float
+    longest: float
 
 
 def gradient_moments(
@@ -78,13 +82,14 @@ def gradient_moments(
         live = part.edges >= 0
         mean.index_add_(0, part.edges[live], (weight[:, None] * part.coefficients)[live])
         executions += len(weight)
+        largest += float(weight @ part.coefficients.abs().sum(-1).square())
         if not direct:
             second += float(weight @ kernel.squared_norms(part))
-            largest += float(weight @ part.coefficients.abs().sum(-1).square())
     variance = second - float(coordinates.squared_norms(mean[None]))  # (1)
     if direct or variance < _KEEPS_DIGITS * largest * kernel.scale:
         variance = _about_the_mean(contributions(), coordinates, mean)
-    return GradientMoments(mean, variance, executions)
+    size, longest = math.sqrt(largest), math.sqrt(kernel.scale)
+    return GradientMoments(mean, variance, executions, size, longest)
 
 
 def _about_the_mean(

@@ -3,15 +3,25 @@ have been meant to follow.
 """
 
 import html
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from klrl_edu.audit.verdict import nearest_target, relative_distance, verdict
+from klrl_edu.audit.verdict import (
+    cosine,
+    direction,
+    nearest_target,
+    relative_distance,
+    verdict,
+)
 from klrl_edu.core.display import Cell, html_table, text_table
+from klrl_edu.core.errors import InputError
 from klrl_edu.evaluation.records import jsonable
 
 _EXACT = 1e-9  # relative error below which two exact computations in float64 agree
@@ -30,7 +40,7 @@ class AuditReport:
         targets: name -> what it might estimate, in the same coordinates; gradients are to descend
             (objective is ∇(−J)).
         coordinates: what the entries of `mean` are derivatives by; nats for a value.
-        batch_size: sequences an estimate.
+        batch_size: sequences a problem and estimate.
         executions: outcomes enumerated, or drawn.
         seconds: wall time.
         differentiation: how a loss was differentiated by its log-probabilities; None for a value.
@@ -38,10 +48,16 @@ class AuditReport:
             table served.
         notes: what else must be known, e.g. mass that sampling misses.
         probability_negative: P(estimate < 0) of a value; None for a gradient.
+        probability_negative_token: the same of the estimate at a live token; None where the
+            estimator says nothing of single tokens.
         interval: half-widths [P] around `mean`; None where it is exact.
         failure_probability: that any entry of the exact mean lies outside its interval.
         precision: relative error below which two numbers count as equal; larger for a policy in
             float32.
+        rounding: the distance, in `coordinates`, by which rounding alone may have moved the mean.
+        arithmetic: the least precise type that the estimator computes in.
+        zero_targets: the targets that are 0 here, where no relative bias means anything.
+        entries: what each entry of the mean belongs to; None for a network's parameters.
     """
 
     name: str
@@ -56,29 +72,40 @@ class AuditReport:
     cost: str | None = None
     notes: tuple[str, ...] = field(default=())
     probability_negative: float | None = None
+    probability_negative_token: float | None = None
     interval: Tensor | None = None
     failure_probability: float | None = None
     precision: float = _EXACT
+    rounding: float = 0.0
+    arithmetic: str = "float64"
+    zero_targets: tuple[str, ...] = ()
+    entries: tuple[str, ...] | None = None
+
+    @property
+    def is_value(self) -> bool:
+        """Whether the mean is a number in nats, and no gradient."""
+        return self.coordinates == "nats"
 
     @property
     def bias(self) -> dict[str, float]:
         """‖E g − target‖; for a value the signed E g − target."""
-        if len(self.mean) == 1:
+        if self.is_value:
             return {name: float(self.mean - target) for name, target in self.targets.items()}
         return {name: float((self.mean - target).norm()) for name, target in self.targets.items()}
 
     @property
     def relative_bias(self) -> dict[str, float]:
-        """‖E g − target‖/‖target‖; the plain norm where the target is 0, inf where it is
-        infinite.
-        """
-        return {name: relative_distance(self.mean, target) for name, target in self.targets.items()}
+        """‖E g − target‖/‖target‖; NaN where the target is 0, inf where it is infinite."""
+        return {
+            name: math.nan if self._is_zero(name) else relative_distance(self.mean, target)
+            for name, target in self.targets.items()
+        }
 
     @property
     def cosine(self) -> dict[str, float]:
         """The cosine of the angle between E g and each target; NaN where either is 0."""
         return {
-            name: _ratio(float(self.mean @ target), float(self.mean.norm() * target.norm()))
+            name: math.nan if self._is_zero(name) else cosine(self.mean, target)
             for name, target in self.targets.items()
         }
 
@@ -86,17 +113,30 @@ class AuditReport:
     def scale(self) -> dict[str, float]:
         """The factor c that brings c·target closest to E g; NaN where the target is 0."""
         return {
-            name: _ratio(float(self.mean @ target), float(target @ target))
+            name: math.nan
+            if self._is_zero(name)
+            else float(self.mean @ target) / float(target @ target)
             for name, target in self.targets.items()
         }
+
+    def _is_zero(self, name: str) -> bool:
+        return name in self.zero_targets or not bool(self.targets[name].any())
 
     @property
     def verdict(self) -> str:
         """In words: what this follows."""
         if self.interval is None:
-            return verdict(
-                self.name, self.mean, self.targets, math.sqrt(self.variance), self.precision
+            said = verdict(
+                self.name,
+                self.mean,
+                self.targets,
+                self._tolerance,
+                [name for name in self.targets if self._is_zero(name)],
+                value=self.is_value,
             )
+            if self.arithmetic == "float64":
+                return said
+            return f"{said.removesuffix('.')}, to {self.arithmetic} precision."
         inside = [
             name
             for name, target in self.targets.items()
@@ -113,6 +153,11 @@ class AuditReport:
             f" nearest is {nearest}, off by {distance:.3g} of it."
         )
 
+    def _tolerance(self, vector: Tensor) -> float:
+        """How far from a vector the mean may lie, and equal it."""
+        size = float(vector.norm())
+        return self.rounding + (self.precision * size if math.isfinite(size) else 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as strict JSON: plain numbers and lists, infinities and NaN as the strings
         "inf", "-inf", "nan".
@@ -124,6 +169,7 @@ class AuditReport:
                 "mean": self.mean,
                 "variance": self.variance,
                 "probability_negative": self.probability_negative,
+                "probability_negative_token": self.probability_negative_token,
                 "coordinates": self.coordinates,
                 "batch_size": self.batch_size,
                 "executions": self.executions,
@@ -135,12 +181,57 @@ class AuditReport:
                 "cost": self.cost,
                 "notes": self.notes,
                 "targets": self.targets,
+                "zero_targets": self.zero_targets,
+                "precision": self.precision,
+                "rounding": self.rounding,
+                "arithmetic": self.arithmetic,
+                "entries": self.entries,
                 "bias": self.bias,
                 "relative_bias": self.relative_bias,
                 "cosine": self.cosine,
                 "scale": self.scale,
             }
         )
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_dict` as JSON, which `load` reads and `against=` takes."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AuditReport":
+        """Reads what `save`, or `klrl audit` (result.json), wrote.
+
+        Raises:
+            InputError: no such file, or not the file of a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: no report can be read there: {error}.") from None
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the report") -> "AuditReport":
+        """The report of a `to_dict`.
+
+        Raises:
+            InputError: something is missing, or is not what it should be.
+        """
+        try:
+            kept = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            for name in ("mean", "interval"):
+                kept[name] = None if kept[name] is None else _vector(kept[name])
+            kept["targets"] = {name: _vector(entries) for name, entries in data["targets"].items()}
+            for name in ("notes", "zero_targets"):
+                kept[name] = tuple(kept[name])
+            kept["entries"] = None if kept["entries"] is None else tuple(kept["entries"])
+            kept["variance"] = float(kept["variance"])
+            return cls(**kept)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{where} is not the JSON of an audit's report ({type(error).__name__}: {error});"
+                " write one with report.save(path)."
+            ) from None
 
     def __str__(self) -> str:
         return "\n".join(
@@ -161,12 +252,18 @@ class AuditReport:
     def _lines(self) -> list[str]:
         """Mean, moments and means of computing, a line each."""
         within = "" if self.interval is None else f" ± at most {float(self.interval.max()):.3g}"
-        shown = ", ".join(f"{value:.6g}" for value in self.mean[:_SHOWN].tolist())
+        names = self.entries or ()
+        shown = ", ".join(
+            f"{names[k]!r} {value:.6g}" if names else f"{value:.6g}"
+            for k, value in enumerate(self.mean[:_SHOWN].tolist())
+        )
         if len(self.mean) > _SHOWN:
             shown += ", …"
         negative = ""
         if self.probability_negative is not None:
             negative = f", P(estimate < 0) = {self.probability_negative:.6g}"
+        if self.probability_negative_token is not None:
+            negative += f", of a token's {self.probability_negative_token:.6g}"
         how = "outcomes enumerated" if self.interval is None else "batches drawn"
         lines = [
             f"mean {shown}{within} ({self.coordinates})",
@@ -182,20 +279,31 @@ class AuditReport:
         return lines
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
-        if len(self.mean) == 1:
+        if self.is_value:
             values: list[list[Cell]] = [
-                [n, float(t), self.bias[n], self.relative_bias[n]] for n, t in self.targets.items()
+                [n, float(t), self.bias[n], self._or_zero(n, self.relative_bias[n])]
+                for n, t in self.targets.items()
             ]
             return ["target", "value", "bias", "relative bias"], values
         rows: list[list[Cell]] = [
-            [n, self.bias[n], self.relative_bias[n], self.cosine[n], self.scale[n]]
-            for n in self.targets
+            [
+                direction(name),
+                self.bias[name],
+                self._or_zero(name, self.relative_bias[name]),
+                None if self._is_zero(name) else self.cosine[name],
+                None if self._is_zero(name) else self.scale[name],
+            ]
+            for name in self.targets
         ]
-        return ["descent of", "bias", "relative bias", "cosine", "best scale"], rows
+        return ["a step that", "bias", "relative bias", "cosine", "best scale"], rows
+
+    def _or_zero(self, name: str, number: float) -> Cell:
+        return "the target is 0 here" if self._is_zero(name) else number
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
+def _vector(entries: Any) -> Tensor:
+    """A vector from JSON, where infinities are words."""
+    return torch.tensor([float(entry) for entry in entries], dtype=torch.float64)
 
 
 def total_variance(log_weight: Tensor, values: Tensor, mean: Tensor) -> float:

@@ -9,14 +9,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from klrl_edu.audit.rounding import relative_precision
 from klrl_edu.audit.tree import SupportTree
 from klrl_edu.core.draws import Draw, enumerate_executions
-from klrl_edu.core.errors import KlrlError, TooLargeError
+from klrl_edu.core.errors import InputError, KlrlError, TooLargeError
 from klrl_edu.learning.batches import Batch
 
 _CHUNK = 1 << 20  # numbers of one field that a chunk of batches holds: 8 MiB
@@ -46,6 +47,8 @@ class Subject(ABC):
         draws: whether the function draws random numbers, by a parameter `draw`.
         place: which sequence of the tree each row of `whole` is; None where they are the same.
         width: rows that belong together, two in a preference pair; each such unit is a group.
+        block: rows within which the order of units must not matter; a batch is blocks in a row.
+        arithmetic: the least precise type that the function computes in.
     """
 
     kind: ClassVar[str]
@@ -56,6 +59,13 @@ class Subject(ABC):
     draws: bool
     place: Tensor | None = None
     width: int = 1
+    block: int = 1
+    arithmetic: torch.dtype = torch.float64
+
+    @property
+    def precision(self) -> float:
+        """Relative error below which two of its results agree."""
+        return relative_precision(self.arithmetic)
 
     @abstractmethod
     def one(self, rows: Tensor, draw: Draw | None = None) -> Tensor:
@@ -68,6 +78,12 @@ class Subject(ABC):
     @abstractmethod
     def unordered(self, rows: Tensor, result: Tensor) -> Tensor:
         """What of a result [n] must not change with the order of its batch [B]."""
+
+    @abstractmethod
+    def reordered(self, result: Tensor, order: Tensor) -> Tensor:
+        """Results of batches in their own order, from those [..., n] of the batches put into the
+        order [B].
+        """
 
     @abstractmethod
     def changed_input(self, rows: Tensor) -> str | None:
@@ -114,18 +130,72 @@ class Subject(ABC):
         chunks = zip(self._chunks(rows), self._chunks(rows, log_weight), strict=True)
         for some_rows, some_weight in chunks:
             if not self.draws:
-                yield Executions(some_rows, self._results(some_rows, None, vmap), some_weight)
+                results = self._results(some_rows, None, vmap)
+                self._check_reversed(some_rows, results, vmap)
+                yield Executions(some_rows, results, some_weight)
                 continue
-            found = []
+            found, order = [], self.orders(rows.shape[1]).get("reversed")
             for batch in some_rows:
                 found.append(self.outcomes(batch, left, max_executions))
                 left -= len(found[-1][0])
+                if order is not None:
+                    moved = batch[order]
+                    again = self.outcomes(moved, max_executions, max_executions)
+                    if not self.same(
+                        self._average(moved, *again), self._average(batch, *found[-1])
+                    ):
+                        self.refuse_order(batch, "reversed")
             # a batch stands once for each outcome of the draws on it
             repeats = torch.tensor([len(results) for results, _ in found], device=rows.device)
             results = torch.cat([results for results, _ in found])
             own_weight = torch.cat([weight for _, weight in found])
             weight = some_weight.repeat_interleave(repeats) + own_weight
             yield Executions(some_rows.repeat_interleave(repeats, 0), results, weight)
+
+    def orders(self, size: int) -> dict[str, Tensor]:
+        """Other orders [B] of a batch of `size` rows that are nothing to the function: within each
+        block its units reversed, and rotated.
+        """
+        place = torch.arange(size, device=self.whole.tokens.device)
+        if self.block <= self.width:
+            return {}
+        units = place.view(-1, self.block // self.width, self.width)
+        return {"reversed": units.flip(1).flatten(), "rotated": units.roll(1, 1).flatten()}
+
+    def _check_reversed(self, rows: Tensor, results: Tensor, vmap: bool) -> None:
+        """Every batch [X,B] must give what it gave [X,n] when its blocks stand reversed: what
+        breaks ties by their place differs on few batches, which no sample of them need hold.
+        """
+        order = self.orders(rows.shape[1]).get("reversed")
+        if order is None:
+            return
+        again = self.reordered(self._results(rows[:, order], None, vmap), order)
+        rounding = self.precision * (1 + float(results.abs().max()))
+        apart = ((again - results).abs() > rounding).any(-1)
+        # of two copies of one sequence the other may have got what the first got before
+        for place in apart.nonzero().squeeze(-1).tolist():
+            batch, seen, before = rows[place], again[place], results[place]
+            if not self.same(self.unordered(batch, seen), self.unordered(batch, before)):
+                self.refuse_order(batch, "reversed")
+
+    def _average(self, rows: Tensor, results: Tensor, log_probs: Tensor) -> Tensor:
+        """What the outcomes [K,n] on a batch [B] do together, whatever its order."""
+        return self.unordered(rows, torch.exp(log_probs) @ results)
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two results are equal but for rounding."""
+        rounding = self.precision * (1 + float(other.abs().max()))
+        return torch.allclose(one, other, rtol=self.precision, atol=rounding)
+
+    def refuse_order(self, rows: Tensor, what: str) -> NoReturn:
+        """A batch [B] gave another result in another order."""
+        raise InputError(
+            f"the {self.kind} {self.name} depends on the order of its batch:"
+            f" {self.describe(rows)} {what} gives another result. Batches are enumerated without"
+            " order: make it symmetric (a mean over all sequences, or over all pairs); or, where"
+            " places mean something, say micro_batches=k (it splits the batch into k parts) or"
+            " ordered=True (every order is enumerated)."
+        )
 
     def sampled(self, rows: Tensor, draw: Draw, *, vmap: bool) -> Iterator[Executions]:
         """Batches [X,B] that were drawn, each of weight 1/X; the function's own draws are drawn
@@ -173,7 +243,7 @@ class Subject(ABC):
             raise
         except Exception as error:  # whatever a user's code raises under vmap; without vmap it ran
             return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        if not torch.allclose(seen, expected, rtol=1e-9, atol=1e-12):
+        if not torch.allclose(seen, expected, rtol=self.precision, atol=self.precision / 1000):
             return "under vmap it gives other results"
         return None
 

@@ -7,8 +7,10 @@ Whether the value of a sequence depends on that sequence alone is tried out, on 
 S supported sequences, X batches of B.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +24,17 @@ from klrl_edu.audit.adapting import (
     takes_a_batch,
     takes_a_log_ratio,
 )
-from klrl_edu.audit.checks import probe
+from klrl_edu.audit.checks import average_over_draws, probe
 from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, sampled_moments
 from klrl_edu.audit.report import total_variance
+from klrl_edu.audit.rounding import SAFETY, arithmetic_of, nudged_batches
 from klrl_edu.audit.scenes import Scene
 from klrl_edu.audit.subjects import SHARED, Subject
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.multisets import count_multisets, multisets
+from klrl_edu.core.multisets import blocks, count_blocks
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import readable_count
 
@@ -39,12 +42,18 @@ _AGREE = 1e-9
 _ROUNDING = 1e-14  # of the largest estimate: what lies this little below 0 is 0
 
 
+@dataclass(frozen=True, kw_only=True)
 class ValueOnSupport(Subject):
     """An estimator: a scalar, a value a sequence [N], or a token [N,T], summed over live tokens;
     [N] is averaged over the batch. n = 1.
+
+    Attributes:
+        of_token: the estimator itself where it maps log-ratios [N] to estimates [N], of tokens as
+            of sequences; None for others.
     """
 
     kind: ClassVar[str] = "estimator"
+    of_token: Callable[..., Any] | None = None
 
     def values(self, fields: dict[str, Tensor], draw: Draw | None = None) -> Tensor:
         """A scalar of the batch, or a value a sequence [N].
@@ -80,6 +89,10 @@ class ValueOnSupport(Subject):
         """The estimate itself."""
         return result
 
+    def reordered(self, result: Tensor, order: Tensor) -> Tensor:
+        """The estimates themselves."""
+        return result
+
     def changed_input(self, rows: Tensor) -> str | None:
         """The field of a batch [B] that the estimator changes in place, if any."""
         fields = self.fields(rows)
@@ -108,6 +121,26 @@ class ValueOnSupport(Subject):
         self._checked(values[:, None], rows[:, None])
         return values
 
+    def negative_tokens(self, log_law: Tensor, problems: int) -> float | None:
+        """The probability under the laws [S] of the problems that the estimate at a live token is
+        below 0; None where the estimator has none of single tokens.
+        """
+        if self.draws:
+            return None
+        fields = self.fields(torch.arange(len(self.whole.tokens), device=log_law.device))
+        live = fields["live"]
+        if self.of_token is not None:
+            ratio = (fields["log_probs"] - fields["prior_log_probs"])[live]
+            at_token = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
+            at_token[live] = self.of_token(ratio).double()
+        else:
+            at_token = self.call(fields)
+            if not isinstance(at_token, Tensor) or at_token.shape != live.shape:
+                return None
+        weight = log_law.exp() / problems
+        below = (at_token < -_ROUNDING * _largest(at_token[live])) & live
+        return float(weight @ below.double().sum(-1)) / float(weight @ live.double().sum(-1))
+
     def _checked(self, estimates: Tensor, rows: Tensor) -> Tensor:
         """Estimates [X,1] on batches [X,B]; infinite ones are values, NaN is none."""
         bad = torch.isnan(estimates.squeeze(-1))
@@ -121,15 +154,24 @@ class ValueOnSupport(Subject):
 
 
 def value_on_support(
-    estimator: Callable[..., Any], scene: Scene, adapt: Adapter | None
+    estimator: Callable[..., Any], scene: Scene, adapt: Adapter | None, batch_size: int
 ) -> ValueOnSupport:
     """An estimator of log-ratios u [N] -> [N], of a Batch, or of tensors by name."""
     function, draws = estimator, draws_random_numbers(estimator)
+    of_token = None
     if adapt is None and takes_a_log_ratio(estimator):
-        function = _of_log_ratio(estimator)
+        function, of_token = _of_log_ratio(estimator), estimator
     elif adapt is not None or not takes_a_batch(estimator):
         function = adapted(estimator, adapt)
-    return ValueOnSupport(function, name_of(estimator), scene.whole, scene.tree, draws)
+    return ValueOnSupport(
+        function,
+        name_of(estimator),
+        scene.whole,
+        scene.tree,
+        draws,
+        block=batch_size,
+        of_token=of_token,
+    )
 
 
 def _of_log_ratio(estimator: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -154,42 +196,85 @@ def enumerated_value(
     subject: ValueOnSupport, scene: Scene, batch_size: int, max_executions: int
 ) -> dict[str, Any]:
     """Moments over every sequence, or over every batch where the estimator needs that."""
-    drawn = (scene.sampler > -math.inf).nonzero().squeeze(-1)
+    laws = [view.law for view in scene.views]
+    drawn = [(law > -math.inf).nonzero().squeeze(-1) for law in laws]
+    every = torch.cat([rows + start for rows, start in zip(drawn, scene.starts, strict=True)])
     if not subject.draws:
-        probe(subject, drawn[None])
-    values = subject.by_sequence(drawn)
+        arithmetic = arithmetic_of(lambda: subject.call(subject.fields(every)))
+        subject = dataclasses.replace(subject, arithmetic=arithmetic)
+        probe(dataclasses.replace(subject, block=1), every[None])
+    values = subject.by_sequence(every)
+    per_token = subject.negative_tokens(torch.cat(laws), len(laws))
     if values is not None:
-        return _of_sequences(values, scene.sampler[drawn], batch_size, max_executions)
-    check_executions(len(drawn), batch_size, max_executions)
-    rows, log_weight = multisets(scene.sampler, batch_size)
-    picked, expected = probe(subject, rows)
-    vmap = subject.why_not_vmap(picked, expected) is None
-    parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
-    estimates = torch.cat([part.results[:, 0] for part in parts])
-    weights = torch.cat([part.log_weight for part in parts])
-    mean = _mean(weights, estimates)
+        own = values.split([len(rows) for rows in drawn])
+        log_probs = [law[rows] for law, rows in zip(laws, drawn, strict=True)]
+        found = _of_sequences([*own], log_probs, batch_size, max_executions)
+        moved = [nudged.by_sequence(every) for nudged in _nudged(subject)]
+        weight = torch.cat(log_probs).exp() / len(laws)
+        noise = max(
+            (_weighted(weight, again - values) for again in moved if again is not None), default=0.0
+        )
+        size = _weighted(weight, values)
+    else:
+        check_executions(scene.drawn, batch_size, max_executions)
+        rows, log_weight = scene.every_batch(batch_size)
+        picked, expected = probe(subject, rows)
+        vmap = subject.why_not_vmap(picked, expected) is None
+        parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
+        estimates = torch.cat([part.results[:, 0] for part in parts])
+        weights = torch.cat([part.log_weight for part in parts])
+        mean = _mean(weights, estimates)
+        found = {
+            "mean": mean,
+            "variance": _variance(weights, estimates, mean),
+            "executions": len(estimates),
+            "probability_negative": _probability_negative(weights, estimates),
+            "notes": (),
+        }
+        noise = max(
+            float((average_over_draws(nudged, batch) - average_over_draws(subject, batch)).abs())
+            for nudged in _nudged(subject)
+            for batch in picked
+        )
+        size = _weighted(weights.exp(), estimates)
+    unresolved = noise + torch.finfo(torch.float64).eps * size
     return {
-        "mean": mean,
-        "variance": _variance(weights, estimates, mean),
-        "executions": len(estimates),
-        "probability_negative": _probability_negative(weights, estimates),
-        "notes": (),
+        **found,
+        "probability_negative_token": per_token,
+        "rounding": SAFETY * unresolved if math.isfinite(unresolved) else 0.0,
+        "arithmetic": str(subject.arithmetic).removeprefix("torch."),
     }
 
 
+def _nudged(subject: ValueOnSupport) -> list[ValueOnSupport]:
+    """The estimator on inputs that are moved by a rounding."""
+    batches = nudged_batches(subject.whole, subject.arithmetic)
+    return [dataclasses.replace(subject, whole=batch) for batch in batches]
+
+
+def _weighted(weight: Tensor, values: Tensor) -> float:
+    """Σ p |value|, over what is finite."""
+    return float(weight @ torch.where(torch.isfinite(values), values.abs(), 0.0))
+
+
 def _of_sequences(
-    values: Tensor, log_probs: Tensor, batch_size: int, max_executions: int
+    values: Sequence[Tensor], log_probs: Sequence[Tensor], batch_size: int, max_executions: int
 ) -> dict[str, Any]:
-    """Moments of the mean of B independent values [S]; only P(estimate < 0) needs the batches
-    themselves.
+    """Moments of the mean over the problems of the means of B independent values [S_m]; only
+    P(estimate < 0) needs the batches themselves.
     """
-    mean = _mean(log_probs, values)
-    batches = count_multisets(len(values), batch_size)
+    problems = len(values)
+    means = [_mean(law, each) for law, each in zip(log_probs, values, strict=True)]
+    spread = math.fsum(
+        _variance(law, each, mean) for law, each, mean in zip(log_probs, values, means, strict=True)
+    )
+    batches = count_blocks([len(each) for each in values], batch_size)
     negative: float | None = None
     notes: tuple[str, ...] = ()
     if batches <= max_executions:
-        rows, log_weight = multisets(log_probs, batch_size)
-        negative = _probability_negative(log_weight, values[rows].mean(-1))
+        starts = [sum(len(each) for each in values[:k]) for k in range(problems)]
+        rows, log_weight = blocks(log_probs, starts, batch_size)
+        negative = _probability_negative(log_weight, torch.cat([*values])[rows].mean(-1))
     else:
         notes = (
             (
@@ -198,9 +283,9 @@ def _of_sequences(
             ),
         )
     return {
-        "mean": mean,
-        "variance": _variance(log_probs, values, mean) / batch_size,
-        "executions": len(values) if negative is None else batches,
+        "mean": torch.stack(means).mean(0),
+        "variance": spread / (batch_size * problems**2),
+        "executions": sum(map(len, values)) if negative is None else batches,
         "probability_negative": negative,
         "notes": notes,
     }
@@ -210,8 +295,8 @@ def sampled_value(
     subject: ValueOnSupport, scene: Scene, batch_size: int, count: int, draw: Draw, bound: float
 ) -> dict[str, Any]:
     """Moments over `count` batches drawn, with an interval."""
-    every = torch.zeros(count * batch_size, dtype=torch.long, device=scene.sampler.device)
-    rows = draw(scene.sampler[None], every).view(count, batch_size)
+    rows = scene.drawn_batches(count, batch_size, draw)
+    subject = dataclasses.replace(subject, block=1)
     picked, expected = probe(subject, rows)
     vmap = subject.why_not_vmap(picked, expected) is None
     moments = sampled_moments(
@@ -239,9 +324,14 @@ def _variance(log_weight: Tensor, values: Tensor, mean: Tensor) -> float:
 
 
 def _probability_negative(log_weight: Tensor, estimates: Tensor) -> float:
-    finite = estimates[torch.isfinite(estimates)]
-    largest = float(finite.abs().max()) if len(finite) else 0.0
-    return float(torch.exp(log_weight[estimates < -_ROUNDING * largest]).sum())
+    below = estimates < -_ROUNDING * _largest(estimates)
+    return float(torch.exp(log_weight[below]).sum())
+
+
+def _largest(values: Tensor) -> float:
+    """The largest finite |value|; 0 where there is none."""
+    finite = values[torch.isfinite(values)]
+    return float(finite.abs().max()) if len(finite) else 0.0
 
 
 def missing_mass_notes(name: str, missed: float, bias: float) -> list[str]:

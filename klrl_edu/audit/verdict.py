@@ -1,49 +1,96 @@
 """What an estimator follows, in words: found by solving for it, exact to the precision of the mean.
 
 E g = target,    E g = c·target,    E g = a·target₁ + b·target₂,    or the nearest target        (1)
+
+Gradients are to descend, so a mean that equals the target expected_reward, ∇(−E r), raises E[r].
 """
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 _PARALLEL = 0.99  # cosine
 
+# what a step along each target raises, and what it lowers
+RAISES = {
+    "objective": "J",
+    "expected_reward": "E[r]",
+    "entropy": "H(π)",
+    "entropy_per_token": "H(π) per token",
+    "behaviour_reward": "E_μ[(r − E_μ r) log π]",
+    "truncated_reward": "E[r] of π cut to μ's tokens",
+}
+LOWERS = {
+    "reverse_kl": "KL(π‖q)",
+    "forward_kl": "KL(q‖π)",
+    "reverse_kl_per_token": "KL(π‖q) per token",
+    "forward_kl_per_token": "KL(q‖π) per token",
+    "behaviour_kl": "KL(μ‖π)",
+    "negative_log_likelihood": "the cross-entropy",
+}
+
+
+def direction(name: str) -> str:
+    """What a step along a target does: "raises objective", "lowers reverse_kl", …"""
+    return f"{'raises' if name in RAISES else 'lowers'} {name}"
+
 
 def verdict(
-    name: str, mean: Tensor, targets: Mapping[str, Tensor], spread: float, precision: float
+    name: str,
+    mean: Tensor,
+    targets: Mapping[str, Tensor],
+    tolerance: Callable[[Tensor], float],
+    zero: Collection[str] = (),
+    *,
+    value: bool = False,
 ) -> str:
     """One sentence.
 
     Args:
         mean: E g [P].
         targets: name -> [P].
-        spread: √Var g, beside which a mean of rounding errors counts as 0.
-        precision: relative error below which two exact computations agree.
+        tolerance: the distance from a vector [P] below which the mean equals it.
+        zero: the targets that are 0 here.
+        value: the mean is a number, and not the gradient by a single parameter.
     """
     size = float(mean.norm())
     if math.isinf(size):
         alike = [other for other, target in targets.items() if torch.equal(mean, target)]
-        company = f", as have {' and '.join(alike)}" if alike else ""
+        company = f", as {_have(alike)} {_and(alike)}" if alike else ""
         return f"{name} has an infinite mean{company}."
-    if size < precision * max(1.0, spread):
-        return f"{name} has expectation 0."
+    compared = {other: vector for other, vector in targets.items() if other not in zero}
     exact = [
         other
-        for other, target in targets.items()
-        if float((mean - target).norm()) < precision * float(target.norm())
+        for other, target in compared.items()
+        if float((mean - target).norm()) <= tolerance(target)
     ]
+    none = torch.zeros_like(mean)
+    if size <= tolerance(none):
+        if exact:
+            return (
+                f"{name} is unbiased for {_and(exact)}, as far as rounding tells: here"
+                f" {_they(exact)} 0 but for {tolerance(none):.2g}."
+            )
+        company = f", as {_have([*zero])} {_and([*zero])} here" if zero else ""
+        return f"{name} has expectation 0{company}."
     if exact:
-        return f"{name} is unbiased for {' and '.join(exact)}."
-    if len(mean) > 1:
-        combined = _scaled(mean, targets, precision) or _sum_of_two(mean, targets, precision)
-        if combined:
-            return f"{name} {combined}."
-    nearest, distance = nearest_target(mean, targets)
-    return f"{name} is biased for all targets; nearest is {nearest}, relative bias {distance:.3g}."
+        return f"{name} is unbiased for {_and(exact)}."
+    if value:
+        nearest, distance = nearest_target(mean, targets)
+        return (
+            f"{name} is biased for all targets; nearest is {nearest}, relative bias {distance:.3g}."
+        )
+    if len(mean) == 1:
+        scales = [f"{c:.6g}·{other}" for other, c in _scales(mean, compared).items()]
+        return (
+            f"{name} is biased for all targets; its gradient is one number, which is a multiple of"
+            f" any other: {', '.join(scales)}."
+        )
+    combined = _scaled(mean, compared, tolerance) or _sum_of_two(mean, compared, tolerance)
+    return f"{name} {combined or _nearest(mean, compared)}."
 
 
 def nearest_target(mean: Tensor, targets: Mapping[str, Tensor]) -> tuple[str, float]:
@@ -66,24 +113,76 @@ def relative_distance(mean: Tensor, target: Tensor) -> float:
     return math.inf if math.isinf(size) else float((mean - target).norm()) / (size or 1.0)
 
 
-def _scaled(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> str | None:
-    for name, target in targets.items():
-        size = float(target @ target)
-        scale = float(mean @ target) / size if size else math.nan
-        if float((mean - scale * target).norm()) < precision * float(mean.norm()):
-            warning = ": it climbs what it should descend" if scale < 0 else ""
+def cosine(one: Tensor, other: Tensor) -> float:
+    """Of the angle between two vectors; NaN where either is 0."""
+    sizes = float(one.norm() * other.norm())
+    return float(one @ other) / sizes if sizes else math.nan
+
+
+def _nearest(mean: Tensor, targets: Mapping[str, Tensor]) -> str:
+    """The target of the smallest angle, where none fits."""
+    angles = {name: cosine(mean, target) for name, target in targets.items() if bool(target.any())}
+    finite = {name: angle for name, angle in angles.items() if not math.isnan(angle)}
+    if not finite:
+        return "is biased for all targets"
+    name = max(finite, key=lambda other: finite[other])
+    scale = _scales(mean, {name: targets[name]})[name]
+    if finite[name] <= 0:
+        return (
+            f"is biased for all targets and points away from each; least from {name}, cosine"
+            f" {finite[name]:.4g}"
+        )
+    along = _digits_below_one(finite[name])
+    return (
+        f"is biased for all targets; nearest is {name}: {along} along it (cosine), scaled by"
+        f" {scale:.4g}, relative bias {relative_distance(mean, targets[name]):.3g}"
+    )
+
+
+def _digits_below_one(angle: float) -> str:
+    """A cosine that is not 1 with as many digits as show it."""
+    digits = 4 if angle < 0.9995 else min(15, 1 - math.floor(math.log10(max(1 - angle, 1e-14))))
+    return f"{angle:.{digits}f}"
+
+
+def _scales(mean: Tensor, targets: Mapping[str, Tensor]) -> dict[str, float]:
+    """The factor that brings each target closest to the mean; none where it is 0."""
+    sizes = {name: float(target @ target) for name, target in targets.items()}
+    return {
+        name: float(mean @ targets[name]) / size
+        for name, size in sizes.items()
+        if 0 < size < math.inf
+    }
+
+
+def _scaled(
+    mean: Tensor, targets: Mapping[str, Tensor], tolerance: Callable[[Tensor], float]
+) -> str | None:
+    for name, scale in _scales(mean, targets).items():
+        multiple = scale * targets[name]
+        if float((mean - multiple).norm()) <= tolerance(multiple):
+            warning = ""
+            if scale < 0:
+                # lower what the target raises, or raise what it lowers
+                raised = name in RAISES
+                what = RAISES.get(name) or LOWERS.get(name) or name
+                warning = f": it {'lowers' if raised else 'raises'} {what}"
             return f"follows {name}, scaled by {scale:.6g}{warning}"
     return None
 
 
-def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -> str | None:
+def _sum_of_two(
+    mean: Tensor, targets: Mapping[str, Tensor], tolerance: Callable[[Tensor], float]
+) -> str | None:
     """The plainest exact combination of two targets; none where two vectors span all there is, and
     any mean would be one.
     """
     if len(targets) < 2:
         return None
+    size = float(mean.norm())
+    relative = tolerance(mean) / size
     vectors = torch.stack([mean, *targets.values()])
-    if int(torch.linalg.matrix_rank(vectors, rtol=precision)) < 3:
+    if int(torch.linalg.matrix_rank(vectors, rtol=relative)) < 3:
         return None
     found: list[tuple[int, str]] = []
     for one, other in itertools.combinations(targets, 2):
@@ -92,11 +191,10 @@ def _sum_of_two(mean: Tensor, targets: Mapping[str, Tensor], precision: float) -
             continue
         a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
         rest = basis @ torch.tensor([a, b], dtype=mean.dtype) - mean
-        if float(rest.norm()) < precision * float(mean.norm()):
+        if float(rest.norm()) <= tolerance(mean):
             # the plainest has the fewest coefficients other than ±1
-            odd = sum(not abs(abs(c) - 1) < precision for c in (a, b))
-            terms = _term(a, one, precision) + _term(b, other, precision, joined=True)
-            found.append((odd, f"descends {terms}"))
+            odd = sum(not abs(abs(c) - 1) < relative for c in (a, b))
+            found.append((odd, _in_words({one: a, other: b}, relative)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -108,8 +206,38 @@ def _nearly_parallel(one: Tensor, other: Tensor) -> bool:
     return sizes == 0 or abs(float(one @ other)) > _PARALLEL * sizes
 
 
-def _term(coefficient: float, name: str, precision: float, *, joined: bool = False) -> str:
+def _in_words(coefficients: Mapping[str, float], precision: float) -> str:
+    """What goes up and what goes down: "climbs 0.5·E[r] − 0.02·KL(q‖π)"; without anything to raise
+    "descends KL(π‖q) − KL(q‖π)".
+    """
+    climbs = any(name in RAISES for name in coefficients)
+    terms = []
+    for name, coefficient in coefficients.items():
+        what = RAISES.get(name) or LOWERS.get(name) or name
+        up = coefficient if name in RAISES else -coefficient
+        terms.append((up if climbs else coefficient, what))
+    terms.sort(key=lambda term: term[0] < 0)  # what is meant first, what is taken off it after
+    (first, one), (second, other) = terms
+    return (
+        f"{'climbs' if climbs else 'descends'} {_term(first, one, precision)}"
+        f"{_term(second, other, precision, joined=True)}"
+    )
+
+
+def _term(coefficient: float, what: str, precision: float, *, joined: bool = False) -> str:
     sign = "−" if coefficient < 0 else "+"
     lead = f" {sign} " if joined else ("−" if coefficient < 0 else "")
     size = abs(coefficient)
-    return f"{lead}{name}" if abs(size - 1) < precision else f"{lead}{size:.6g}·{name}"
+    return f"{lead}{what}" if abs(size - 1) < precision else f"{lead}{size:.6g}·{what}"
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(names)
+
+
+def _have(names: list[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _they(names: list[str]) -> str:
+    return "it is" if len(names) == 1 else "they are"

@@ -5,6 +5,7 @@ import torch
 from klrl_edu.audit.coordinates import coordinates_of
 from klrl_edu.audit.tree import SupportTree
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.estimators import kl_values
 from klrl_edu.models.contract import enumerate_support, token_log_probs
 from klrl_edu.models.table import PrefixTable, SequenceTable
@@ -57,8 +58,10 @@ def binary(length, seed=0):
 
 def tree_and_coordinates(policy):
     tokens = enumerate_support(policy).tokens
-    tree = SupportTree.build(policy.space, tokens, token_log_probs(policy, tokens).detach())
-    return tree, coordinates_of(policy, tree, None)
+    tree = SupportTree.build(
+        PrefixTrie(policy.space, tokens), tokens, token_log_probs(policy, tokens).detach()
+    )
+    return tree, coordinates_of(policy, tree)
 
 
 def log_ratio(batch):

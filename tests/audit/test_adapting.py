@@ -55,8 +55,7 @@ def test_verl_names_are_understood_and_the_advantage_is_the_bare_reward():
 
 def test_trl_names_are_understood_and_k3_in_the_loss_is_forward_kl_per_token():
     assert (
-        gradient(trl_loss, batch_size=2).verdict
-        == "trl_loss descends expected_reward + 0.7·forward_kl_per_token."
+        gradient(trl_loss, batch_size=2).verdict == "trl_loss climbs E[r] − 0.7·KL(q‖π) per token."
     )
 
 

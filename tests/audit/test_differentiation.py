@@ -10,11 +10,13 @@ import torch
 
 from klrl_edu.audit.audit import audit_gradient
 from klrl_edu.core import logspace
-from klrl_edu.core.errors import TooLargeError
+from klrl_edu.core.draws import seeded_draw
+from klrl_edu.core.errors import DivergedError, InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.estimators import kl_values
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import needs
+from klrl_edu.learning.training import train
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import count_reward
@@ -156,26 +158,60 @@ def test_padding_moves_nothing_whatever_a_loss_does_there():
         assert report.variance == pytest.approx(plain.variance, rel=1e-12)
 
 
-def test_nan_in_a_gradient_where_there_is_no_mass_is_no_fault():
-    """A single `where` leaves NaN behind log 0; nothing can move there."""
+@needs("distributions")
+def careless_entropy(batch):
+    """A single `where`: its value is right, and its gradient behind log 0 is NaN."""
+    log_dists = batch.log_dists
+    return torch.where(log_dists > -math.inf, log_dists.exp() * log_dists, 0.0).sum((-1, -2)).mean()
 
-    @needs("distributions")
-    def entropy(batch):
-        return (
-            torch.where(batch.log_dists > -math.inf, batch.log_dists.exp() * batch.log_dists, 0.0)
-            .sum((-1, -2))
-            .mean()
-        )
+
+def test_nan_behind_a_token_without_mass_is_refused_as_training_refuses_it():
+    """A softmax hands a NaN at one logit on to all others."""
+    with pytest.raises(DivergedError, match="the gradient's norm is nan"):
+        train(answers_policy(), answers(), careless_entropy, steps=1, draw=seeded_draw(0))
+    with pytest.raises(
+        InputError, match=r"the loss careless_entropy is -1.64\d+ and the gradient's norm is nan on"
+    ):
+        audit_gradient(careless_entropy, answers_policy(), answers())
+
+
+def test_nan_where_no_weight_stands_behind_is_no_fault_in_training_or_audit():
+    """With every text open, log 0 is only where EOS is forced, and that is no weight's doing."""
 
     @needs("distributions")
     def careful(batch):
         return logspace.expectation(batch.log_dists, batch.log_dists).sum(-1).mean()
 
-    seen, expected = (
-        audit_gradient(loss, answers_policy(), answers()) for loss in (entropy, careful)
-    )
+    space = SequenceSpace(("a", "b"), 3)
+    problem = Problem(random_prefix_table(space, 1), count_reward("a", space), 0.5)
+    policy = random_prefix_table(space, 0)
+    seen, expected = (audit_gradient(loss, policy, problem) for loss in (careless_entropy, careful))
     assert torch.allclose(seen.mean, expected.mean, rtol=0, atol=1e-14)
     assert seen.variance == pytest.approx(expected.variance, rel=1e-12)
+    train(policy, problem, careless_entropy, steps=1, draw=seeded_draw(0))
+
+
+class Floor(torch.autograd.Function):
+    """max(x, −50) that hands its gradient on unchanged."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clamp(min=-50)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_push_on_a_token_without_mass_is_refused():
+    """Its softmax would hand the push on to the tokens with mass, which no trie of them shows."""
+
+    @needs("distributions")
+    def floored(batch):
+        return (Floor.apply(batch.log_dists).sum(-1) * batch.live).sum()
+
+    with pytest.raises(InputError, match=r"the loss floored pushes .* tokens without mass"):
+        audit_gradient(floored, answers_policy(), answers())
 
 
 def test_groups_are_read_as_one_group_of_the_batch():

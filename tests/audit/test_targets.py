@@ -27,6 +27,8 @@ TARGETS = [
     "forward_kl",
     "reverse_kl_per_token",
     "forward_kl_per_token",
+    "entropy",
+    "entropy_per_token",
 ]
 
 
@@ -51,6 +53,10 @@ def by_autograd(policy, problem):
         ),
         "forward_kl_per_token": (
             (frozen * (logspace.kl_divergence(prior, log_dists) * live).sum(-1)).sum()
+        ),
+        "entropy": logspace.expectation(log_pi, log_pi),
+        "entropy_per_token": (
+            (frozen * (logspace.expectation(log_dists, log_dists) * live).sum(-1)).sum()
         ),
     }
     parameters = list(policy.parameters())
@@ -143,6 +149,8 @@ def test_infinite_divergences_are_said_and_not_averaged():
         "expected_reward",
         "reverse_kl",
         "reverse_kl_per_token",
+        "entropy",
+        "entropy_per_token",
     ]
     assert "the prior holds mass 0.2 where the policy has none" in report.notes[0]
     assert "infinite" in str(report)
