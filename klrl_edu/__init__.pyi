@@ -66,6 +66,7 @@ from klrl_edu.learning.batches import needs as needs
 from klrl_edu.learning.sources import Source as Source
 from klrl_edu.learning.training import train as train
 from klrl_edu.learning.training import train_steps as train_steps
+from klrl_edu.models import distorted as distorted
 from klrl_edu.models.by_prompt import PromptedModels as PromptedModels
 from klrl_edu.models.contract import LanguageModel as LanguageModel
 from klrl_edu.models.contract import conditional_log_probs as conditional_log_probs

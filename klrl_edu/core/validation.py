@@ -1,7 +1,8 @@
 """Checks of arguments at the boundary: name, index, value, remedy."""
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,25 @@ def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> float:
             " would reward divergence."
         )
     return value
+
+
+def check_number(value: Any, name: str, rule: str, fits: Callable[[float], bool]) -> float:
+    """A real number that fits a rule, as a float; truth values, texts and complex numbers do not.
+
+    Args:
+        rule: what it must be, and the remedy, as the message says it: "above 0; …".
+        fits: whether a float keeps the rule; NaN comes here too.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_real else math.nan
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf if value > 0 else -math.inf
+    if not is_real or not fits(number):
+        raise InputError(f"{name} = {value!r} must be {rule}.")
+    return number
 
 
 def check_count(value: int, name: str, minimum: int = 1) -> int:

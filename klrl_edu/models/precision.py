@@ -7,63 +7,31 @@ count-threes' prior, exact over its 262,144 sequences. On a CPU it is 8.9e-5 nat
 bfloat16 and 1.7e-6 in float16: a policy trained to less than that is judged in float32.
 """
 
-from typing import Any, Self
-
 import torch
 from torch import Tensor
 
 from klrl_edu.core.errors import InputError
 from klrl_edu.models.contract import LanguageModel, device_of
+from klrl_edu.models.wrapped import WrappedModel
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-class AutocastModel(LanguageModel):
+class AutocastModel(WrappedModel):
     """A float32 model whose matrix products run in half precision; see `autocast`."""
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype):
-        super().__init__()
-        self.space, self.model, self.dtype = model.space, model, dtype
-        self.reads_prompt = model.reads_prompt
-
-    @property
-    def knows_prompts(self) -> bool:
-        return self.model.knows_prompts
-
-    def check_prompt(self, prompt: Tensor | None) -> None:
-        self.model.check_prompt(prompt)
-
-    def for_prompt(self, prompt: Tensor | str | None) -> Self:
-        self.model.for_prompt(prompt)
-        return self
+        super().__init__(model)
+        self.dtype = dtype
 
     def facts(self) -> list[str]:
         return [repr(self.model), str(self.dtype).removeprefix("torch.")]
 
-    def forward(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        with self._autocast():
-            return self.model(tokens, prompt).float()
-
-    def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, Any]:
-        with self._autocast():
-            logits, state = self.model.start(n, prompt)
-        return logits.float(), state
-
-    def step(self, state: Any, token: Tensor) -> tuple[Tensor, Any]:
-        with self._autocast():
-            logits, state = self.model.step(state, token)
-        return logits.float(), state
-
-    def branch(self, state: Any, tokens: Tensor) -> tuple[Tensor, Any]:
-        with self._autocast():
-            logits, state = self.model.branch(state, tokens)
-        return logits.float(), state
-
-    def select(self, state: Any, index: Tensor) -> Any:
-        return self.model.select(state, index)
-
-    def _autocast(self) -> torch.autocast:
+    def reading(self) -> torch.autocast:
         return torch.autocast(device_of(self).type, dtype=self.dtype)
+
+    def change(self, logits: Tensor) -> Tensor:
+        return logits.float()
 
 
 def autocast(model: LanguageModel, dtype: torch.dtype) -> AutocastModel:
