@@ -131,6 +131,17 @@ class SequenceSpace:
         live_after = torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
         return live & ~live_after
 
+    def truncated(self, tokens: Tensor) -> Tensor:
+        """Which texts the limit T ended, and no EOS of their own. [N,T] -> bool [N].
+
+        T − 1 words leave no choice at T, where EOS is forced: the text would have gone on, or would
+        have ended just there, and nobody knows. Without EOS none is: T words are a whole sequence.
+        """
+        if not self.eos:
+            return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+        chosen = tokens[:, :-1].eq(len(self.vocabulary))  # the last one is forced
+        return ~chosen.any(-1)
+
     @overload
     def encode(self, text: str) -> Tensor: ...
     @overload

@@ -61,6 +61,9 @@ _NO_DISTRIBUTIONS = (
 )
 
 
+_NO_TRUNCATED = absent(
+    "truncated", "which whoever made it did not give; it is space.truncated(tokens)."
+)
 _NO_LOG_DISTS = absent("log_dists", _NO_DISTRIBUTIONS)
 _NO_PRIOR_LOG_DISTS = absent("prior_log_dists", _NO_DISTRIBUTIONS)
 
@@ -85,6 +88,9 @@ class Batch:
             a preference pair where `sources.pairs` gave them.
         kl_coef: λ of each sequence's problem [N].
         prompt: [N,S] with −1 as left padding, or None without prompts.
+        truncated: bool [N], True where the limit T ended the text and no EOS of its own did
+            (`SequenceSpace.truncated`): with EOS, texts of T − 1 words; without, none. What TRL's
+            `mask_truncated_completions` leaves out: `live & ~truncated[:, None]`.
         log_dists, prior_log_dists: full next-token log-probabilities [N,T,V], for losses marked
             `@needs("distributions")`.
         complete: whether the batch lists every supported sequence of each problem once, so that a
@@ -100,6 +106,7 @@ class Batch:
     group: Tensor
     kl_coef: Tensor
     prompt: Tensor | None = None
+    truncated: Tensor = _NO_TRUNCATED
     log_dists: Tensor = _NO_LOG_DISTS
     prior_log_dists: Tensor = _NO_PRIOR_LOG_DISTS
     complete: bool = False
@@ -252,6 +259,7 @@ def score_batch(
         group=group,
         kl_coef=kl_coef[group],
         prompt=prompt,
+        truncated=problems[0].space.truncated(tokens),
         log_dists=log_dists,
         prior_log_dists=prior_log_dists,
         complete=complete,

@@ -349,6 +349,7 @@ class Table:
             log_probs=token_log_probs(policy, tokens, prompt),
             group=paired if width > 1 else torch.zeros_like(paired),
             prompt=prompt,
+            truncated=self.space.truncated(tokens),
             prior_log_probs=given.get("prior_log_probs", missing("prior_log_probs")),
             behaviour_log_probs=missing("behaviour_log_probs"),
             rewards=given.get("rewards", missing("rewards")),

@@ -76,7 +76,7 @@ def test_every_field_has_its_documented_shape():
     tokens = answers().prior.tokens
     batch = score_batch(answers_policy(), [answers()], [tokens], distributions=True)
     sequence, number, full = (
-        {"group", "kl_coef", "log_ratio", "advantages"},
+        {"group", "kl_coef", "truncated", "log_ratio", "advantages"},
         {"beta"},
         {"log_dists", "prior_log_dists"},
     )

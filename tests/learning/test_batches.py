@@ -16,7 +16,7 @@ from klrl_edu.evaluation.compare import compare
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch, absent, needs, needs_of, score_batch
-from klrl_edu.learning.sources import on_policy, support
+from klrl_edu.learning.sources import on_policy, support, texts
 from klrl_edu.learning.training import train, train_steps
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
@@ -58,6 +58,71 @@ def test_after_the_end_a_batch_holds_zeros():
     for name in ("log_probs", "prior_log_probs", "rewards"):
         assert getattr(batch, name)[0, 2:].tolist() == [0, 0]
     assert batch.rewards.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_truncated_texts_are_those_that_the_limit_ended():
+    prior = SequenceTable.from_texts({"": 0.2, "a": 0.2, "a b": 0.2, "a b b": 0.2, "b b b": 0.2})
+    problem = Problem(prior, count_reward("a", prior.space), 1.0)
+    batch = support(problem)(prior)
+    by_text = dict(zip(prior.space.decode(batch.tokens), batch.truncated.tolist(), strict=True))
+    # T = 4: after three words the EOS is forced, after fewer it was chosen
+    assert by_text == {"": False, "a": False, "a b": False, "a b b": True, "b b b": True}
+    assert batch.pick(torch.tensor([0, 0])).truncated.tolist() == [batch.truncated[0].item()] * 2
+    data = texts(["a b b", "a b"], prior.space)(prior)
+    assert data.truncated.tolist() == [True, False]
+
+
+def test_without_eos_every_sequence_is_whole():
+    problem, policy = four_sentences(), four_sentences_policy()
+    assert problem.space.eos is False
+    assert support(problem)(policy).truncated.tolist() == [False] * 4
+
+
+def masking_truncated(batch):
+    """TRL's mask_truncated_completions in a REINFORCE loss with the KL in the reward."""
+    mask = batch.live & ~batch.truncated[:, None]
+    reward = losses.penalised_reward(batch)
+    return -((reward[:, None] * batch.log_probs * mask).sum() / mask.sum().clamp(min=1))
+
+
+def masking_of_sequences(batch):
+    """The same with each sequence's own mean, so that a batch averages what one sample gives."""
+    mask = batch.live & ~batch.truncated[:, None]
+    reward = losses.penalised_reward(batch)
+    each = (reward[:, None] * batch.log_probs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return -each.mean()
+
+
+def test_a_loss_that_masks_truncated_completions_trains_and_is_audited():
+    prior = SequenceTable.from_texts({"a": 0.3, "b": 0.3, "a a": 0.4})
+    problem = Problem(prior, count_reward("a", prior.space), 0.5)
+    policy = SequenceTable.from_texts({"a": 0.5, "b": 0.3, "a a": 0.2}, space=prior.space)
+    probabilities, rewards = [0.5, 0.3, 0.2], [1.0, 0.0, 2.0]
+    kept, length = [True, True, False], 2
+    advantage = [
+        r - 0.5 * math.log(p / q)
+        for r, p, q in zip(rewards, probabilities, [0.3, 0.3, 0.4], strict=True)
+    ]
+    # −E over one sample of A(y)·1{y kept}·s(y)/L, in sequence logits: s_k(y) = 1{y = k} − p_k
+    terms = [p * a * k / length for p, a, k in zip(probabilities, advantage, kept, strict=True)]
+    expected = [p * sum(terms) - t for p, t in zip(probabilities, terms, strict=True)]
+    report = audit_gradient(masking_truncated, policy, problem, batch_size=1)
+    assert report.mean.tolist() == pytest.approx(expected, abs=1e-15)
+    assert audit_gradient(masking_truncated, policy, problem, batch_size=3).variance > 0
+    # training averages the same gradient: many samples of it in one step (4 standard errors)
+    before = policy.logits.detach().clone()
+    descent = torch.optim.SGD(policy.parameters(), lr=1.0)
+    source = on_policy(problem, 4000, draw=seeded_draw(0))
+    train(policy, source, masking_of_sequences, steps=1, optimizer=descent)
+    error = 4 * math.sqrt(float(report.variance) / 4000)
+    assert float((before - policy.logits.detach() - report.mean).norm()) < error
+
+
+def test_a_batch_made_by_hand_says_where_truncated_comes_from():
+    whole = support(four_sentences())(four_sentences_policy())
+    fields = {name: value for name, value in whole.tensors().items() if name != "truncated"}
+    with pytest.raises(InputError, match=r"reads batch\.truncated.*space\.truncated\(tokens\)"):
+        masking_truncated(Batch(**fields))
 
 
 def test_problems_are_batched_in_groups():
