@@ -387,6 +387,7 @@ def _scored_anyway(
         rewards=rewards,
         group=group,
         kl_coef=kl_coef[group],
+        truncated=problems[0].space.truncated(tokens),
         prompt=prompt,
         log_dists=log_dists,
         prior_log_dists=prior_log_dists,
