@@ -8,6 +8,7 @@ contracted with the policy's Jacobian in closed form (`coordinates`). B batch si
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,14 @@ from klrl_edu.audit.moments import (
     dense_coefficients,
     gradient_moments,
 )
-from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, check_monte_carlo, sampled_moments
+from klrl_edu.audit.monte_carlo import (
+    FAILURE_PROBABILITY,
+    PARTS,
+    check_monte_carlo,
+    distance_interval,
+    sampled_moments,
+    standard_errors,
+)
 from klrl_edu.audit.plans import Plan, planned
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.rounding import (
@@ -105,8 +113,10 @@ def audit_gradient(
         ordered: every place counts, so all S^B orders are enumerated.
         max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
             own draws) to enumerate.
-        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest |entry|
-            that a gradient can have.
+        monte_carlo: draw this many batches instead, with `draw`; the report then has intervals for
+            the distance to each target. The same seed draws the same batches for another loss.
+        bound: the largest |entry| that a gradient can have: with it every entry of the mean gets an
+            interval that holds for every distribution.
 
     Returns:
         Mean and variance of ∇loss beside the targets of `targets`: objective (∇(−J)),
@@ -152,11 +162,17 @@ def audit_gradient(
     vectors = coordinates.combine(torch.stack(list(coefficients.values())))
     targets = dict(zip(coefficients, vectors, strict=True))
     targets |= other_reports(others, coordinates.name, len(vectors[0]))
+    compared: dict[str, Tensor] = dict(targets)  # parts [K,P] where a target is sampled itself
     for name, other in other_losses(others).items():
         theirs = planned(source, batch_size, behaviour, needs_of(other))
         if not theirs.complete:
             theirs = dataclasses.replace(theirs, micro_batches=plan.micro_batches)
-        targets[name] = run(other, other, theirs)["mean"]
+        seen = run(other, other, theirs)
+        targets[name], compared[name] = seen["mean"], seen.get("parts", seen["mean"])
+    parts = found.pop("parts", None)
+    if parts is not None:
+        found["distances"] = {n: distance_interval(parts, other) for n, other in compared.items()}
+        found["size"] = distance_interval(parts, torch.zeros_like(vectors[0]))
     return AuditReport(
         name=name_of(loss),
         targets=targets,
@@ -200,8 +216,7 @@ def audit_value(
         adapt: what parameters of other names are.
         max_executions: the most batches to enumerate, which only estimators of whole batches and
             P(estimate < 0) need.
-        monte_carlo: draw this many batches instead; with `draw`, and `bound`, the largest
-            |estimate| there can be.
+        monte_carlo, draw, bound: as for `audit_gradient`.
 
     Returns:
         Targets reverse_kl and forward_kl, per sequence and per token, in nats; P(estimate < 0),
@@ -229,7 +244,6 @@ def audit_value(
     with no_global_randomness(f"the estimator {subject.name}"):
         if monte_carlo is not None:
             assert draw is not None  # checked above
-            assert bound is not None
             found = sampled_value(subject, scene, batch_size, monte_carlo, draw, bound)
         else:
             found = enumerated_value(subject, scene, batch_size, max_executions)
@@ -240,6 +254,10 @@ def audit_value(
         bias = float(found["mean"] - targets["reverse_kl"])
         notes += tuple(missing_mass_notes(subject.name, scene.views[0].missed, bias))
     found["notes"] = (*notes, *found["notes"])
+    parts = found.pop("parts", None)
+    if parts is not None:
+        found["distances"] = {n: distance_interval(parts, other) for n, other in targets.items()}
+        found["size"] = distance_interval(parts, torch.zeros_like(parts[0]))
     return AuditReport(
         name=subject.name,
         targets=targets,
@@ -261,6 +279,7 @@ class _Run:
     monte_carlo: int | None
     draw: Draw | None
     bound: float | None
+    seen: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def __call__(self, loss: Any, function: Loss, plan: Plan) -> dict[str, Any]:
         """Mean, variance and how they were found, of `loss` as a `function` of a Batch."""
@@ -277,7 +296,8 @@ class _Run:
             reaches=reach_of(self.policy, self.scene.tree),
         )
         with no_global_randomness(f"the loss {subject.name}"):
-            if self.monte_carlo is None:
+            # beside a sampled loss, a function of the policy itself is still exact
+            if self.monte_carlo is None or (plan.complete and self.seen):
                 return self._enumerated(subject, plan)
             return self._sampled(subject, plan)
 
@@ -314,37 +334,67 @@ class _Run:
         }
 
     def _sampled(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any]:
-        """Moments over batches drawn, with an interval."""
+        """Moments over batches drawn, and the means of independent parts of them."""
         count, draw, bound = self.monte_carlo, self.draw, self.bound
         assert count is not None  # checked on entry
         assert draw is not None
-        assert bound is not None
         if plan.complete:
             raise InputError(
                 f"the loss {loss.name} reads the whole support, so there is nothing to draw; leave"
                 " monte_carlo out."
             )
-        rows = self.scene.drawn_batches(count, plan.batch_size, draw)
+        rows = self._drawn(count, plan.batch_size, draw)
         # batches come in the order in which they were drawn, so order may mean something
         loss, picked, gradients = _looked_at(dataclasses.replace(loss, block=loss.width), rows)
         reason = loss.why_not_vmap(picked, gradients)
+        part = torch.arange(count, device=rows.device) * PARTS // count
+        edges, sums, norms = self.scene.tree.edges, [], []
 
         def estimates() -> Iterator[Tensor]:
+            """Gradients [x,E], counted into their parts on the way."""
             parts = contributions_of(loss, loss.sampled(rows, draw, vmap=reason is None))
-            at_once = max(1, _CHUNK // self.coordinates.size)  # wider than batches
-            for dense, _ in dense_coefficients(parts, self.scene.tree.edges):
-                yield from map(self.coordinates.combine, dense.split(at_once))
+            total, seen = torch.zeros(PARTS, edges, dtype=torch.float64, device=rows.device), 0
+            for dense, _ in dense_coefficients(parts, edges):
+                total.index_add_(0, part[seen : seen + len(dense)], dense)
+                seen += len(dense)
+                yield dense
+            sums.append(total)
 
-        moments = sampled_moments(estimates(), bound)
+        found: dict[str, Any] = {}
+        if bound is None:
+            norms = [float(self.coordinates.squared_norms(dense).sum()) for dense in estimates()]
+            mean = self.coordinates.combine(sums[0].sum(0, keepdim=True) / count)[0]
+            variance = (math.fsum(norms) - count * float(mean @ mean)) / (count - 1)
+        else:
+            at_once = max(1, _CHUNK // self.coordinates.size)  # wider than batches
+            vectors = (
+                self.coordinates.combine(some)
+                for each in estimates()
+                for some in each.split(at_once)
+            )
+            moments = sampled_moments(vectors, bound)
+            mean, variance = moments.mean, moments.variance
+            found = {"interval": moments.interval, "failure_probability": FAILURE_PROBABILITY}
+        sizes = torch.bincount(part)[:, None]
+        parts = self.coordinates.combine(sums[0] / sizes)
         return {
-            "mean": moments.mean,
-            "variance": moments.variance,
-            "executions": moments.draws,
+            "mean": mean,
+            "variance": variance,
+            "executions": count,
             "differentiation": _how(reason),
-            "interval": moments.interval,
-            "failure_probability": FAILURE_PROBABILITY,
             "arithmetic": _type_name(loss.arithmetic),
+            "standard_error": standard_errors(parts),
+            "parts": parts,
+            **found,
         }
+
+    def _drawn(self, count: int, size: int, draw: Draw) -> Tensor:
+        """The batches of this audit [count,B]: the same for every loss, so that two are told
+        apart by what they do and not by what they saw.
+        """
+        if size not in self.seen:
+            self.seen[size] = self.scene.drawn_batches(count, size, draw)
+        return self.seen[size]
 
 
 def _looked_at(loss: LossOnSupport, rows: Tensor) -> tuple[LossOnSupport, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from klrl_edu.audit.verdict import (
     cosine,
     direction,
-    nearest_target,
     relative_distance,
+    sampled_verdict,
     verdict,
 )
 from klrl_edu.core.display import Cell, html_table, text_table
@@ -50,8 +50,14 @@ class AuditReport:
         probability_negative: P(estimate < 0) of a value; None for a gradient.
         probability_negative_token: the same of the estimate at a live token; None where the
             estimator says nothing of single tokens.
-        interval: half-widths [P] around `mean`; None where it is exact.
+        interval: half-widths [P] around `mean` that hold for every distribution, where batches
+            were drawn and a bound was given; else None.
         failure_probability: that any entry of the exact mean lies outside its interval.
+        standard_error: of the entries of the mean [P], where batches were drawn; None where it is
+            exact.
+        distances: name -> the least and the largest ‖E g − target‖ that the draws allow, with
+            confidence 99.9 % each; None where it is exact.
+        size: the same for ‖E g‖.
         precision: relative error below which two numbers count as equal; larger for a policy in
             float32.
         rounding: the distance, in `coordinates`, by which rounding alone may have moved the mean.
@@ -75,6 +81,9 @@ class AuditReport:
     probability_negative_token: float | None = None
     interval: Tensor | None = None
     failure_probability: float | None = None
+    standard_error: Tensor | None = None
+    distances: dict[str, tuple[float, float]] | None = None
+    size: tuple[float, float] | None = None
     precision: float = _EXACT
     rounding: float = 0.0
     arithmetic: str = "float64"
@@ -125,33 +134,31 @@ class AuditReport:
     @property
     def verdict(self) -> str:
         """In words: what this follows."""
-        if self.interval is None:
-            said = verdict(
+        if self.distances is not None and self.size is not None:
+            return sampled_verdict(
                 self.name,
-                self.mean,
                 self.targets,
-                self._tolerance,
+                self.distances,
+                self.size,
+                self.executions,
                 [name for name in self.targets if self._is_zero(name)],
-                value=self.is_value,
             )
-            if self.arithmetic == "float64":
-                return said
-            return f"{said.removesuffix('.')}, to {self.arithmetic} precision."
-        inside = [
-            name
-            for name, target in self.targets.items()
-            if bool(((self.mean - target).abs() <= self.interval).all())
-        ]
-        if inside:
-            return (
-                f"{self.name} is consistent with {' and '.join(inside)}, as far as"
-                f" {self.executions:,} draws tell."
-            )
-        nearest, distance = nearest_target(self.mean, self.targets)
-        return (
-            f"{self.name} is biased for all targets, certain but for {self.failure_probability:g};"
-            f" nearest is {nearest}, off by {distance:.3g} of it."
+        said = verdict(
+            self.name,
+            self.mean,
+            self.targets,
+            self._tolerance,
+            [name for name in self.targets if self._is_zero(name)],
+            value=self.is_value,
         )
+        if self.arithmetic == "float64":
+            return said
+        return f"{said.removesuffix('.')}, to {self.arithmetic} precision."
+
+    @property
+    def exact(self) -> bool:
+        """Whether every outcome was enumerated."""
+        return self.distances is None
 
     def _tolerance(self, vector: Tensor) -> float:
         """How far from a vector the mean may lie, and equal it."""
@@ -173,7 +180,10 @@ class AuditReport:
                 "coordinates": self.coordinates,
                 "batch_size": self.batch_size,
                 "executions": self.executions,
-                "exact": self.interval is None,
+                "exact": self.exact,
+                "standard_error": self.standard_error,
+                "distances": self.distances,
+                "size": self.size,
                 "interval": self.interval,
                 "failure_probability": self.failure_probability,
                 "seconds": self.seconds,
@@ -219,8 +229,11 @@ class AuditReport:
         """
         try:
             kept = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-            for name in ("mean", "interval"):
+            for name in ("mean", "interval", "standard_error"):
                 kept[name] = None if kept[name] is None else _vector(kept[name])
+            if kept["distances"] is not None:
+                kept["distances"] = {n: tuple(pair) for n, pair in kept["distances"].items()}
+                kept["size"] = tuple(kept["size"])
             kept["targets"] = {name: _vector(entries) for name, entries in data["targets"].items()}
             for name in ("notes", "zero_targets"):
                 kept[name] = tuple(kept[name])
@@ -251,7 +264,11 @@ class AuditReport:
 
     def _lines(self) -> list[str]:
         """Mean, moments and means of computing, a line each."""
-        within = "" if self.interval is None else f" ± at most {float(self.interval.max()):.3g}"
+        within = ""
+        if self.standard_error is not None:
+            within = f", standard error at most {float(self.standard_error.max()):.3g}"
+        if self.interval is not None:
+            within += f", ± {float(self.interval.max()):.3g} but for {self.failure_probability:g}"
         names = self.entries or ()
         shown = ", ".join(
             f"{names[k]!r} {value:.6g}" if names else f"{value:.6g}"
@@ -264,7 +281,7 @@ class AuditReport:
             negative = f", P(estimate < 0) = {self.probability_negative:.6g}"
         if self.probability_negative_token is not None:
             negative += f", of a token's {self.probability_negative_token:.6g}"
-        how = "outcomes enumerated" if self.interval is None else "batches drawn"
+        how = "outcomes enumerated" if self.exact else "batches drawn"
         lines = [
             f"mean {shown}{within} ({self.coordinates})",
             (
@@ -279,12 +296,28 @@ class AuditReport:
         return lines
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
+        if self.is_value and self.distances is not None:
+            between: list[list[Cell]] = [
+                [n, float(t), self.bias[n], *self.distances[n]] for n, t in self.targets.items()
+            ]
+            return ["target", "value", "bias", "off by at least", "at most"], between
         if self.is_value:
             values: list[list[Cell]] = [
                 [n, float(t), self.bias[n], self._or_zero(n, self.relative_bias[n])]
                 for n, t in self.targets.items()
             ]
             return ["target", "value", "bias", "relative bias"], values
+        if self.distances is not None:
+            drawn: list[list[Cell]] = [
+                [
+                    direction(name),
+                    *self.distances[name],
+                    None if self._is_zero(name) else self.cosine[name],
+                    None if self._is_zero(name) else self.scale[name],
+                ]
+                for name in self.targets
+            ]
+            return ["a step that", "off by at least", "at most", "cosine", "best scale"], drawn
         rows: list[list[Cell]] = [
             [
                 direction(name),

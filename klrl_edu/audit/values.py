@@ -26,7 +26,12 @@ from klrl_edu.audit.adapting import (
 )
 from klrl_edu.audit.checks import average_over_draws, probe
 from klrl_edu.audit.executions import check_executions
-from klrl_edu.audit.monte_carlo import FAILURE_PROBABILITY, sampled_moments
+from klrl_edu.audit.monte_carlo import (
+    FAILURE_PROBABILITY,
+    PARTS,
+    sampled_moments,
+    standard_errors,
+)
 from klrl_edu.audit.report import total_variance
 from klrl_edu.audit.rounding import SAFETY, arithmetic_of, nudged_batches
 from klrl_edu.audit.scenes import Scene
@@ -292,24 +297,33 @@ def _of_sequences(
 
 
 def sampled_value(
-    subject: ValueOnSupport, scene: Scene, batch_size: int, count: int, draw: Draw, bound: float
+    subject: ValueOnSupport,
+    scene: Scene,
+    batch_size: int,
+    count: int,
+    draw: Draw,
+    bound: float | None,
 ) -> dict[str, Any]:
-    """Moments over `count` batches drawn, with an interval."""
+    """Moments over `count` batches drawn, and the means of independent parts of them."""
     rows = scene.drawn_batches(count, batch_size, draw)
     subject = dataclasses.replace(subject, block=1)
     picked, expected = probe(subject, rows)
     vmap = subject.why_not_vmap(picked, expected) is None
-    moments = sampled_moments(
-        (part.results for part in subject.sampled(rows, draw, vmap=vmap)), bound
-    )
+    estimates = torch.cat([part.results for part in subject.sampled(rows, draw, vmap=vmap)])
+    parts = torch.stack([some.mean(0) for some in estimates.tensor_split(PARTS)])
+    found: dict[str, Any] = {}
+    if bound is not None:
+        interval = sampled_moments([estimates], bound).interval
+        found = {"interval": interval, "failure_probability": FAILURE_PROBABILITY}
     return {
-        "mean": moments.mean,
-        "variance": moments.variance,
-        "executions": moments.draws,
-        "probability_negative": moments.negative,
-        "interval": moments.interval,
-        "failure_probability": FAILURE_PROBABILITY,
+        "mean": estimates.mean(0),
+        "variance": float(estimates.var(0).sum()),
+        "executions": count,
+        "probability_negative": float((estimates < 0).double().mean()),
+        "standard_error": standard_errors(parts),
+        "parts": parts,
         "notes": (),
+        **found,
     }
 
 

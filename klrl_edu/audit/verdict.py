@@ -35,7 +35,8 @@ LOWERS = {
 
 def direction(name: str) -> str:
     """What a step along a target does: "raises objective", "lowers reverse_kl", …"""
-    return f"{'raises' if name in RAISES else 'lowers'} {name}"
+    does = "raises" if name in RAISES else "lowers" if name in LOWERS else "follows"
+    return f"{does} {name}"
 
 
 def verdict(
@@ -91,6 +92,50 @@ def verdict(
         )
     combined = _scaled(mean, compared, tolerance) or _sum_of_two(mean, compared, tolerance)
     return f"{name} {combined or _nearest(mean, compared)}."
+
+
+def sampled_verdict(
+    name: str,
+    targets: Mapping[str, Tensor],
+    distances: Mapping[str, tuple[float, float]],
+    size: tuple[float, float],
+    draws: int,
+    zero: Collection[str] = (),
+) -> str:
+    """One sentence about a mean that was sampled: which targets it may be, and how far the others
+    are, the nearest first.
+
+    Args:
+        targets: name -> [P].
+        distances: name -> the least and the largest distance that the draws allow.
+        size: the same for the distance from 0.
+        draws: how many there were.
+        zero: the targets that are 0 here.
+    """
+    if size[0] == 0:
+        return (
+            f"{name} has a mean that {draws:,} draws do not tell from 0 (at most {size[1]:.3g});"
+            " draw more, or audit exactly."
+        )
+    sizes = {other: float(vector.norm()) for other, vector in targets.items() if other not in zero}
+    ranked = sorted((other for other in sizes if sizes[other] > 0), key=lambda n: distances[n][1])
+    near = [other for other in ranked if distances[other][0] == 0]
+    far = [
+        f"{other} (off by {distances[other][0] / sizes[other]:.3g} to"
+        f" {distances[other][1] / sizes[other]:.3g} of it)"
+        for other in ranked
+        if other not in near and sizes[other] < math.inf
+    ]
+    if not near:
+        return (
+            f"{name} is biased for all targets, as far as {draws:,} draws tell; nearest first:"
+            f" {', '.join(far[:3])}."
+        )
+    may_be = [
+        f"{other} (off by at most {distances[other][1] / sizes[other]:.3g} of it)" for other in near
+    ]
+    rest = f"; next {far[0]}" if far else ""
+    return f"{name} may be unbiased for {_and(may_be)}, as far as {draws:,} draws tell{rest}."
 
 
 def nearest_target(mean: Tensor, targets: Mapping[str, Tensor]) -> tuple[str, float]:
