@@ -24,7 +24,12 @@ from klrl_edu.audit.adapting import (
     notes_of,
     takes_a_batch,
 )
-from klrl_edu.audit.checks import average_over_draws, no_global_randomness, probe
+from klrl_edu.audit.checks import (
+    average_over_draws,
+    check_rotated,
+    no_global_randomness,
+    probe,
+)
 from klrl_edu.audit.comparisons import Other, other_losses, other_reports, others_of
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
 from klrl_edu.audit.differentiation import LossOnSupport, reach_of
@@ -314,16 +319,23 @@ class _Run:
             rows, log_weight = self.scene.every_batch(plan.block, plan.micro_batches)
         loss, picked, gradients = _looked_at(loss, rows)
         reason = loss.why_not_vmap(picked, gradients)
+        check_rotated(loss, picked, gradients, vmap=reason is None)
+        passes = iter((True, False))  # of two passes over the batches one looks at their order
 
         def contributions() -> Iterator[Contributions]:
             parts = loss.executions(
-                rows, log_weight, vmap=reason is None, max_executions=self.max_executions
+                rows,
+                log_weight,
+                vmap=reason is None,
+                max_executions=self.max_executions,
+                look_at_order=next(passes),
             )
             return contributions_of(loss, parts)
 
         edges = self.scene.tree.edges
         moments = gradient_moments(contributions, self.coordinates, edges, rows.device)
-        unresolved = torch.finfo(torch.float64).eps * moments.size + _noise(loss, picked)
+        noise = _noise(loss, picked, gradients, vmap=reason is None)
+        unresolved = torch.finfo(torch.float64).eps * moments.size + noise
         return {
             "mean": self.coordinates.combine(moments.coefficients[None])[0],
             "variance": moments.variance,
@@ -405,20 +417,31 @@ def _looked_at(loss: LossOnSupport, rows: Tensor) -> tuple[LossOnSupport, Tensor
     return loss, *probe(loss, rows)
 
 
-def _noise(loss: LossOnSupport, picked: Tensor) -> float:
-    """The most that a rounding of the inputs moves the gradient on some batches [x,B]:
-    Σ_e |Δc_e|.
+def _noise(loss: LossOnSupport, picked: Tensor, gradients: Tensor, *, vmap: bool) -> float:
+    """The most that a rounding of the inputs moves the gradient on some batches [x,B], where it is
+    `gradients` [x,n]: Σ_e |Δc_e|.
     """
     if loss.draws:
         picked = picked[:1]
-    plain = [average_over_draws(loss, rows) for rows in picked]
-    moved = [
-        float((average_over_draws(nudged, rows) - before).abs().sum())
-        for batch in nudged_batches(loss.whole, loss.arithmetic)
-        for nudged in [dataclasses.replace(loss, whole=batch)]
-        for rows, before in zip(picked, plain, strict=True)
-    ]
+        gradients = average_over_draws(loss, picked[0])[None]
+    sequences = picked.flatten()
+    places = torch.arange(len(sequences), device=picked.device).view_as(picked)
+    moved = [0.0]
+    for batch in nudged_batches(loss.whole.pick(sequences), loss.arithmetic):
+        nudged = dataclasses.replace(
+            loss,
+            whole=dataclasses.replace(batch, complete=loss.whole.complete),
+            place=loss.in_tree(sequences),
+        )
+        if loss.draws:
+            again = average_over_draws(nudged, places[0])[None]
+        else:
+            again = nudged.results(places, None, vmap)
+        moved.append(float((again - gradients).abs().sum(-1).max()))
     return max(moved)
+
+
+_CLEARLY = 1e-10  # of a nat or a unit of reward: what is larger is no rounding of 0
 
 
 def _zero_targets(
@@ -427,16 +450,16 @@ def _zero_targets(
     targets: Mapping[str, Tensor],
 ) -> tuple[str, ...]:
     """The targets [E] that are 0 here: no larger than what rounding makes of them."""
+    largest = {name: float(target.abs().max()) for name, target in targets.items()}
+    size = float(scene.tree.edge_log_probs.abs().max())  # nats, of which u may lose an ε
+    if min(largest.values()) > _CLEARLY * (1 + size):
+        return ()
     moved = [scene.nudged(torch.float64, way).mean_over_problems(targets_of) for way in range(2)]
 
     def unresolved(name: str) -> float:
         return max(float((other[name] - targets[name]).abs().max()) for other in moved)
 
-    return tuple(
-        name
-        for name, target in targets.items()
-        if float(target.abs().max()) <= SAFETY * unresolved(name)
-    )
+    return tuple(name for name in targets if largest[name] <= SAFETY * unresolved(name))
 
 
 def _how(reason: str | None) -> str:

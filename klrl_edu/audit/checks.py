@@ -82,9 +82,27 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
                 " state, or draws from a generator of its own; take a parameter `draw` and draw"
                 " through it."
             )
-    for batch in picked:
-        _check_order(subject, batch)
     return picked, results
+
+
+def check_rotated(subject: Subject, picked: Tensor, results: Tensor, *, vmap: bool) -> None:
+    """What only a rotation shows, on the batches [x,B] that were looked at closely; reversed, every
+    batch is looked at when it is run.
+
+    Raises:
+        InputError: the order of a batch means something.
+    """
+    order = subject.orders(picked.shape[1]).get("rotated")
+    if order is None or subject.block == 2 * subject.width:  # of two, it is the reversal
+        return
+    if not subject.draws:
+        subject.check_order(picked, results, order, "rotated", vmap)
+        return
+    for batch in picked:
+        if not subject.same(
+            average_over_draws(subject, batch[order]), average_over_draws(subject, batch)
+        ):
+            subject.refuse_order(batch, "rotated")
 
 
 def _most_varied(rows: Tensor) -> Tensor:
@@ -96,14 +114,6 @@ def _most_varied(rows: Tensor) -> Tensor:
     count = min(_PROBES, len(best))
     evenly = torch.linspace(0, len(best) - 1, count, device=rows.device).long()
     return rows[best[evenly]]
-
-
-def _check_order(subject: Subject, rows: Tensor) -> None:
-    """Reversed and rotated, a batch [B] must give what it gave before."""
-    expected = average_over_draws(subject, rows)
-    for what, order in subject.orders(len(rows)).items():
-        if not subject.same(average_over_draws(subject, rows[order]), expected):
-            subject.refuse_order(rows, what)
 
 
 def average_over_draws(subject: Subject, rows: Tensor) -> Tensor:

@@ -279,15 +279,14 @@ def table_scene(policy: LanguageModel, table: Table, max_sequences: int) -> tupl
         support = dataclasses.replace(support, prior_log_probs=prior_log_probs)
         missed = missed_log_mass(table.prior, tokens, trie, prompt)
         remarks = _missing_mass(support, tree, missed)
-    # the table's share of each sequence [S]
-    share = torch.zeros_like(tree.log_probs).index_add(0, place, table.log_weights.exp())
 
     def targets(view: View) -> dict[str, Tensor]:
         if table.prior is not None:
             return divergence_targets(view.whole, view.tree, view.missed)
-        # Σ π ∇log π = 0 is added, as for forward_kl
-        pull = view.tree.path_sums(view.tree.log_probs.exp() - share)
-        return {"negative_log_likelihood": pull}
+        # the table's share of each sequence [S]; Σ π ∇log π = 0 is added, as for forward_kl
+        mass = view.tree.log_probs.exp()
+        share = torch.zeros_like(mass).index_add(0, place, table.log_weights.exp())
+        return {"negative_log_likelihood": view.tree.path_sums(mass - share)}
 
     view = View(support, tree, table.log_weights, missed, remarks)
     return Scene(whole, tree, (view,), place=place, width=table.rows.shape[1]), targets

@@ -118,23 +118,36 @@ class Subject(ABC):
         return f"[{', '.join(map(repr, texts))}{', …' if len(rows) > 4 else ''}]"
 
     def executions(
-        self, rows: Tensor, log_weight: Tensor, *, vmap: bool, max_executions: int
+        self,
+        rows: Tensor,
+        log_weight: Tensor,
+        *,
+        vmap: bool,
+        max_executions: int,
+        look_at_order: bool = True,
     ) -> Iterator[Executions]:
         """All executions on batches [X,B] with log-probabilities [X], a chunk at a time.
+
+        Args:
+            vmap: all of a chunk at once.
+            max_executions: the most outcomes of its own draws, over all batches.
+            look_at_order: refuse a function to which the order within a block means something.
 
         Raises:
             TooLargeError: with the outcomes of its own draws the function has more than
                 `max_executions`.
         """
         left = max_executions  # of the outcomes of its own draws, over all batches together
+        order = self.orders(rows.shape[1]).get("reversed") if look_at_order else None
         chunks = zip(self._chunks(rows), self._chunks(rows, log_weight), strict=True)
         for some_rows, some_weight in chunks:
             if not self.draws:
-                results = self._results(some_rows, None, vmap)
-                self._check_reversed(some_rows, results, vmap)
+                results = self.results(some_rows, None, vmap)
+                if order is not None:
+                    self.check_order(some_rows, results, order, "reversed", vmap)
                 yield Executions(some_rows, results, some_weight)
                 continue
-            found, order = [], self.orders(rows.shape[1]).get("reversed")
+            found = []
             for batch in some_rows:
                 found.append(self.outcomes(batch, left, max_executions))
                 left -= len(found[-1][0])
@@ -162,21 +175,25 @@ class Subject(ABC):
         units = place.view(-1, self.block // self.width, self.width)
         return {"reversed": units.flip(1).flatten(), "rotated": units.roll(1, 1).flatten()}
 
-    def _check_reversed(self, rows: Tensor, results: Tensor, vmap: bool) -> None:
-        """Every batch [X,B] must give what it gave [X,n] when its blocks stand reversed: what
-        breaks ties by their place differs on few batches, which no sample of them need hold.
+    def check_order(
+        self, rows: Tensor, results: Tensor, order: Tensor, what: str, vmap: bool
+    ) -> None:
+        """Batches [X,B] must give what they gave [X,n] when they stand in another order [B].
+
+        Every batch is tried, not a few: what breaks ties by their place differs where something
+        ties, and nowhere else.
+
+        Raises:
+            InputError: one does not.
         """
-        order = self.orders(rows.shape[1]).get("reversed")
-        if order is None:
-            return
-        again = self.reordered(self._results(rows[:, order], None, vmap), order)
+        again = self.reordered(self.results(rows[:, order], None, vmap), order)
         rounding = self.precision * (1 + float(results.abs().max()))
         apart = ((again - results).abs() > rounding).any(-1)
         # of two copies of one sequence the other may have got what the first got before
         for place in apart.nonzero().squeeze(-1).tolist():
             batch, seen, before = rows[place], again[place], results[place]
             if not self.same(self.unordered(batch, seen), self.unordered(batch, before)):
-                self.refuse_order(batch, "reversed")
+                self.refuse_order(batch, what)
 
     def _average(self, rows: Tensor, results: Tensor, log_probs: Tensor) -> Tensor:
         """What the outcomes [K,n] on a batch [B] do together, whatever its order."""
@@ -204,9 +221,9 @@ class Subject(ABC):
         each = -math.log(len(rows))
         for some_rows in self._chunks(rows):
             log_weight = torch.full_like(some_rows[:, 0], each, dtype=torch.float64)
-            yield Executions(some_rows, self._results(some_rows, draw, vmap), log_weight)
+            yield Executions(some_rows, self.results(some_rows, draw, vmap), log_weight)
 
-    def _results(self, rows: Tensor, draw: Draw | None, vmap: bool) -> Tensor:
+    def results(self, rows: Tensor, draw: Draw | None, vmap: bool) -> Tensor:
         """What the function gives on batches [X,B] -> [X,n], at once or one by one."""
         if vmap:
             return self.many(rows)

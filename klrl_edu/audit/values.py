@@ -24,7 +24,7 @@ from klrl_edu.audit.adapting import (
     takes_a_batch,
     takes_a_log_ratio,
 )
-from klrl_edu.audit.checks import average_over_draws, probe
+from klrl_edu.audit.checks import average_over_draws, check_rotated, probe
 from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.monte_carlo import (
     FAILURE_PROBABILITY,
@@ -225,6 +225,7 @@ def enumerated_value(
         rows, log_weight = scene.every_batch(batch_size)
         picked, expected = probe(subject, rows)
         vmap = subject.why_not_vmap(picked, expected) is None
+        check_rotated(subject, picked, expected, vmap=vmap)
         parts = list(subject.executions(rows, log_weight, vmap=vmap, max_executions=max_executions))
         estimates = torch.cat([part.results[:, 0] for part in parts])
         weights = torch.cat([part.log_weight for part in parts])
