@@ -4,41 +4,45 @@
     corrected error = max |corrected − truth|                                                    (1)
     holds: the printed error vanishes.    Otherwise it must not, and the corrected error must.   (2)
 
-A claim is a function of an example that gives one quantity three ways, decorated by its verdict:
-`@holds`, `@corrected` or `@false`. Whether a formula that fails is repaired (a missing factor,
-sign, sum or weight) or false (nothing that says the same thing is true) is a judgement in words;
-that it fails, and that the corrected formula does not, is not. Beside it stand the sentence of what
-was seen (`.says`) and a broken twin (`.broken`): the formula that is right with one slip, which the
-same check must refuse.
+A claim is a function of an example that gives one quantity several ways, decorated by its verdict:
+`holds`, `corrected` or `false` of the article that makes it. Whether a formula that fails is
+repaired (a missing factor, sign, sum or weight) or false (nothing that says the same thing is true)
+is a judgement in words; that it fails, and that the corrected formula does not, is not. With the
+quantity come broken twins, the formula that is right with one slip, which the same check must
+refuse, and the sentence of what was seen.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from torch import Tensor
 
-from klrl_edu.theory.statements import Twin
-
 Verdict = Literal["holds", "holds with a correction", "false"]
 Example = TypeVar("Example")
+Other = TypeVar("Other")
 
 TOLERANCE = 1e-10
 
 
-class Formulas(NamedTuple):
-    """One quantity three ways, tensors of one shape.
+@dataclass(frozen=True, kw_only=True)
+class Formulas:
+    """One quantity several ways, tensors of one shape.
 
     Attributes:
         truth: by another way than the formula, which nobody doubts.
         printed: by the formula as printed; NaN where that gives no number.
         corrected: by the corrected formula; None where it holds as printed.
+        broken: what a slip is -> the formula that is right, with it.
+        says: these formulas -> what is seen here, one sentence; asked of the first example only.
     """
 
     truth: Tensor
     printed: Tensor
     corrected: Tensor | None = None
+    broken: Mapping[str, Tensor]
+    says: Callable[["Formulas"], str]
 
     @property
     def right(self) -> Tensor:
@@ -55,19 +59,19 @@ class Finding(NamedTuple):
         corrected_error: the same of the corrected formula; of the printed one, where that holds.
         unit: of both errors.
         says: what was seen, one sentence with the computed numbers.
-        twin_error: the same error of the broken twin.
+        twin_errors: the same error of each broken twin, by its slip.
     """
 
     printed_error: float
     corrected_error: float
     unit: str
     says: str
-    twin_error: float
+    twin_errors: Mapping[str, float]
 
 
 class Check(NamedTuple):
-    """A claim, what computing it gave, and why the numbers refuse its verdict: "" where
-    they agree.
+    """A claim, what computing it gave, and why the numbers refuse its verdict: "" where they
+    agree.
     """
 
     claim: "Claim[Any]"
@@ -100,7 +104,7 @@ class Check(NamedTuple):
         }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Claim(Generic[Example]):
     """One formula or claim in words, and a function that judges it.
 
@@ -116,9 +120,7 @@ class Claim(Generic[Example]):
         examples: what it is tried on, the course's own example first.
         tolerance: the error that counts as none; half a unit of the last digit where the article
             prints a rounded number.
-        function: example -> the quantity three ways.
-        sentence: the first example and what it gave -> what was seen.
-        twin: the formula that is right, with a slip.
+        function: example -> the quantity several ways.
     """
 
     name: str
@@ -132,34 +134,24 @@ class Claim(Generic[Example]):
     examples: Callable[[], Sequence[Example]]
     tolerance: float
     function: Callable[[Example], Formulas]
-    sentence: Callable[[Example, Formulas], str] | None = None
-    twin: Twin[Example, Tensor] | None = None
 
     def __call__(self, example: Example) -> Formulas:
-        """The quantity three ways on an example."""
+        """The quantity several ways on an example."""
         return self.function(example)
 
-    def says(self, sentence: Callable[[Example, Formulas], str]) -> None:
-        """Registers the sentence of what is seen on the first example."""
-        self.sentence = sentence
-
-    def broken(self, slip: str, function: Callable[[Example], Tensor]) -> None:
-        """Registers the broken twin."""
-        self.twin = Twin(slip, function)
-
     def check(self) -> Check:
-        """Runs the claim and its broken twin, and holds its verdict against the numbers."""
-        assert self.sentence is not None, f"{self.name} does not say what was seen"
-        assert self.twin is not None, f"{self.name} has no broken twin"
-        examples = self.examples()
-        found = [self(example) for example in examples]
+        """Runs the claim and its broken twins, and holds its verdict against the numbers."""
+        found = [self(example) for example in self.examples()]
         truths = [formulas.truth for formulas in found]
         finding = Finding(
             worst_error([formulas.printed for formulas in found], truths),
             worst_error([formulas.right for formulas in found], truths),
             self.unit,
-            self.sentence(examples[0], found[0]),
-            worst_error([self.twin.function(example) for example in examples], truths),
+            found[0].says(found[0]),
+            {
+                slip: worst_error([formulas.broken[slip] for formulas in found], truths)
+                for slip in found[0].broken
+            },
         )
         return Check(self, finding, self.refusal(finding))
 
@@ -172,87 +164,87 @@ class Claim(Generic[Example]):
             return f"declared {self.verdict!r}, but on these examples it holds as printed"
         if not finding.corrected_error <= self.tolerance:
             return f"the corrected formula is off by {finding.corrected_error:.6g} {finding.unit}"
-        if finding.twin_error <= self.tolerance:
-            slip = self.twin.slip if self.twin else ""
-            return f"its broken twin passes too: {slip}"
-        return ""
+        for slip, error in finding.twin_errors.items():
+            if error <= self.tolerance:
+                return f"its broken twin passes too: {slip}"
+        return "" if finding.twin_errors else "it has no broken twin"
 
 
 Decorator = Callable[[Callable[[Example], Formulas]], Claim[Example]]
 
 
-def holds(
-    source: str,
-    section: str,
-    printed: str,
-    unit: str,
-    tutorial: str,
-    examples: Callable[[], Sequence[Example]],
-) -> Decorator[Example]:
-    """Makes `example -> (truth, printed)` a claim that holds as printed; see `Claim`."""
-    return _claim(source, section, printed, "", "holds", unit, tutorial, examples, TOLERANCE)
+@dataclass(frozen=True)
+class ClaimsOf(Generic[Example]):
+    """What the claims of one article share.
+
+    Attributes:
+        key: of the article, its letter.
+        examples: what its claims are tried on, the course's own example first.
+    """
+
+    key: str
+    examples: Callable[[], Sequence[Example]]
+
+    @overload
+    def at(self, section: str, unit: str, tutorial: str) -> "Passage[Example]": ...
+    @overload
+    def at(
+        self, section: str, unit: str, tutorial: str, on: Callable[[], Sequence[Other]]
+    ) -> "Passage[Other]": ...
+    def at(
+        self, section: str, unit: str, tutorial: str, on: Callable[[], Sequence[Any]] | None = None
+    ) -> "Passage[Any]":
+        """Where a claim stands, the unit of its errors, the tutorial that explains it, and what it
+        is tried on, where that is something else.
+        """
+        return Passage(self.key, section, unit, tutorial, self.examples if on is None else on)
 
 
-def corrected(
-    source: str,
-    section: str,
-    printed: str,
-    correction: str,
-    unit: str,
-    tutorial: str,
-    examples: Callable[[], Sequence[Example]],
-) -> Decorator[Example]:
-    """Makes `example -> (truth, printed, corrected)` a claim that holds with a correction."""
-    verdict: Verdict = "holds with a correction"
-    return _claim(
-        source, section, printed, correction, verdict, unit, tutorial, examples, TOLERANCE
-    )
+@dataclass(frozen=True)
+class Passage(Generic[Example]):
+    """A passage of an article; its methods make a function of an example a claim that stands there,
+    printed and, where it fails, corrected.
+    """
 
+    source: str
+    section: str
+    unit: str
+    tutorial: str
+    examples: Callable[[], Sequence[Example]]
 
-def false(
-    source: str,
-    section: str,
-    printed: str,
-    correction: str,
-    unit: str,
-    tutorial: str,
-    examples: Callable[[], Sequence[Example]],
-    *,
-    tolerance: float = TOLERANCE,
-) -> Decorator[Example]:
-    """Makes `example -> (truth, printed, corrected)` a false claim, beside what is true instead."""
-    return _claim(
-        source, section, printed, correction, "false", unit, tutorial, examples, tolerance
-    )
+    def holds(self, printed: str) -> Decorator[Example]:
+        """It holds as printed."""
+        return self._claim("holds", printed, "")
 
+    def corrected(self, printed: str, corrected: str) -> Decorator[Example]:
+        """It holds once a factor, a sign, a sum or a weight is mended."""
+        return self._claim("holds with a correction", printed, corrected)
 
-def _claim(
-    source: str,
-    section: str,
-    printed: str,
-    correction: str,
-    verdict: Verdict,
-    unit: str,
-    tutorial: str,
-    examples: Callable[[], Sequence[Example]],
-    tolerance: float,
-) -> Decorator[Example]:
-    def make(function: Callable[[Example], Formulas]) -> Claim[Example]:
-        return Claim(
-            function.__name__.replace("_", "-"),
-            source,
-            section,
-            printed,
-            correction,
-            verdict,
-            unit,
-            tutorial,
-            examples,
-            tolerance,
-            function,
-        )
+    def false(
+        self, printed: str, corrected: str, *, tolerance: float = TOLERANCE
+    ) -> Decorator[Example]:
+        """It is false, and `corrected` is what is true instead."""
+        return self._claim("false", printed, corrected, tolerance)
 
-    return make
+    def _claim(
+        self, verdict: Verdict, printed: str, corrected: str, tolerance: float = TOLERANCE
+    ) -> Decorator[Example]:
+        def make(function: Callable[[Example], Formulas]) -> Claim[Example]:
+            return Claim(
+                name=function.__name__.replace("_", "-"),
+                source=self.source,
+                section=self.section,
+                printed=printed,
+                corrected=corrected,
+                verdict=verdict,
+                unit=self.unit,
+                tutorial=self.tutorial,
+                examples=self.examples,
+                tolerance=tolerance,
+                function=function,
+            )
+
+        return make
 
 
 def shown(error: float) -> str:
@@ -276,7 +268,7 @@ def _error(value: Tensor, truth: Tensor) -> float:
     return float(
         (value - truth)
         .abs()
-        .where(value != truth, 0.0)
+        .where(value != truth, 0.0)  # inf − inf is NaN, and equal infinities are no error
         .nan_to_num(nan=math.inf, posinf=math.inf)
         .max()
     )

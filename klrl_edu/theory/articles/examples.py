@@ -19,6 +19,9 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.decisions.decision_process import DecisionProcess
+from klrl_edu.exact.posterior import posterior
+from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.problems.examples import (
     FOUR_POLICY,
     FOUR_REWARDS,
@@ -48,10 +51,11 @@ def with_auxiliary() -> tuple[Auxiliary, ...]:
     )
     tokens = space.encode(list(FOUR_SENTENCES))
     four = Case.of(space, tokens, prior.log(), rewards, 1.0, policy.log())
-    return (Auxiliary(four, auxiliary.log()), *(_random_sentences(*shape) for shape in _RANDOM))
+    return (Auxiliary(four, auxiliary.log()), *(random_sentences(*shape) for shape in _RANDOM))
 
 
-def _random_sentences(seed: int, words: int, length: int, kl_coef: float) -> Auxiliary:
+def random_sentences(seed: int, words: int, length: int, kl_coef: float) -> Auxiliary:
+    """Every sentence of so many words, with random q, π, p and r from a fixed seed."""
     generator = as_generator(seed)
     space = SequenceSpace(tuple("abc"[:words]), max_length=length, eos=False)
     tokens = space.all_tokens()
@@ -100,6 +104,42 @@ class TwoSteps(NamedTuple):
         law = first[:, None, None] * self.transition[:, :, None] * then
         return (law * (self.first_reward[:, None, None] + self.discount * self.then_reward)).sum()
 
+    def as_decision_process(self) -> DecisionProcess:
+        """The same for the package: the start, the S states of the second decision, the end."""
+        actions, states = self.transition.shape
+        end = torch.zeros(actions, states + 2, dtype=torch.float64)
+        end[:, -1] = 1.0
+        start = torch.nn.functional.pad(self.transition, (1, 1))
+        nothing = torch.zeros(1, actions, dtype=torch.float64)
+        numbers = torch.arange(states + 2)
+        return DecisionProcess(
+            log_prior=torch.full((states + 2, actions), -math.log(actions), dtype=torch.float64),
+            transitions=torch.stack([start, *[end] * (states + 1)]),
+            rewards=torch.cat([self.first_reward[None], self.then_reward, nothing]),
+            initial=(numbers == 0).double(),
+            terminal=numbers == states + 1,
+            discount=self.discount,
+        )
+
+    def log_policy(self) -> Tensor:
+        """Log-probabilities [S + 2, A] for the package; the end's row means nothing."""
+        first, then = self.policy()
+        return torch.cat([first[None], then, torch.ones_like(first[None])]).log().detach()
+
+    def decisions(self, values: Tensor) -> Tensor:
+        """Of values [S + 2, A] those of the two decisions, [A + S·A]: without the end's."""
+        return values[:-1].reshape(-1)
+
+    def gradient(self) -> Tensor:
+        """The gradient of the expected return in the logits of both decisions [A + S·A], by
+        autograd.
+        """
+        logits = [self.first_logits.clone(), self.then_logits.clone()]
+        value = self._replace(
+            first_logits=logits[0].requires_grad_(), then_logits=logits[1].requires_grad_()
+        ).expected_return()
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(value, logits)])
+
     def best_action_values(self) -> Tensor:
         """The best values, Q*(a) then Q*(s,b) [A + S·A], by trying each of the A^S ways to act at
         the second decision.
@@ -131,6 +171,19 @@ def _random_process(seed: int, actions: int, states: int) -> TwoSteps:
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def plain_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The divergence KL(p‖q) = Σ p log p/q by its definition, for [K] with mass everywhere."""
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def by_states(case: Case) -> Tensor:
+    """The posterior's log-probabilities [K] by the soft values of every prefix, from the last word
+    back.
+    """
+    model = posterior(case.problem, method="soft_bellman").model
+    return sequence_log_probs(model, case.tokens).detach()
 
 
 def mean_score(case: Case, values: Tensor) -> Tensor:

@@ -26,37 +26,46 @@ from klrl_edu.models.table import PrefixTable
 from klrl_edu.theory.articles.examples import TwoSteps, course_case, processes, sentences
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.gradients import kl
-from klrl_edu.theory.verdicts import Formulas, corrected, false, shown
+from klrl_edu.theory.verdicts import ClaimsOf, Formulas, shown
+
+article = ClaimsOf("E", sentences)
 
 _RATE, _SWEEPS = 0.5, 100  # after n sweeps of two decisions an error of order n·2^−n is left
 
 
-@corrected(
-    "E",
-    "4.1",
+@article.at("4.1", "reward units", "t05", on=processes).corrected(
     r"$Q(s,a) = \sum_k \alpha r_k + (1 - \alpha) \max_{a'} Q(s',a')$",
     r"$Q(s,a) \leftarrow (1 - \alpha)\, Q(s,a) + \alpha \left( r + \gamma \max_{a'}"
     r" Q(s',a') \right)$",
-    "reward units",
-    "t05",
-    processes,
 )
 def e_q_update(process: TwoSteps) -> Formulas:
     """The values Q(a) then Q(s,b) [A + S·A]: the fixed point of Q = α r + (1 − α) max Q', and what
     many sweeps of (1) from 0 end at.
     """
-    fixed = _RATE * process.then_reward
-    fixed_first = _RATE * process.first_reward + (1 - _RATE) * process.transition @ fixed.amax(-1)
+    last = _RATE * process.then_reward
+    first = _RATE * process.first_reward + (1 - _RATE) * process.transition @ last.amax(-1)
+    return Formulas(
+        truth=process.best_action_values(),
+        printed=torch.cat([first, last.reshape(-1)]),
+        corrected=_swept(process),
+        broken={"γ left out": _swept(process._replace(discount=1.0))},
+        says=lambda found: (
+            f"at α = ½ the printed update settles at {found.printed[0]:.4f}, {found.printed[1]:.4f}"
+            " for the two first actions, and their best returns are"
+            f" {found.truth[0]:.4f}, {found.truth[1]:.4f}; its soft form on the four sentences"
+            f" settles at V(∅) = {soft_update_value(course_case()):.9f} = λ log Z"
+        ),
+    )
+
+
+def _swept(process: TwoSteps) -> Tensor:
+    """The values of both decisions [A + S·A] after many sweeps of (1)."""
     first, last = torch.zeros_like(process.first_reward), torch.zeros_like(process.then_reward)
     for _ in range(_SWEEPS):
         target = process.first_reward + process.discount * process.transition @ last.amax(-1)
         first = (1 - _RATE) * first + _RATE * target
         last = (1 - _RATE) * last + _RATE * process.then_reward
-    return Formulas(
-        truth=process.best_action_values(),
-        printed=torch.cat([fixed_first, fixed.reshape(-1)]),
-        corrected=torch.cat([first, last.reshape(-1)]),
-    )
+    return torch.cat([first, last.reshape(-1)])
 
 
 def soft_update_value(case: Case) -> Tensor:
@@ -74,23 +83,6 @@ def soft_update_value(case: Case) -> Tensor:
         later = torch.where(trie.child >= 0, state_values[trie.child.clamp(min=0)], 0.0)
         values = (1 - _RATE) * values + _RATE * (reward + later)
     return state_values[0]
-
-
-@e_q_update.says
-def _(process: TwoSteps, found: Formulas) -> str:
-    seen, true = (
-        ", ".join(f"{value:.4f}" for value in values[:2].tolist())
-        for values in (found.printed, found.truth)
-    )
-    soft = float(soft_update_value(course_case()))
-    return (
-        f"at α = ½ the printed update settles at {seen} for the two first actions, and their best"
-        f" returns are {true}; its soft form on the four sentences settles at V(∅) = {soft:.9f} = λ"
-        " log Z"
-    )
-
-
-e_q_update.broken("γ left out", lambda process: e_q_update(process._replace(discount=1.0)).right)
 
 
 class Texts(NamedTuple):
@@ -112,8 +104,10 @@ class Texts(NamedTuple):
         return token_log_probs(self.policy, self.tokens).sum(-1)
 
     def gradient_of_mean(self, values: Tensor) -> Tensor:
-        """The gradient of E_π[f] by autograd, for values f [K]: [prefixes·V]."""
-        return self._gradient(self.log_probs().exp() @ values)
+        """The gradient of E_π[f] by autograd, for values f [K]: [prefixes·V]. Normalised, so that
+        log-probabilities of no distribution give another gradient here than in `mean_score`.
+        """
+        return self._gradient(torch.softmax(self.log_probs(), 0) @ values)
 
     def mean_score(self, values: Tensor) -> Tensor:
         """The mean score E_π[f Σ_t ∇log π(a_t|s_t)] by enumeration, for values f [K]:
@@ -121,6 +115,17 @@ class Texts(NamedTuple):
         """
         scores = self.log_probs()
         return self._gradient((scores.detach().exp() * values) @ scores)
+
+    def mean_length(self) -> Tensor:
+        """The mean number of tokens of a text, a scalar."""
+        return self.log_probs().detach().exp() @ self.lengths
+
+    def moved(self, step: Tensor) -> "Texts":
+        """The same with [prefixes·V] added to the policy's logits."""
+        logits = self.policy.logits.detach()
+        return self._replace(
+            policy=PrefixTable(self.policy.space, logits=logits + step.reshape_as(logits))
+        )
 
     def _gradient(self, value: Tensor) -> Tensor:
         return torch.autograd.grad(value, self.policy.logits)[0].reshape(-1)
@@ -140,77 +145,59 @@ def _random_texts(seed: int, length: int, eos: bool) -> Texts:
     return Texts(policy, tokens, torch.randn(len(tokens), generator=generator, dtype=torch.float64))
 
 
-@false(
-    "E",
-    "4.2",
+@article.at("4.2", "reward units", "t05", on=two_word_texts).false(
     r"$\partial \log \pi(a \mid s) / \partial \theta \approx \frac{1}{T} \sum_t \partial"
     r" \log \pi(a_t \mid s_t) / \partial \theta$",
     r"$\nabla E_\pi[r] = E_\pi \left[ r \sum_t \partial \log \pi(a_t \mid s_t) / \partial"
     r" \theta \right]$",
-    "reward units",
-    "t05",
-    two_word_texts,
 )
 def e_score(case: Texts) -> Formulas:
     """The gradient of the mean reward [prefixes·V]: the printed mean score a token knows no reward;
     (2) weighs the score by it.
     """
+    printed, fixed = case.mean_score(1 / case.lengths), two_word_texts()[-1]
+    difference = (printed - case.gradient_of_mean(1 / case.lengths)).abs().max()
     return Formulas(
         truth=case.gradient_of_mean(case.rewards),
-        printed=case.mean_score(1 / case.lengths),
+        printed=printed,
         corrected=case.mean_score(case.rewards),
+        broken={"the reward a token": case.mean_score(case.rewards / case.lengths)},
+        says=lambda found: (
+            "without a return its mean at fixed T is"
+            f" {shown(float(fixed.mean_score(1 / fixed.lengths).abs().max()))}; where texts end"
+            f" themselves it is ∇E[1/T] (difference {shown(float(difference))}), and one step along"
+            f" it shortens the mean length from {case.mean_length():.4f} to"
+            f" {case.moved(printed).mean_length():.4f}"
+        ),
     )
 
 
-@e_score.says
-def _(ending: Texts, found: Formulas) -> str:
-    fixed = two_word_texts()[-1]
-    none = float(fixed.mean_score(1 / fixed.lengths).abs().max())
-    logits = ending.policy.logits.detach()
-    pushed = PrefixTable(ending.policy.space, logits=logits + found.printed.reshape_as(logits))
-    before, after = (
-        float(case.log_probs().detach().exp() @ ending.lengths)
-        for case in (ending, ending._replace(policy=pushed))
-    )
-    difference = (found.printed - ending.gradient_of_mean(1 / ending.lengths)).abs().max()
-    return (
-        f"without a return its mean at fixed T is {shown(none)}; where texts end themselves it is"
-        f" ∇E[1/T] (difference {shown(float(difference))}), and one step along it shortens the mean"
-        f" length from {before:.4f} to {after:.4f}"
-    )
-
-
-e_score.broken("the reward a token", lambda case: case.mean_score(case.rewards / case.lengths))
-
-
-@corrected(
-    "E",
-    "1, 3 (3)",
+@article.at("1, 3 (3)", "reward units", "t12").corrected(
     r"a judge's preferences give the reward: $\hat r(y) = \sigma^{-1}(P(y \succ y_0))$",
     r"$r(y) = \sigma^{-1}(P(y \succ y_0)) - b(y)$ up to a constant, $b$ what the judge adds"
     r" to the gold reward",
-    "probability",
-    "t12",
-    sentences,
 )
 def e_feedback(case: Case) -> Formulas:
-    """The posterior [K] of the reward that a judge's preferences show: with what the judge adds,
-    and less it.
+    """The reward [K] less that of the first sentence, from a judge's preferences: with what the
+    judge adds, and less it.
     """
-    bias = _bias(case)
-    shown_reward = recovered_reward(bradley_terry(case.rewards + bias))
+    bias = (case.tokens[:, 0] == 0).double()  # one unit for the vocabulary's first word
+    judged, fair = (recovered_reward(bradley_terry(case.rewards + b)) for b in (bias, 0 * bias))
+    added = bias - bias[0]
     return Formulas(
-        truth=case.log_star.exp(),
-        printed=_posterior_of(case, shown_reward).exp(),
-        corrected=_posterior_of(case, shown_reward - bias).exp(),
+        truth=case.rewards - case.rewards[0],
+        printed=judged,
+        corrected=judged - added,
+        broken={
+            "the bias added again": judged + added,
+            "preferences at twice their odds": 2 * (judged - added),
+        },
+        says=lambda found: (
+            "a judge who adds 1 to what starts with 'the' costs λ KL(π_judge‖π*) ="
+            f" {_regret(case, judged):.6f} reward units of the gold reward; a Bradley–Terry judge"
+            f" of the gold reward costs {shown(_regret(case, fair))}"
+        ),
     )
-
-
-def _bias(case: Case) -> Tensor:
-    """What this judge adds to the reward [K]: one unit for a sentence that starts with the first
-    word of the vocabulary.
-    """
-    return (case.tokens[:, 0] == 0).double()
 
 
 def recovered_reward(preferences: Tensor) -> Tensor:
@@ -220,25 +207,7 @@ def recovered_reward(preferences: Tensor) -> Tensor:
     return torch.logit(preferences)[:, 0]
 
 
-def _posterior_of(case: Case, rewards: Tensor) -> Tensor:
-    return tilt(case.log_prior, rewards, case.kl_coef).log_posterior
-
-
-@e_feedback.says
-def _(case: Case, found: Formulas) -> str:
-    fair = _posterior_of(case, recovered_reward(bradley_terry(case.rewards)))
-    regret, fair_regret = (
-        case.kl_coef * float(kl(log_policy, case.log_star))
-        for log_policy in (found.printed.log(), fair)
-    )
-    return (
-        f"a judge who adds 1 to what starts with 'the' costs λ KL(π_judge‖π*) = {regret:.6f} reward"
-        " units of the gold reward; a Bradley–Terry judge of the gold reward costs"
-        f" {shown(fair_regret)}"
-    )
-
-
-e_feedback.broken(
-    "the bias added again",
-    lambda case: _posterior_of(case, case.rewards + 2 * _bias(case)).exp(),
-)
+def _regret(case: Case, rewards: Tensor) -> float:
+    """What the posterior of other rewards [K] costs by the case's own, λ KL(·‖π*)."""
+    judged = tilt(case.log_prior, rewards, case.kl_coef).log_posterior
+    return case.kl_coef * float(kl(judged, case.log_star))

@@ -22,23 +22,21 @@ from klrl_edu.theory.articles.examples import (
     course_case,
     log_mass,
     marginal_log_probs,
+    plain_kl,
     sentences,
 )
 from klrl_edu.theory.articles.tabular import chain_rule_kl
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.gradients import kl
-from klrl_edu.theory.verdicts import Formulas, corrected, false, holds
+from klrl_edu.theory.verdicts import ClaimsOf, Formulas
+
+article = ClaimsOf("B", sentences)
 
 
-@corrected(
-    "B",
-    "2.4, 4.1",
+@article.at("2.4, 4.1", "nats", "t01").corrected(
     r"$L_{KL} = \sum_i D_{KL}(P(y_i \mid X, \theta) \Vert Q(y_i \mid X, \theta))$",
     r"$L_{KL} = \sum_i E_{y_{<i} \sim P}\, D_{KL}(P(y_i \mid y_{<i}, X, \theta) \Vert Q(y_i"
     r" \mid y_{<i}, X))$",
-    "nats",
-    "t01",
-    sentences,
 )
 def b_positions(case: Case) -> Formulas:
     """The KL of sentences from the KL of each position: its marginals without their prefix, or, by
@@ -48,29 +46,20 @@ def b_positions(case: Case) -> Formulas:
         marginal_log_probs(case, log_probs) for log_probs in (case.log_policy, case.log_prior)
     )
     return Formulas(
-        truth=kl(case.log_policy, case.log_prior),
+        truth=plain_kl(case.log_policy, case.log_prior),
         printed=(case.log_policy.exp()[:, None] * (own - prior)).sum(),
         corrected=chain_rule_kl(case, case.log_policy),
+        broken={"prefixes averaged under q": chain_rule_kl(case, case.log_prior)},
+        says=lambda found: (
+            "π and q have the same first words and the same second words, so the sum is"
+            f" {abs(found.printed):.4f}; KL(π‖q) = {found.truth:.6f} nats"
+        ),
     )
 
 
-b_positions.says(
-    lambda case, found: (
-        "π and q have the same first words and the same second words, so the sum is"
-        f" {abs(found.printed):.4f}; KL(π‖q) = {found.truth:.6f} nats"
-    )
-)
-b_positions.broken("prefixes averaged under q", lambda case: chain_rule_kl(case, case.log_prior))
-
-
-@corrected(
-    "B",
-    "2.4, 4.1",
+@article.at("2.4, 4.1", "nats", "t01").corrected(
     r"$D_{KL}(P \Vert Q)$ with $Q$ the true target, a text",
     r"$D_{KL}(Q \Vert P) = -\log P(y \mid X, \theta)$",
-    "nats",
-    "t01",
-    sentences,
 )
 def b_one_hot(case: Case) -> Formulas:
     """The loss [K] for the target Q that is one-hot at each sentence in turn: (2)."""
@@ -79,48 +68,44 @@ def b_one_hot(case: Case) -> Formulas:
         truth=-case.log_policy,
         printed=kl(case.log_policy, one_hot),
         corrected=kl(one_hot, case.log_policy),
+        broken={"log P without its sign": case.log_policy},
+        says=lambda found: (
+            f"with the true text 'the cat' as Q, KL(π‖Q) = {found.printed[0]:g}; the cross-entropy"
+            f" is the other direction, KL(Q‖π) = {found.right[0]:.6f} = −log ½ nats"
+        ),
     )
 
 
-b_one_hot.says(
-    lambda case, found: (
-        f"with the true text 'the cat' as Q, KL(π‖Q) = {found.printed[0]:g}; the cross-entropy is"
-        f" the other direction, KL(Q‖π) = {found.right[0]:.6f} = −log ½ nats"
-    )
-)
-b_one_hot.broken("log P without its sign", lambda case: case.log_policy)
-
-
-@corrected(
-    "B",
-    "4.2",
+@article.at("4.2", "nats", "t10").corrected(
     r"$L_{BERT} = -\sum_{t=1}^{T} \log P(y_t \mid X, \theta)$",
     r"$L_{BERT} = -\sum_{t \in M} \log P(y_t \mid y_{\setminus M}, \theta)$, $M$ the masked"
     r" positions",
-    "nats",
-    "t10",
-    sentences,
 )
 def b_masked(case: Case) -> Formulas:
     """The loss of a masked model with true conditionals, the mean over masks: summed over all
     positions or over the masked ones. What no masked model can go below is the truth: Σ_{t masked}
     H(Y_t | visible words), by entropies of tables of words.
     """
-    everything, masks = tuple(range(case.space.max_length)), _masks(case.space.max_length)
-    return Formulas(
-        truth=torch.tensor(
-            [_masked_uncertainty(case, mask) for mask in masks], dtype=torch.float64
-        ).mean(),
-        printed=torch.stack([_cloze_loss(case, mask, everything) for mask in masks]).mean(),
-        corrected=torch.stack([_cloze_loss(case, mask, mask) for mask in masks]).mean(),
-    )
-
-
-def _masks(length: int) -> list[tuple[int, ...]]:
-    """The sets of masked positions, each as likely: all but none and everything."""
-    return [
-        mask for size in range(1, length) for mask in itertools.combinations(range(length), size)
+    everything = tuple(range(case.space.max_length))
+    masks = [  # each as likely: all but none and everything
+        mask for size in everything[1:] for mask in itertools.combinations(everything, size)
     ]
+    least = [_masked_uncertainty(case, mask) for mask in masks]
+    printed, corrected = (
+        torch.stack([_cloze_loss(case, mask, predicted or mask) for mask in masks]).mean()
+        for predicted in (everything, None)
+    )
+    return Formulas(
+        truth=torch.tensor(least, dtype=torch.float64).mean(),
+        printed=printed,
+        corrected=corrected,
+        broken={"half of the sum over all": printed / 2},
+        says=lambda found: (
+            "with one of the two words masked the loss of the true conditionals is"
+            f" {found.truth:.6f} nats (each word masked in turn: {2 * found.truth:.12f} ="
+            f" H(q) − I); summed over both positions, the seen one too, it is {printed:.6f}"
+        ),
+    )
 
 
 def _cloze_loss(case: Case, mask: tuple[int, ...], predicted: tuple[int, ...]) -> Tensor:
@@ -130,10 +115,10 @@ def _cloze_loss(case: Case, mask: tuple[int, ...], predicted: tuple[int, ...]) -
     total = torch.zeros((), dtype=torch.float64)
     for t in predicted:
         context = [i for i in range(case.space.max_length) if i not in mask and i != t]
-        log_conditional = log_mass(case, case.log_prior, [*context, t]) - log_mass(
-            case, case.log_prior, context
+        with_word, without = (
+            log_mass(case, case.log_prior, words) for words in ([*context, t], context)
         )
-        total = total - case.log_prior.exp() @ log_conditional
+        total = total - case.log_prior.exp() @ (with_word - without)
     return total
 
 
@@ -157,44 +142,19 @@ def _words_entropy(case: Case, positions: list[int]) -> float:
     return -math.fsum(p * math.log(p) for p in table.values())
 
 
-b_masked.says(
-    lambda case, found: (
-        f"with one of the two words masked the loss of the true conditionals is {found.truth:.6f}"
-        f" nats (each word masked in turn: {2 * found.truth:.12f} = H(q) − I); summed over both"
-        f" positions, the seen one too, it is {found.printed:.6f}"
-    )
-)
-b_masked.broken("half of the sum over all", lambda case: b_masked(case).printed / 2)
-
-
-@holds(
-    "B",
-    "4.3",
-    r"$L_{GPT} = -\sum_t \log P(y_t \mid y_{<t}, X, \theta)$",
-    "nats",
-    "t10",
-    sentences,
-)
+@article.at("4.3", "nats", "t10").holds(r"$L_{GPT} = -\sum_t \log P(y_t \mid y_{<t}, X, \theta)$")
 def b_autoregressive(case: Case) -> Formulas:
     """The loss of each sentence [K] is the sum of its tokens' losses: (1)."""
-    return Formulas(truth=-case.log_policy, printed=_token_losses(case).sum(-1))
-
-
-def _token_losses(case: Case) -> Tensor:
-    """The loss of each token, −log P(y_t|y_<t) [K,T]."""
-    return -token_log_probs(case.table(case.log_policy), case.tokens)
-
-
-@b_autoregressive.says
-def _(case: Case, found: Formulas) -> str:
-    first, second = _token_losses(case)[0].tolist()
-    return f"'the cat': {first:.6f} + {second:.6f} = {first + second:.6f} = −log ½ nats"
-
-
-b_autoregressive.broken(
-    "each word without its prefix",
-    lambda case: -marginal_log_probs(case, case.log_policy).sum(-1),
-)
+    losses = -token_log_probs(case.table(case.log_policy), case.tokens)  # [K,T]
+    return Formulas(
+        truth=-case.log_policy,
+        printed=losses.sum(-1),
+        broken={"each word without its prefix": -marginal_log_probs(case, case.log_policy).sum(-1)},
+        says=lambda found: (
+            f"'the cat': {losses[0, 0]:.6f} + {losses[0, 1]:.6f} = {losses[0].sum():.6f} = −log ½"
+            " nats"
+        ),
+    )
 
 
 _TWO_MODES = torch.tensor(
@@ -207,15 +167,10 @@ def _from_two_modes() -> tuple[Case, ...]:
     return (replace(course_case(), log_policy=_TWO_MODES), *sentences())
 
 
-@false(
-    "B",
-    "2.4",
+@article.at("2.4", "nats", "t01", on=_from_two_modes).false(
     r"a KL penalty makes distributions more compact: $H(P) \le H(Q)$",
-    r"by $D_{KL}(\cdot \Vert Q)$ narrower as a rule; by $D_{KL}(Q \Vert \cdot)$ wider:"
-    r" $H(P) = H(Q) + I(Q)$ for independent words",
-    "nats",
-    "t01",
-    _from_two_modes,
+    r"by $D_{KL}(\cdot \Vert Q)$ narrower where $Q$ has modes apart, wider where it has none;"
+    r" by $D_{KL}(Q \Vert \cdot)$ wider: $H(P) = H(Q) + I(Q)$ for independent words",
 )
 def b_compact(case: Case) -> Formulas:
     """The entropy of the independent words that minimise KL(π‖·): more compact would mean at most
@@ -226,8 +181,24 @@ def b_compact(case: Case) -> Formulas:
         logspace.entropy(case.log_policy),
     )
     information = kl(case.log_policy, marginal_log_probs(case, case.log_policy).sum(-1))
+    tempered = [abs(logspace.entropy(course_case().at(c).log_star)) for c in (0.0, 1.0, math.inf)]
+    policy = course_case().log_policy
     return Formulas(
-        truth=fitted, printed=torch.minimum(fitted, target), corrected=target + information
+        truth=fitted,
+        printed=torch.minimum(fitted, target),
+        corrected=target + information,
+        broken={
+            "the information taken away": target - information,
+            "the information counted twice": target + 2 * information,
+        },
+        says=lambda found: (
+            f"a target with two modes has H = {target:.4f}: independent words fitted by"
+            f" KL(·‖target) keep one mode, H = {mode_seeking_entropy(_TWO_MODES):.4f}, fitted by"
+            f" KL(target‖·) they cover both, H = {fitted:.4f}; to π, which has H ="
+            f" {logspace.entropy(policy):.4f}, KL(·‖π) too fits wider words, H ="
+            f" {mode_seeking_entropy(policy):.4f}; and a penalty λ KL(π‖q) widens: H(π*) ="
+            f" {tempered[0]:.4f}, {tempered[1]:.4f}, {tempered[2]:.4f} nats at λ = 0, 1, inf"
+        ),
     )
 
 
@@ -235,15 +206,11 @@ def _product_of_marginals(case: Case) -> Tensor:
     """Log-probabilities [V^T] of words drawn independently with π's marginals, over every
     combination of words.
     """
-    length, vocab_size = case.space.max_length, case.space.vocab_size
     total = torch.zeros((), dtype=torch.float64)
-    for t in range(length):
-        marginal = (
-            torch.zeros(vocab_size, dtype=torch.float64)
-            .index_add(0, case.tokens[:, t], case.log_policy.exp())
-            .log()
-        )
-        total = total[..., None] + marginal
+    for words in case.tokens.T:
+        marginal = torch.zeros(case.space.vocab_size, dtype=torch.float64)
+        marginal.index_add_(0, words, case.log_policy.exp())
+        total = total[..., None] + marginal.log()
     return total.reshape(-1)
 
 
@@ -259,43 +226,26 @@ def mode_seeking_entropy(log_target: Tensor, rounds: int = 200) -> float:
     return float(logspace.entropy(first.log()) + logspace.entropy(second.log()))
 
 
-@b_compact.says
-def _(case: Case, found: Formulas) -> str:
-    tempered = [
-        abs(logspace.entropy(course_case().at(kl_coef).log_star))
-        for kl_coef in (0.0, 1.0, math.inf)
-    ]
-    return (
-        f"a target with two modes has H = {logspace.entropy(case.log_policy):.4f}: independent"
-        f" words fitted by KL(·‖target) keep one mode, H = {mode_seeking_entropy(_TWO_MODES):.4f},"
-        f" fitted by KL(target‖·) they cover both, H = {found.truth:.4f}; and"
-        f" a penalty λ KL(π‖q) widens: H(π*) = {tempered[0]:.4f}, {tempered[1]:.4f},"
-        f" {tempered[2]:.4f} nats at λ = 0, 1, inf"
-    )
-
-
-b_compact.broken(
-    "the information taken away",
-    lambda case: 2 * logspace.entropy(case.log_policy) - b_compact(case).right,
-)
-
-
-@false(
-    "B",
-    "5.2",
+@article.at("5.2", "probability", "t09").false(
     "a forward pass with generation arguments returns text",
     r"it returns logits; a sampler draws $y_t \sim \mathrm{softmax}(\text{logits}_t)$, one"
     r" word after another",
-    "probability",
-    "t09",
-    sentences,
 )
 def b_generation(case: Case) -> Formulas:
     """The law [K] of a text: that forward passes alone give, and that a sampler draws."""
+    logits = case.table(case.log_policy)(case.tokens[:1])
+    halved = torch.log_softmax(2 * case.log_policy, 0)
     return Formulas(
         truth=case.log_policy.exp(),
         printed=_law_of_forward_pass(case),
         corrected=_law_of_sampler(case, case.log_policy),
+        broken={"at temperature ½": _law_of_sampler(case, halved)},
+        says=lambda found: (
+            f"a forward pass on one sentence returns numbers of shape {list(logits.shape)}; reading"
+            " off the likeliest words always gives one sentence, at total variation"
+            f" {1 - found.printed @ found.truth:.4f} from π; a sampler's outcomes have exactly π's"
+            " probabilities"
+        ),
     )
 
 
@@ -317,20 +267,3 @@ def _law_of_sampler(case: Case, log_policy: Tensor) -> Tensor:
     for execution in enumerate_executions(lambda draw: model.sample(1, draw=draw)):
         law += (case.tokens == execution.result).all(-1).double() * math.exp(execution.log_prob)
     return law
-
-
-@b_generation.says
-def _(case: Case, found: Formulas) -> str:
-    logits = case.table(case.log_policy)(case.tokens[:1])
-    missed = 1 - float(found.printed @ found.truth)
-    return (
-        f"a forward pass on one sentence returns numbers of shape {list(logits.shape)}; reading off"
-        f" the likeliest words always gives one sentence, at total variation {missed:.4f} from π; a"
-        " sampler's outcomes have exactly π's probabilities"
-    )
-
-
-b_generation.broken(
-    "at temperature ½",
-    lambda case: _law_of_sampler(case, torch.log_softmax(2 * case.log_policy, 0)),
-)
