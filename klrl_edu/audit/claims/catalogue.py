@@ -38,6 +38,7 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
     "Gradients of KL": gradients.KL_GRADIENTS,
     "Gradients of KL from samples of μ": gradients.OFF_POLICY,
     "Policy gradients": gradients.POLICY_GRADIENTS,
+    "Policy gradients from samples of μ": gradients.CLIPPED,
     "f-DPG": gradients.F_DPG,
 }
 CATALOGUE: tuple[Entry, ...] = tuple(entry for section in SECTIONS.values() for entry in section)

@@ -22,10 +22,17 @@ from klrl_edu.audit.claims.entries import (
     OBJECTIVE,
     REVERSE,
     REVERSE_PER_TOKEN,
+    ClaimedMean,
     Entry,
     gradient_entry,
 )
-from klrl_edu.audit.claims.predictions import of_divergence_to_posterior
+from klrl_edu.audit.claims.predictions import (
+    all_tokens,
+    of_clipped_pairs,
+    of_divergence_to_posterior,
+    own_tokens,
+    sample_score,
+)
 from klrl_edu.estimators import advantages
 from klrl_edu.estimators import kl_gradients as kl
 from klrl_edu.exact.posterior import posterior
@@ -300,6 +307,62 @@ POLICY_GRADIENTS: tuple[Entry, ...] = (
         predictions.of_dapo,
         "−E[ΣAs/ΣL]",
         batch_size=2,
+    ),
+)
+
+
+def _clipped(
+    loss: Any, formula: str, claim: ClaimedMean, words: str, size: int = 2, **constants: float
+) -> Entry:
+    """A loss from samples of μ, where its clip acts."""
+    return gradient_entry(
+        loss,
+        formula,
+        claim,
+        words,
+        drawn_by="behaviour",
+        label="off-policy",
+        batch_size=size,
+        constants=(lambda policy, problem: dict(constants)) if constants else None,
+    )
+
+
+_UNCLIPPED = "where the clip leaves ρ alone"
+
+CLIPPED: tuple[Entry, ...] = (
+    _clipped(
+        losses.ppo_clip,
+        "−Σ_t min(ρ_t A_t, clip(ρ_t) A_t)",
+        predictions.of_clipped_ppo,
+        f"−E_μ[Σ_t ρ_t A_t s_t] {_UNCLIPPED}",
+        size=1,
+    ),
+    _clipped(
+        losses.grpo_without_kl,
+        "−(1/L) Σ_t min(ρ_t A, clip(ρ_t) A)",
+        of_clipped_pairs(sample_score, own_tokens),
+        f"−E_μ[A Σ_t ρ_t s_t/L] {_UNCLIPPED}",
+    ),
+    _clipped(
+        losses.dapo,
+        "−Σ_i Σ_t min(ρ_t A, clip(ρ_t) A) / Σ_i L",
+        of_clipped_pairs(sample_score, all_tokens, 0.2, 0.28),
+        f"−E_μ[ΣA Σ_t ρ_t s_t/ΣL] {_UNCLIPPED}",
+    ),
+    _clipped(
+        losses.gspo,
+        "−min(ρ^{1/L} A, clip(ρ^{1/L}) A)",
+        of_clipped_pairs(sample_score, own_tokens, 0.2, 0.3, sequence_ratio=True),
+        f"−E_μ[ρ^{{1/L}} A s/L] {_UNCLIPPED}",
+        clip_low=0.2,
+        clip_high=0.3,
+    ),
+    _clipped(
+        losses.cispo,
+        "−Σ_i Σ_t ⟦min(ρ_t, 1.1)⟧ A log π_t / Σ_i L",
+        predictions.of_capped_pairs(0.1),
+        "−E_μ[ΣA Σ_t min(ρ_t, 1.1) s_t/ΣL]",
+        clip_high=0.1,
     ),
 )
 

@@ -23,6 +23,24 @@ from klrl_edu.problems.problem import Problem
 
 Prediction = Callable[[LanguageModel, Problem, LanguageModel], Tensor]
 
+# --- a group of two: its advantages, and its means over tokens ------------------------------------
+
+
+def sample_score(difference: Tensor) -> Tensor:
+    """(r − mean)/(std + 1e-4) of the first of two, by the sample std |r − r'|/√2."""
+    return difference / 2 / (difference.abs() / math.sqrt(2) + 1e-4)
+
+
+def own_tokens(length: Tensor, other: Tensor) -> Tensor:
+    """1/L: the mean over a sequence's own tokens."""
+    return 1 / length + 0 * other
+
+
+def all_tokens(length: Tensor, other: Tensor) -> Tensor:
+    """2/(L + L'): the mean over the tokens of both, each sequence counted half."""
+    return 2 / (length + other)
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -42,7 +60,7 @@ def of_grpo_without_kl(policy: LanguageModel, problem: Problem, behaviour: Langu
     """−E[A s(y)/L], A = (r − r')/2/(|r − r'|/√2 + 1e-4): the z-score of a group of two by the
     sample std, and the token mean of each.
     """
-    return _of_pairs(policy, problem, behaviour, _sample_score, lambda a, b: 1 / a + 0 * b)
+    return _of_pairs(policy, problem, behaviour, sample_score, own_tokens)
 
 
 def of_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -56,7 +74,63 @@ def of_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -
 
 def of_dapo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """−E[2A s(y)/(L + L')]: all tokens of a group of two weigh alike."""
-    return _of_pairs(policy, problem, behaviour, _sample_score, lambda a, b: 2 / (a + b))
+    return _of_pairs(policy, problem, behaviour, sample_score, all_tokens)
+
+
+def of_clipped_ppo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+    """−E_μ[Σ_t ρ_t A_t s_t] over the tokens whose ratio the clip of 0.2 leaves alone, A_t =
+    Σ_{t'≥t} (r_t' − λ log μ_t'/q_t').
+    """
+    whole = _whole(policy, problem, behaviour)
+    penalty = problem.kl_coef * (whole.behaviour_log_probs - whole.prior_log_probs)
+    rewards = torch.where(whole.live, whole.rewards - penalty, 0.0)
+    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+    weight = whole.behaviour_log_probs.sum(-1).exp()[:, None] * to_go
+    return _of_unclipped(whole, _ratio(whole), weight.clamp(min=0), weight.clamp(max=0), policy)
+
+
+def of_clipped_pairs(
+    advantage: Callable[[Tensor], Tensor],
+    share: Callable[[Tensor, Tensor], Tensor],
+    low: float = 0.2,
+    high: float = 0.2,
+    *,
+    sequence_ratio: bool = False,
+) -> Prediction:
+    """−E_μ[A(r − r') c(L, L') Σ_t ρ_t s_t], over the tokens of pairs from μ where 1 − low < ρ_t for
+    A < 0 and ρ_t < 1 + high for A > 0; ρ^{1/L} of the sequence for each ρ_t if `sequence_ratio`.
+    """
+
+    def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+        whole = _whole(policy, problem, behaviour)
+        rewards, length = whole.rewards.sum(-1), whole.live.sum(-1).double()
+        drawn = whole.behaviour_log_probs.sum(-1).exp()
+        weight = drawn[:, None] * drawn * advantage(rewards[:, None] - rewards)
+        weight = weight * share(length[:, None], length)  # [S,S]: the first of a pair down
+        ratio = _ratio(whole)
+        if sequence_ratio:
+            ratio = (ratio.log().sum(-1) / length).exp()[:, None].expand_as(ratio)
+        gained, lost = (
+            part.sum(1, keepdim=True) for part in (weight.clamp(min=0), weight.clamp(max=0))
+        )
+        return _of_unclipped(whole, ratio, gained, lost, policy, low, high)
+
+    return predicted
+
+
+def of_capped_pairs(cap: float) -> Prediction:
+    """−E_μ[2A/(L + L') Σ_t min(ρ_t, 1 + cap) s_t]: no token is dropped."""
+
+    def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+        whole = _whole(policy, problem, behaviour)
+        rewards, length = whole.rewards.sum(-1), whole.live.sum(-1).double()
+        drawn = whole.behaviour_log_probs.sum(-1).exp()
+        weight = drawn[:, None] * drawn * sample_score(rewards[:, None] - rewards)
+        weight = (weight * all_tokens(length[:, None], length)).sum(1, keepdim=True)
+        capped = torch.where(_ratio(whole) > 1 + cap, 1 + cap, _ratio(whole))
+        return _slope(-(weight * capped * whole.log_probs).sum(), policy)
+
+    return predicted
 
 
 def of_variation(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
@@ -311,9 +385,25 @@ def _of_pairs(
     return _slope(-(weight.sum(1) * log_pi).sum(), policy)
 
 
-def _sample_score(difference: Tensor) -> Tensor:
-    """(r − mean)/(std + 1e-4) of the first of two, by the sample std |r − r'|/√2."""
-    return difference / 2 / (difference.abs() / math.sqrt(2) + 1e-4)
+def _ratio(whole: Batch) -> Tensor:
+    """ρ_t = π/μ [S,T] without gradient."""
+    return torch.exp(whole.log_probs.detach() - whole.behaviour_log_probs)
+
+
+def _of_unclipped(
+    whole: Batch,
+    ratio: Tensor,
+    gained: Tensor,
+    lost: Tensor,
+    policy: LanguageModel,
+    low: float = 0.2,
+    high: float = 0.2,
+) -> Tensor:
+    """−Σ ρ_t (gained + lost) s_t, advantages above 0 with their weights where ρ_t < 1 + high, those
+    below where ρ_t > 1 − low: elsewhere the minimum is the clip's constant.
+    """
+    kept = gained * (ratio < 1 + high) + lost * (ratio > 1 - low)
+    return _slope(-(ratio * kept * whole.log_probs).sum(), policy)
 
 
 def _of_tokens(whole: Batch, slopes: Tensor, policy: LanguageModel) -> Tensor:

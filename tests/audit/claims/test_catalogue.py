@@ -2,14 +2,17 @@
 
 import dataclasses
 import inspect
+import itertools
+import math
 import re
+import statistics
 from functools import partial
 
 import pytest
 import torch
 
 from klrl_edu.audit.audit import audit_gradient
-from klrl_edu.audit.claims import catalogue
+from klrl_edu.audit.claims import catalogue, gradients, predictions
 from klrl_edu.audit.claims.catalogue import (
     CATALOGUE,
     answers_case,
@@ -83,6 +86,79 @@ def test_two_sequences_give_the_mean_of_both(entry):
     one, two = (check_entry(dataclasses.replace(entry, batch_size=size), case) for size in (1, 2))
     assert two.error <= 1e-12
     assert two.variance == pytest.approx(one.variance / 2, rel=1e-10)
+
+
+def z_of_three(rewards, deviation, epsilon=0.0):
+    """The z-score of the first of a group."""
+    spread = deviation(rewards) + epsilon
+    return (rewards[0] - statistics.fmean(rewards)) / spread if spread else 0.0
+
+
+def centred(rewards):
+    return rewards[0] - statistics.fmean(rewards)
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantage", "share"),
+    [
+        (losses.z_score, lambda r: z_of_three(r, statistics.pstdev), lambda lengths: 1),
+        (
+            losses.grpo_without_kl,
+            lambda r: z_of_three(r, statistics.stdev, 1e-4),
+            lambda lengths: 1 / lengths[0],
+        ),
+        (
+            losses.dapo,
+            lambda r: z_of_three(r, statistics.stdev, 1e-4),
+            lambda lengths: 3 / sum(lengths),
+        ),
+        (losses.dr_grpo, centred, lambda lengths: 1 / 3),
+        (losses.z_score, centred, None),
+    ],
+)
+def test_groups_of_three_have_the_mean_of_their_definition(loss, advantage, share):
+    """In a group of two every deviation is the same: only a third tells a standard deviation from
+    half the range; the last row is the one that is wrong.
+    """
+    case = answers_case()
+    tokens, rewards = case.problem.prior.tokens, [0.0, 1.0, 0.0, 2.0, 0.5, 1.0]
+    log_probs = case.policy.log_prob(tokens)
+    scores = torch.stack(
+        [torch.autograd.grad(one, case.policy.logits, retain_graph=True)[0] for one in log_probs]
+    )
+    by_text = dict(zip(["", "a", "b", "a a", "a b", "b a"], rewards, strict=True))
+    rewards = [by_text[text] for text in case.problem.space.decode(tokens)]
+    lengths = case.problem.space.live(tokens).sum(-1).tolist()
+    probs, mean = log_probs.detach().exp().tolist(), torch.zeros_like(scores[0])
+    for group in itertools.product(range(6), repeat=3):
+        weight = math.prod(probs[k] for k in group) * advantage([rewards[k] for k in group])
+        mean -= weight * (share([lengths[k] for k in group]) if share else 1) * scores[group[0]]
+    report = audit_gradient(loss, case.policy, case.problem, batch_size=3)
+    error = float((report.mean - mean).norm() / mean.norm())
+    assert error < 1e-12 if share else error > 1e-3
+
+
+@pytest.mark.parametrize("entry", gradients.CLIPPED, ids=lambda entry: entry.name)
+def test_another_clip_is_noticed(entry):
+    others = {
+        losses.ppo_clip: {"clip": 0.3},
+        losses.grpo_without_kl: {"clip": 0.3},
+        losses.dapo: {"clip_high": 0.2},
+        losses.gspo: {"clip_low": 0.1, "clip_high": 0.3},
+        losses.cispo: {"clip_high": 0.2},
+    }
+    wrong = dataclasses.replace(entry, constants=lambda *_: others[entry.function])
+    assert not all(row.holds for row in check_catalogue([wrong]))
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+def test_two_kept_terms_are_claimed_as_one_is(bucket):
+    entry = named("top_k.top_k_tail_bucket" if bucket else "top_k.top_k_truncated")
+    two = dataclasses.replace(
+        entry, claim=predictions.of_kept_terms(2, bucket=bucket), constants=lambda *_: {"k": 2}
+    )
+    assert all(row.holds for row in check_catalogue([two]))
+    assert not check_entry(dataclasses.replace(two, claim=entry.claim), answers_case()).holds
 
 
 DEFAULTS = {
@@ -179,19 +255,24 @@ def test_variances_are_those_of_t06():
 def test_the_best_constant_and_the_best_coefficient_have_the_least_variance():
     case = answers_case()
     variance = {
-        entry.name: check_entry(entry, case).variance
-        for entry in CATALOGUE
-        if entry.batch_size == 1 and entry.drawn_by == "policy"
+        name: check_entry(named(f"kl_gradients.{name}"), case).variance
+        for name in ("rao_blackwell_to_go", "reward_rao_blackwell_to_go", "reward_k1")
     }
-    assert variance["losses.reinforce (best constant)"] < variance["losses.reinforce"]
-    assert variance["kl_values.control_variate"] < min(
-        variance["kl_values.k1"], variance["kl_values.k3"]
-    )
-    assert (
-        variance["kl_gradients.rao_blackwell_to_go"]
-        < variance["kl_gradients.reward_rao_blackwell_to_go"]
-        < variance["kl_gradients.reward_k1"]
-    )
+    assert list(variance.values()) == sorted(variance.values())
+    for name in ("losses.reinforce (best constant)", "kl_values.control_variate"):
+        assert vertex(named(name), case) == pytest.approx(0, abs=1e-9)
+
+
+def vertex(entry, case):
+    """How far from its constant an entry has its least variance, by a parabola through three."""
+    ((name, constant),) = entry.constants(case.policy, case.problem).items()
+
+    def variance(step):
+        moved = dataclasses.replace(entry, constants=lambda *_: {name: constant + step})
+        return check_entry(moved, case).variance
+
+    below, at, above = map(variance, (-1, 0, 1))
+    return (below - above) / (below - 2 * at + above) / 2
 
 
 @pytest.mark.parametrize(
