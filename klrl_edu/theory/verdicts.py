@@ -142,6 +142,7 @@ class Claim(Generic[Example]):
     def check(self) -> Check:
         """Runs the claim and its broken twins, and holds its verdict against the numbers."""
         found = [self(example) for example in self.examples()]
+        # the worst over all examples: a formula may hold on one of them by chance
         truths = [formulas.truth for formulas in found]
         finding = Finding(
             worst_error([formulas.printed for formulas in found], truths),
@@ -162,7 +163,7 @@ class Claim(Generic[Example]):
             return f"declared to hold, but it is off by {finding.printed_error:.6g} {finding.unit}"
         if self.verdict != "holds" and holds:
             return f"declared {self.verdict!r}, but on these examples it holds as printed"
-        if not finding.corrected_error <= self.tolerance:
+        if not finding.corrected_error <= self.tolerance:  # so, and NaN is refused too
             return f"the corrected formula is off by {finding.corrected_error:.6g} {finding.unit}"
         for slip, error in finding.twin_errors.items():
             if error <= self.tolerance:

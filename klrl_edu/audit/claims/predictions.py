@@ -84,6 +84,7 @@ def of_clipped_ppo(policy: LanguageModel, problem: Problem, behaviour: LanguageM
     whole = _whole(policy, problem, behaviour)
     penalty = problem.kl_coef * (whole.behaviour_log_probs - whole.prior_log_probs)
     rewards = torch.where(whole.live, whole.rewards - penalty, 0.0)
+    # the penalty is of the policy that drew, and fixed with the sample: no gradient goes through
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)
     weight = whole.behaviour_log_probs.sum(-1).exp()[:, None] * to_go
     return _of_unclipped(whole, _ratio(whole), weight.clamp(min=0), weight.clamp(max=0), policy)
@@ -402,6 +403,7 @@ def _of_unclipped(
     """−Σ ρ_t (gained + lost) s_t, advantages above 0 with their weights where ρ_t < 1 + high, those
     below where ρ_t > 1 − low: elsewhere the minimum is the clip's constant.
     """
+    # a gain is clipped from above and a loss from below only: min takes the smaller of both
     kept = gained * (ratio < 1 + high) + lost * (ratio > 1 - low)
     return _slope(-(ratio * kept * whole.log_probs).sum(), policy)
 

@@ -47,6 +47,7 @@ def d_step(case: Case) -> Formulas:
     """The direction of ascent of J [K], ∇J = E_π[s (r − λ log π/q)]: the printed step is that of
     the package's loss L = −J.
     """
+    # one batch, the whole support: the mean is the gradient itself
     of_loss = audit_gradient(losses.exact, case.policy, case.problem).mean
     undivided = mean_score(case, case.rewards - case.log_ratio / case.kl_coef)
     here, up, down = (
@@ -108,7 +109,8 @@ def d_actor(process: TwoSteps) -> Formulas:
     policy, values = process.log_policy().exp(), policy_evaluation(*at).action_values
     first = torch.zeros_like(policy)
     first[:, 0] = 1.0
-    printed = process.decisions(policy[:, :1] * (first - policy) * values[:, :1])  # ∇π(0|s) Q(s,0)
+    # ∇π(0|s) Q(s,0) in the logits of s; no state is weighed by how often π comes there
+    printed = process.decisions(policy[:, :1] * (first - policy) * values[:, :1])
     gradient, visited = policy_gradient(*at), process.state_law()
     return Formulas(
         truth=process.gradient(),
@@ -116,9 +118,7 @@ def d_actor(process: TwoSteps) -> Formulas:
         corrected=process.decisions(gradient),
         broken={
             "every state visited as often": _later(process, gradient, 1 / len(visited) / visited),
-            "later visits undiscounted": _later(
-                process, gradient, torch.full_like(visited, 1 / process.discount)
-            ),
+            "later visits undiscounted": _later(process, gradient, 1 / process.discount),
         },
         says=lambda found: (
             "with the free a set to the first action, the cosine with ∇E[return] is"
@@ -128,12 +128,13 @@ def d_actor(process: TwoSteps) -> Formulas:
     )
 
 
-def _later(process: TwoSteps, gradient: Tensor, factors: Tensor) -> Tensor:
-    """A gradient [S + 2, A] with the part of each state of the second decision times a factor [S]:
-    [A + S·A].
+def _later(process: TwoSteps, gradient: Tensor, factor: Tensor | float) -> Tensor:
+    """A gradient [S + 2, A] with the part of each state of the second decision times a factor, one
+    or [S]: [A + S·A].
     """
-    one = torch.ones(1, dtype=torch.float64)
-    return process.decisions(gradient * torch.cat([one, factors, one])[:, None])
+    factors = torch.ones(len(gradient), 1, dtype=torch.float64)
+    factors[1:-1, 0] = factor
+    return process.decisions(gradient * factors)
 
 
 @article.at("3.2", "probability", "t05").holds(
@@ -161,6 +162,7 @@ def _by_model(case: Case) -> Tensor:
     """The posterior [K] by planning forward: each word in proportion to the q e^{r/λ} of all that
     the model can still write after it.
     """
+    # log π*(a|s) = log reach(sa) − log reach(s): reach need not be normalised
     weights = case.log_prior + case.rewards / case.kl_coef
     prefixes = [range(t) for t in range(case.space.max_length + 1)]
     reach = torch.stack([log_mass(case, weights, prefix) for prefix in prefixes])
@@ -211,11 +213,12 @@ def best_first(case: Case) -> Iterator[tuple[int, int]]:
     """
     rows = [tuple(row) for row in case.tokens.tolist()]
     scaled, top = case.rewards / case.kl_coef, float(case.rewards.max()) / case.kl_coef
+    # the smallest comes first, so what a prefix is worth stands there with its sign turned
     queue: list[tuple[float, tuple[int, ...]]] = [(-top, ())]
     opened = 0
     while queue:
         prefix = heapq.heappop(queue)[1]
-        if prefix in rows:
+        if prefix in rows:  # worth what it is, and no other prefix can be worth more
             yield rows.index(prefix), opened
             continue
         opened += 1

@@ -107,17 +107,17 @@ class TwoSteps(NamedTuple):
     def as_decision_process(self) -> DecisionProcess:
         """The same for the package: the start, the S states of the second decision, the end."""
         actions, states = self.transition.shape
-        end = torch.zeros(actions, states + 2, dtype=torch.float64)
-        end[:, -1] = 1.0
+        number = torch.arange(states + 2)
+        end = (number == states + 1).double().expand(actions, -1)
         start = torch.nn.functional.pad(self.transition, (1, 1))
         nothing = torch.zeros(1, actions, dtype=torch.float64)
-        numbers = torch.arange(states + 2)
         return DecisionProcess(
+            # uniform: at λ = 0 only the support of the prior counts
             log_prior=torch.full((states + 2, actions), -math.log(actions), dtype=torch.float64),
             transitions=torch.stack([start, *[end] * (states + 1)]),
             rewards=torch.cat([self.first_reward[None], self.then_reward, nothing]),
-            initial=(numbers == 0).double(),
-            terminal=numbers == states + 1,
+            initial=(number == 0).double(),
+            terminal=number == states + 1,
             discount=self.discount,
         )
 
@@ -196,6 +196,7 @@ def log_mass(case: Case, log_probs: Tensor, positions: Sequence[int]) -> Tensor:
     """The log-probability [K] of the words that each sentence has at some positions, the other
     words being free: [K] of sentences -> [K].
     """
+    # no positions at all: every sentence is alike, and the mass is that of all
     words = case.tokens[:, list(positions)]
     same = (words[:, None] == words).all(-1)
     return logspace.logsumexp(log_probs.expand(len(words), -1).masked_fill(~same, -torch.inf))
@@ -216,9 +217,8 @@ def climb(case: Case, log_start: Tensor, step_size: float = 0.2, steps: int = 20
     """
     log_policy = log_start
     for _ in range(steps):
-        log_policy = logspace.log_normalize(
-            log_policy + step_size * (case.rewards / case.kl_coef - (log_policy - case.log_prior))
-        )
+        penalised = case.rewards / case.kl_coef - (log_policy - case.log_prior)
+        log_policy = torch.log_softmax(log_policy + step_size * penalised, 0)
     return log_policy
 
 

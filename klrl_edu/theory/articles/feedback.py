@@ -4,7 +4,8 @@
     its fixed point is the best return; soft, with prior q: λ log Σ q e^{Q'/λ} for max Q'        (1)
     E_π[(1/T) Σ_t ∇log π(a_t|s_t)] = ∇E_π[1/T]:  0 where T is fixed;
     ∇E_π[r] = E_π[r Σ_t ∇log π(a_t|s_t)]                                                         (2)
-    preferences of a judge who sees r + b give the posterior of r + b: λ KL(π_{r+b}‖π*) worse    (3)
+    P(y ≻ y₀) = σ(r + b − r₀ − b₀) for a judge who adds b: its logit is the reward r + b up to a
+    constant, whose posterior is λ KL(π_{r+b}‖π*) worse                                          (3)
 
 Two decisions with A actions and S states; K texts of up to T tokens, EOS counted; logs in nats,
 values in reward units.
@@ -61,6 +62,7 @@ def e_q_update(process: TwoSteps) -> Formulas:
 def _swept(process: TwoSteps) -> Tensor:
     """The values of both decisions [A + S·A] after many sweeps of (1)."""
     first, last = torch.zeros_like(process.first_reward), torch.zeros_like(process.then_reward)
+    # each sweep reads the last one's values: the first decision settles after the second
     for _ in range(_SWEEPS):
         target = process.first_reward + process.discount * process.transition @ last.amax(-1)
         first = (1 - _RATE) * first + _RATE * target
@@ -80,6 +82,7 @@ def soft_update_value(case: Case) -> Tensor:
         weights = torch.exp(log_prior + values / case.kl_coef)
         totals = torch.zeros(trie.nodes, dtype=torch.float64).index_add(0, trie.parent, weights)
         state_values = case.kl_coef * totals.log()
+        # nothing follows a sentence's last word, which has no child
         later = torch.where(trie.child >= 0, state_values[trie.child.clamp(min=0)], 0.0)
         values = (1 - _RATE) * values + _RATE * (reward + later)
     return state_values[0]
@@ -104,9 +107,9 @@ class Texts(NamedTuple):
         return token_log_probs(self.policy, self.tokens).sum(-1)
 
     def gradient_of_mean(self, values: Tensor) -> Tensor:
-        """The gradient of E_π[f] by autograd, for values f [K]: [prefixes·V]. Normalised, so that
-        log-probabilities of no distribution give another gradient here than in `mean_score`.
-        """
+        """The gradient of E_π[f] by autograd, for values f [K]: [prefixes·V]."""
+        # normalised again, so that log-probabilities of no distribution are not hidden: they would
+        # have the same gradient here as in `mean_score`
         return self._gradient(torch.softmax(self.log_probs(), 0) @ values)
 
     def mean_score(self, values: Tensor) -> Tensor:
@@ -114,6 +117,7 @@ class Texts(NamedTuple):
         [prefixes·V].
         """
         scores = self.log_probs()
+        # the law is held fixed: what is differentiated is log π alone
         return self._gradient((scores.detach().exp() * values) @ scores)
 
     def mean_length(self) -> Tensor:
@@ -190,7 +194,7 @@ def e_feedback(case: Case) -> Formulas:
         corrected=judged - added,
         broken={
             "the bias added again": judged + added,
-            "preferences at twice their odds": 2 * (judged - added),
+            "log-odds twice as large": 2 * (judged - added),
         },
         says=lambda found: (
             "a judge who adds 1 to what starts with 'the' costs λ KL(π_judge‖π*) ="

@@ -22,7 +22,6 @@ from klrl_edu.core import logspace
 from klrl_edu.estimators import kl_gradients
 from klrl_edu.estimators.advantages import best_scalar_baseline
 from klrl_edu.learning import losses
-from klrl_edu.problems.problem import Problem
 from klrl_edu.theory.articles.examples import (
     Auxiliary,
     course_case,
@@ -67,15 +66,12 @@ def c_reinforce(case: Case) -> Formulas:
     """The gradient of the mean reward [K]: its mean over every batch of N = 2, by enumeration; the
     truth by autograd.
     """
-    unpenalised: Problem = case.at(0.0).problem
-    printed, centred = (
-        -audit_gradient(loss, case.policy, unpenalised, batch_size=2).mean
-        for loss in (losses.reinforce, losses.group_mean)
-    )
+    unpenalised = case.at(0.0).problem  # λ = 0: the reward alone
+    printed = -audit_gradient(losses.reinforce, case.policy, unpenalised, batch_size=2).mean
     return Formulas(
         truth=logit_gradient(case, lambda log_pi: logspace.expectation(log_pi, case.rewards)),
         printed=printed,
-        broken={"less the mean of its own batch: shrunk by (N − 1)/N": centred},
+        broken={"less the mean of its own batch: shrunk by (N − 1)/N": printed / 2},
         says=lambda found: (
             f"over every batch of two sentences its mean is {_vector(found.printed)} = ∇E[r]"
         ),
@@ -157,6 +153,7 @@ def c_constant(example: Auxiliary) -> Formulas:
     slope, curvature = (right - left) / 2, right - 2 * middle + left
     lowest = middle - slope**2 / (2 * curvature)
     constants, best = (0.0, 1.0, -2.0), best_constant(example)
+    # the means carry c as given, the variance stands last and alone depends on c
     truth = _kl_gradient(example.case, example.log_auxiliary).repeat(len(constants))
     means = torch.cat([auxiliary_gradient(example, c) for c in constants])
     printed, negated, halved = (
@@ -252,6 +249,7 @@ def without_last(case: Case) -> Auxiliary:
 def c_importance(example: Auxiliary) -> Formulas:
     """The mean of f = r under P = π, from draws of an auxiliary Q: (6)."""
     case, log_q = example
+    # Q (P/Q)^power in logarithms, so that Q = 0 gives 0 and not 0 · inf
     upside_down, root = (
         ((1 - power) * log_q + power * case.log_policy).exp() @ case.rewards for power in (-1, 0.5)
     )

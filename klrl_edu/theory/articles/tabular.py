@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from klrl_edu.closed_forms.budget import mirror_descent_kl_coefs
-from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.decisions.soft_control import policy_evaluation
 from klrl_edu.estimators.kl_values import per_token_kl
@@ -66,6 +65,7 @@ def _next_words(case: Case, *, given_state: bool) -> Tensor:
     rows = torch.zeros(*case.tokens.shape, case.space.vocab_size, dtype=torch.float64)
     for k, sentence in enumerate(case.tokens):
         for t in range(len(sentence)):
+            # the state is all words before; none of them given, every sentence is alike
             given = list(range(t)) if given_state else []
             alike = (case.tokens[:, given] == sentence[given]).all(-1)
             rows[k, t].index_add_(0, case.tokens[alike, t], case.log_policy.exp()[alike])
@@ -111,6 +111,7 @@ def a_kl_states(case: Case) -> Formulas:
     """The KL of two policies over whole sentences, from how often they come to each state or, by
     (2), from what they choose there.
     """
+    # after the last word comes no state, so the printed sum cannot see how it is chosen
     states = [range(t) for t in range(case.space.max_length)]
     own, prior = (
         torch.stack([log_mass(case, log_probs, state) for state in states])
@@ -223,9 +224,8 @@ def mirror_descent(case: Case, kl_coef: float, steps: int = _STEPS) -> Tensor:
     """The corrected program (3), started at q: π [K]; `kl_coef` 0 ascends the reward alone."""
     log_policy = case.log_prior
     for _ in range(steps):
-        log_policy = logspace.log_normalize(
-            log_policy + _STEP_SIZE * (case.rewards - kl_coef * (log_policy - case.log_prior))
-        )
+        penalised = case.rewards - kl_coef * (log_policy - case.log_prior)
+        log_policy = torch.log_softmax(log_policy + _STEP_SIZE * penalised, 0)
     return log_policy.exp()
 
 
@@ -233,6 +233,7 @@ def _clamped_sum(case: Case) -> Tensor:
     policy = case.log_prior.exp()
     for _ in range(_STEPS):
         policy = policy + _STEP_SIZE * (case.rewards - policy @ case.rewards)
+        # the reading that would give probabilities: entries below 0 cut, the rest rescaled
         policy = policy.clamp(min=0) / policy.clamp(min=0).sum()
     return policy.expand(2, -1)
 

@@ -114,6 +114,7 @@ def _cloze_loss(case: Case, mask: tuple[int, ...], predicted: tuple[int, ...]) -
     """
     total = torch.zeros((), dtype=torch.float64)
     for t in predicted:
+        # a word that is seen must not be its own context: it would be certain, at no loss
         context = [i for i in range(case.space.max_length) if i not in mask and i != t]
         with_word, without = (
             log_mass(case, case.log_prior, words) for words in ([*context, t], context)
@@ -210,7 +211,7 @@ def _product_of_marginals(case: Case) -> Tensor:
     for words in case.tokens.T:
         marginal = torch.zeros(case.space.vocab_size, dtype=torch.float64)
         marginal.index_add_(0, words, case.log_policy.exp())
-        total = total[..., None] + marginal.log()
+        total = total[..., None] + marginal.log()  # one axis a word
     return total.reshape(-1)
 
 
@@ -220,6 +221,8 @@ def mode_seeking_entropy(log_target: Tensor, rounds: int = 200) -> float:
     """
     table = log_target.reshape(2, 2)
     first = second = torch.full((2,), 0.5, dtype=torch.float64)
+    # given the other word, the best law of one is ∝ exp of the mean log target; from uniform words
+    # the larger mode wins
     for _ in range(rounds):
         first = torch.softmax(table @ second, 0)
         second = torch.softmax(first @ table, 0)
@@ -234,12 +237,11 @@ def mode_seeking_entropy(log_target: Tensor, rounds: int = 200) -> float:
 def b_generation(case: Case) -> Formulas:
     """The law [K] of a text: that forward passes alone give, and that a sampler draws."""
     logits = case.table(case.log_policy)(case.tokens[:1])
-    halved = torch.log_softmax(2 * case.log_policy, 0)
     return Formulas(
         truth=case.log_policy.exp(),
         printed=_law_of_forward_pass(case),
-        corrected=_law_of_sampler(case, case.log_policy),
-        broken={"at temperature ½": _law_of_sampler(case, halved)},
+        corrected=_law_of_sampler(case),
+        broken={"at temperature ½": torch.softmax(2 * case.log_policy, 0)},
         says=lambda found: (
             f"a forward pass on one sentence returns numbers of shape {list(logits.shape)}; reading"
             " off the likeliest words always gives one sentence, at total variation"
@@ -258,11 +260,11 @@ def _law_of_forward_pass(case: Case) -> Tensor:
     return (case.tokens == text).all(-1).double()
 
 
-def _law_of_sampler(case: Case, log_policy: Tensor) -> Tensor:
+def _law_of_sampler(case: Case) -> Tensor:
     """The law [K] of the text that a sampler draws from the logits, by running it through every
     outcome.
     """
-    model = case.table(log_policy)
+    model = case.table(case.log_policy)
     law = torch.zeros(len(case.tokens), dtype=torch.float64)
     for execution in enumerate_executions(lambda draw: model.sample(1, draw=draw)):
         law += (case.tokens == execution.result).all(-1).double() * math.exp(execution.log_prob)
