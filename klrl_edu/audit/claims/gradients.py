@@ -338,6 +338,18 @@ CLIPPED: tuple[Entry, ...] = (
         size=1,
     ),
     _clipped(
+        losses.grpo,
+        "−(1/L) Σ_t [min(ρ_t A, clip(ρ_t) A) − λ k3(u_t)]",
+        predictions.of_clipped_grpo,
+        f"−E_μ[A Σ_t ρ_t s_t/L] {_UNCLIPPED}, + λE_μ[Σ_t (1 − w_t)s_t/L]",
+    ),
+    _clipped(
+        losses.dr_grpo,
+        "−(1/T) Σ_t min(ρ_t (r − mean), clip(ρ_t) (r − mean))",
+        predictions.of_clipped_dr_grpo,
+        f"−E_μ[(r − mean) Σ_t ρ_t s_t]/T {_UNCLIPPED}",
+    ),
+    _clipped(
         losses.grpo_without_kl,
         "−(1/L) Σ_t min(ρ_t A, clip(ρ_t) A)",
         of_clipped_pairs(sample_score, own_tokens),

@@ -119,6 +119,25 @@ def of_clipped_pairs(
     return predicted
 
 
+def of_clipped_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+    """−E_μ[A Σ_t ρ_t s_t/L] over the tokens that the clip of 0.2 leaves alone, plus λ E_μ[(1/L) Σ_t
+    (1 − w_t) s_t], which is not weighed by ρ.
+    """
+    whole = _whole(policy, problem, behaviour)
+    log_weight = whole.prior_log_probs - whole.log_probs.detach()
+    slopes = -torch.expm1(log_weight) / whole.live.sum(-1, keepdim=True)  # (1 − w_t)/L
+    drawn = whole.behaviour_log_probs.sum(-1).exp()
+    penalty = problem.kl_coef * (drawn * (slopes * whole.log_probs).sum(-1)).sum()
+    clipped = of_clipped_pairs(sample_score, own_tokens)(policy, problem, behaviour)
+    return clipped + _slope(penalty, policy)
+
+
+def of_clipped_dr_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
+    """−E_μ[(r − r')/2 Σ_t ρ_t s_t]/T over the tokens that the clip of 0.2 leaves alone."""
+    clipped = of_clipped_pairs(lambda difference: difference / 2, lambda a, b: 0 * (a + b) + 1)
+    return clipped(policy, problem, behaviour) / problem.space.max_length
+
+
 def of_capped_pairs(cap: float) -> Prediction:
     """−E_μ[2A/(L + L') Σ_t min(ρ_t, 1 + cap) s_t]: no token is dropped."""
 

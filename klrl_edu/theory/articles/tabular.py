@@ -121,7 +121,10 @@ def a_kl_states(case: Case) -> Formulas:
         truth=plain_kl(case.log_policy, case.log_prior),
         printed=(case.log_policy.exp() * (own - prior)).sum(),
         corrected=chain_rule_kl(case, case.log_policy),
-        broken={"prefixes averaged under q": chain_rule_kl(case, case.log_prior)},
+        broken={
+            "prefixes averaged under q": chain_rule_kl(case, case.log_prior),
+            "in bits": chain_rule_kl(case, case.log_policy) / math.log(2),
+        },
         says=lambda found: (
             "π and q reach each first word equally often, so the sum over states is"
             f" {abs(found.printed):.4f}; KL(π‖q) = {found.truth:.6f} nats, all of it in the choice"

@@ -49,7 +49,10 @@ def b_positions(case: Case) -> Formulas:
         truth=plain_kl(case.log_policy, case.log_prior),
         printed=(case.log_policy.exp()[:, None] * (own - prior)).sum(),
         corrected=chain_rule_kl(case, case.log_policy),
-        broken={"prefixes averaged under q": chain_rule_kl(case, case.log_prior)},
+        broken={
+            "prefixes averaged under q": chain_rule_kl(case, case.log_prior),
+            "in bits": chain_rule_kl(case, case.log_policy) / math.log(2),
+        },
         says=lambda found: (
             "π and q have the same first words and the same second words, so the sum is"
             f" {abs(found.printed):.4f}; KL(π‖q) = {found.truth:.6f} nats"

@@ -142,6 +142,8 @@ def test_groups_of_three_have_the_mean_of_their_definition(loss, advantage, shar
 def test_another_clip_is_noticed(entry):
     others = {
         losses.ppo_clip: {"clip": 0.3},
+        losses.grpo: {"clip": 0.3},
+        losses.dr_grpo: {"clip": 0.3},
         losses.grpo_without_kl: {"clip": 0.3},
         losses.dapo: {"clip_high": 0.2},
         losses.gspo: {"clip_low": 0.1, "clip_high": 0.3},
