@@ -186,6 +186,7 @@ def _said(entry: Entry) -> str:
 def _claimed(entry: Entry, report: AuditReport, case: AuditCase) -> Tensor:
     """The claimed mean in the coordinates of the report."""
     if callable(entry.claim):
+        # a case without a behaviour policy is on-policy: predictions ask for one all the same
         drawn_by = case.policy if case.behaviour is None else case.behaviour
         return entry.claim(case.policy, case.problem, drawn_by)
     total = torch.zeros_like(report.mean)
@@ -196,5 +197,6 @@ def _claimed(entry: Entry, report: AuditReport, case: AuditCase) -> Tensor:
 
 def _error(report: AuditReport, claimed: Tensor) -> float:
     """How far the mean is from the claimed one, relative to it: (1)."""
+    # a claim of 0 has no size of its own: the noise of one estimate stands for it
     scale = float(claimed.norm()) or math.sqrt(report.variance) or 1.0
     return float((report.mean - claimed).norm()) / scale

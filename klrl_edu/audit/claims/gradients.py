@@ -366,6 +366,7 @@ CLIPPED: tuple[Entry, ...] = (
         "−min(ρ^{1/L} A, clip(ρ^{1/L}) A)",
         of_clipped_pairs(sample_score, own_tokens, 0.2, 0.3, sequence_ratio=True),
         f"−E_μ[ρ^{{1/L}} A s/L] {_UNCLIPPED}",
+        # its own clips, 3e-4 and 4e-4, would leave no ratio of these small cases alone
         clip_low=0.2,
         clip_high=0.3,
     ),

@@ -300,7 +300,13 @@ def test_the_text_counts_what_holds():
     assert text.endswith("2 claims hold to 1e-12 on four sentences and answers.")
 
 
-def test_the_readme_table_has_a_row_an_entry_and_keeps_its_bars():
+def test_the_readme_table_has_a_row_an_entry_and_keeps_its_bars(monkeypatch):
+    def only_some(entry, case):  # the others have been audited above
+        if entry.name in ("kl_values.k1", "kl_gradients.loss_absolute_k1"):
+            return check_entry(entry, case)
+        return catalogue.CheckedEntry(entry, case.name, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(catalogue, "check_entry", only_some)
     table = catalogue.markdown_table()
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     assert len(rows) == len(CATALOGUE)
