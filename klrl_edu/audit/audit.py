@@ -30,12 +30,14 @@ from klrl_edu.audit.checks import (
     no_global_randomness,
     probe,
 )
-from klrl_edu.audit.comparisons import Other, other_losses, other_reports, others_of
+from klrl_edu.audit.comparisons import Against, other_losses, other_reports, others_of
 from klrl_edu.audit.coordinates import Coordinates, coordinates_of
+from klrl_edu.audit.decomposition import fits, is_sum_over_pairs, pair_moments, whole_batches
 from klrl_edu.audit.differentiation import LossOnSupport, reach_of
 from klrl_edu.audit.executions import check_executions
 from klrl_edu.audit.moments import (
     Contributions,
+    GradientMoments,
     contributions_of,
     dense_coefficients,
     gradient_moments,
@@ -66,14 +68,16 @@ from klrl_edu.audit.values import (
 )
 from klrl_edu.core.arguments import check_arguments, check_function, check_loss_function
 from klrl_edu.core.draws import Draw
-from klrl_edu.core.errors import InputError
+from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.multisets import count_blocks
 from klrl_edu.core.validation import check_count
 from klrl_edu.learning.batches import Loss, needs_of
 from klrl_edu.learning.sources import Source
 from klrl_edu.models.contract import MAX_SEQUENCES, LanguageModel
 from klrl_edu.problems.problem import Problem, check_problems
 
-MAX_EXECUTIONS = 100_000
+MAX_EXECUTIONS = 100_000  # batches by default, one by one
+MAX_AT_ONCE = 1_000_000  # the same where they run all at once, by vmap
 _CHUNK = 1 << 22  # numbers in one block of sampled gradients: 32 MiB
 
 
@@ -85,10 +89,10 @@ def audit_gradient(
     batch_size: int | None = None,
     behaviour: LanguageModel | None = None,
     adapt: Adapter | None = None,
-    against: Other | Mapping[str, Other] | None = None,
+    against: Against | Mapping[str, Against] | None = None,
     micro_batches: int | None = None,
     ordered: bool = False,
-    max_executions: int = MAX_EXECUTIONS,
+    max_executions: int | None = None,
     monte_carlo: int | None = None,
     draw: Draw | None = None,
     bound: float | None = None,
@@ -117,7 +121,9 @@ def audit_gradient(
             part a sequence falls into counts, its place within does not.
         ordered: every place counts, so all S^B orders are enumerated.
         max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
-            own draws) to enumerate.
+            own draws) to enumerate; by default a million where they run at once, by vmap, and
+            100,000 one by one. A loss that is a sum over the pairs of its batch needs the pairs
+            alone (`decomposition`), whatever its batch size.
         monte_carlo: draw this many batches instead, with `draw`; the report then has intervals for
             the distance to each target. The same seed draws the same batches for another loss.
         bound: the largest |entry| that a gradient can have: with it every entry of the mean gets an
@@ -156,7 +162,7 @@ def audit_gradient(
         plan = dataclasses.replace(
             plan, distributions=plan.distributions or "distributions" in needs_of(other)
         )
-    limit = max_executions if monte_carlo is None else MAX_SEQUENCES
+    limit = MAX_SEQUENCES if max_executions is None or monte_carlo else max_executions
     scene, targets_of = plan.scene(policy, limit)
     coordinates = coordinates_of(policy, scene.tree)
     run = _Run(policy, scene, coordinates, max_executions, monte_carlo, draw, bound)
@@ -280,7 +286,7 @@ class _Run:
     policy: LanguageModel
     scene: Scene
     coordinates: Coordinates
-    max_executions: int
+    max_executions: int | None
     monte_carlo: int | None
     draw: Draw | None
     bound: float | None
@@ -313,12 +319,29 @@ class _Run:
             device = loss.whole.tokens.device
             rows = torch.arange(len(loss.whole.tokens), device=device)[None]
             log_weight = torch.zeros(1, dtype=torch.float64, device=device)
-            loss = dataclasses.replace(loss, block=loss.width)
-        else:
-            check_executions(self.scene.drawn, plan.block, self.max_executions, plan.micro_batches)
-            rows, log_weight = self.scene.every_batch(plan.block, plan.micro_batches)
+            return self._over(dataclasses.replace(loss, block=loss.width), rows, log_weight)
+        shape = self.scene.drawn, plan.block, plan.micro_batches
+        if count_blocks(*shape) > MAX_EXECUTIONS:
+            found = self._over_pairs(loss, plan)
+            if found is not None:
+                return found
+        check_executions(self.scene.drawn, plan.block, self._limit, plan.micro_batches)
+        rows, log_weight = self.scene.every_batch(plan.block, plan.micro_batches)
+        return self._over(loss, rows, log_weight)
+
+    @property
+    def _limit(self) -> int:
+        return MAX_AT_ONCE if self.max_executions is None else self.max_executions
+
+    def _over(self, loss: LossOnSupport, rows: Tensor, log_weight: Tensor) -> dict[str, Any]:
+        """Moments over batches [X,B] with log-probabilities [X]."""
         loss, picked, gradients = _looked_at(loss, rows)
         reason = loss.why_not_vmap(picked, gradients)
+        if reason is not None and self.max_executions is None and len(rows) > MAX_EXECUTIONS:
+            raise TooLargeError(
+                f"{len(rows):,} batches one by one ({reason}) take long; give max_executions ="
+                f" {len(rows)} to wait for them, or sample: monte_carlo=n with draw=."
+            )
         check_rotated(loss, picked, gradients, vmap=reason is None)
         passes = iter((True, False))  # of two passes over the batches one looks at their order
 
@@ -327,7 +350,7 @@ class _Run:
                 rows,
                 log_weight,
                 vmap=reason is None,
-                max_executions=self.max_executions,
+                max_executions=self._limit,
                 look_at_order=next(passes),
             )
             return contributions_of(loss, parts)
@@ -335,12 +358,38 @@ class _Run:
         edges = self.scene.tree.edges
         moments = gradient_moments(contributions, self.coordinates, edges, rows.device)
         noise = _noise(loss, picked, gradients, vmap=reason is None)
+        return self._report(loss, moments, noise, _how(reason))
+
+    def _over_pairs(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any] | None:
+        """Moments over all batches of a loss that is a sum over their pairs; None for others."""
+        single = len(self.scene.views) == 1 and plan.micro_batches == 1 and loss.width == 1
+        if not single or loss.draws or plan.block < 3:
+            return None
+        (view,), limit = self.scene.views, self._limit
+        drawn = (view.law > -math.inf).nonzero().squeeze(-1)
+        if not fits(loss, len(drawn), plan.block, limit):
+            return None
+        rows = whole_batches(drawn, plan.block)
+        loss, picked, gradients = _looked_at(loss, rows)
+        if loss.why_not_vmap(picked, gradients) is not None:
+            return None
+        if not is_sum_over_pairs(loss, rows, drawn[0]):
+            return None
+        check_rotated(loss, picked, gradients, vmap=True)
+        moments = pair_moments(loss, view.law, plan.block, self.coordinates)
+        noise = _noise(loss, picked, gradients, vmap=True)
+        how = f"vmap, on pairs: on {len(rows)} batches of {plan.block} it was a sum over pairs"
+        return self._report(loss, moments, noise, how)
+
+    def _report(
+        self, loss: LossOnSupport, moments: GradientMoments, noise: float, how: str
+    ) -> dict[str, Any]:
         unresolved = torch.finfo(torch.float64).eps * moments.size + noise
         return {
             "mean": self.coordinates.combine(moments.coefficients[None])[0],
             "variance": moments.variance,
             "executions": moments.executions,
-            "differentiation": _how(reason),
+            "differentiation": how,
             "rounding": SAFETY * unresolved * moments.longest,
             "arithmetic": _type_name(loss.arithmetic),
         }

@@ -17,10 +17,10 @@ from klrl_edu.core.arguments import describe
 from klrl_edu.core.errors import InputError
 from klrl_edu.learning.batches import Loss, needs_of
 
-Other = Callable[..., Any] | AuditReport | str | Path
+Against = Callable[..., Any] | AuditReport | str | Path
 
 
-def others_of(against: Other | Mapping[str, Other] | None) -> dict[str, Loss | AuditReport]:
+def others_of(against: Against | Mapping[str, Against] | None) -> dict[str, Loss | AuditReport]:
     """By name: losses as functions of a Batch, and reports; files of reports are read.
 
     Raises:

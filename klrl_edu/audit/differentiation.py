@@ -45,6 +45,12 @@ class LossOnSupport(Subject):
             return "log_probs", "log_dists"
         return ("log_probs",)
 
+    @property
+    def widths(self) -> list[int]:
+        """How many entries of a gradient a sequence has in each field."""
+        length = self.whole.tokens.shape[1]
+        return [length, length * self.tree.trie.space.vocab_size][: len(self.leaves)]
+
     def edges(self, rows: Tensor) -> Tensor:
         """The edge of the support's trie that each entry of a gradient belongs to, −1 for none:
         rows [X,B] -> [X,n].
@@ -102,9 +108,8 @@ class LossOnSupport(Subject):
         """Gradients of batches in their own order, from those [..., n] of the batches put into the
         order [B].
         """
-        size, length = len(order), self.whole.tokens.shape[1]
-        widths = [length, length * self.tree.trie.space.vocab_size][: len(self.leaves)]
-        parts = result.split([size * width for width in widths], -1)
+        size = len(order)
+        parts = result.split([size * width for width in self.widths], -1)
         back = torch.argsort(order)
         by_sequence = [part.unflatten(-1, (size, -1))[..., back, :] for part in parts]
         return torch.cat([part.flatten(-2) for part in by_sequence], -1)

@@ -73,7 +73,7 @@ def gradient_moments(
         device: where they are.
     """
     mean = torch.zeros(edges, dtype=torch.float64, device=device)
-    kernel = _Kernel(coordinates, edges, device)
+    kernel = Kernel(coordinates, edges, device)
     second, largest, executions, direct = 0.0, 0.0, 0, False
     for part in contributions():
         # (2) takes P numbers an execution and (1) n²: where P is fewer, straight to (2)
@@ -86,10 +86,9 @@ def gradient_moments(
         if not direct:
             second += float(weight @ kernel.squared_norms(part))
     variance = second - float(coordinates.squared_norms(mean[None]))  # (1)
-    if direct or variance < _KEEPS_DIGITS * largest * kernel.scale:
+    if direct or variance < _KEEPS_DIGITS * largest * kernel.longest**2:
         variance = _about_the_mean(contributions(), coordinates, mean)
-    size, longest = math.sqrt(largest), math.sqrt(kernel.scale)
-    return GradientMoments(mean, variance, executions, size, longest)
+    return GradientMoments(mean, variance, executions, math.sqrt(largest), kernel.longest)
 
 
 def _about_the_mean(
@@ -113,13 +112,13 @@ def dense_coefficients(
             yield dense.scatter_add(1, indices.clamp(min=0), torch.where(live, values, 0.0)), weight
 
 
-class _Kernel:
+class Kernel:
     """‖g‖² by (1): kernels of pairs of edges, looked up where all pairs fit into a small matrix."""
 
     def __init__(self, coordinates: Coordinates, edges: int, device: torch.device):
         self.coordinates = coordinates
         index = torch.arange(edges, device=device)
-        self.scale = float(coordinates.kernel(index, index).max())  # the largest ‖φ_e‖²
+        self.longest = math.sqrt(float(coordinates.kernel(index, index).max()))  # of all ‖φ_e‖
         small = edges**2 <= _CHUNK
         self.table = (
             coordinates.kernel(*torch.broadcast_tensors(index[:, None], index[None]))

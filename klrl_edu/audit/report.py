@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.audit.verdict import (
-    cosine,
+    cosine_of_angle,
     direction,
     relative_distance,
     sampled_verdict,
@@ -114,7 +114,7 @@ class AuditReport:
     def cosine(self) -> dict[str, float]:
         """The cosine of the angle between E g and each target; NaN where either is 0."""
         return {
-            name: math.nan if self._is_zero(name) else cosine(self.mean, target)
+            name: math.nan if self._is_zero(name) else cosine_of_angle(self.mean, target)
             for name, target in self.targets.items()
         }
 

@@ -158,7 +158,7 @@ def relative_distance(mean: Tensor, target: Tensor) -> float:
     return math.inf if math.isinf(size) else float((mean - target).norm()) / (size or 1.0)
 
 
-def cosine(one: Tensor, other: Tensor) -> float:
+def cosine_of_angle(one: Tensor, other: Tensor) -> float:
     """Of the angle between two vectors; NaN where either is 0."""
     sizes = float(one.norm() * other.norm())
     return float(one @ other) / sizes if sizes else math.nan
@@ -166,7 +166,11 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 def _nearest(mean: Tensor, targets: Mapping[str, Tensor]) -> str:
     """The target of the smallest angle, where none fits."""
-    angles = {name: cosine(mean, target) for name, target in targets.items() if bool(target.any())}
+    angles = {
+        name: cosine_of_angle(mean, target)
+        for name, target in targets.items()
+        if bool(target.any())
+    }
     finite = {name: angle for name, angle in angles.items() if not math.isnan(angle)}
     if not finite:
         return "is biased for all targets"

@@ -331,13 +331,13 @@ def test_too_many_batches_are_refused_with_their_count():
     with pytest.raises(
         TooLargeError,
         match=(
-            r"batches of 100 out of 4 sequences are 176,851 multisets.*max_executions ="
-            r" 100,000.*monte_carlo=n"
+            r"batches of 200 out of 4 sequences are 1,373,701 multisets.*max_executions ="
+            r" 1,000,000.*monte_carlo=n"
         ),
     ):
-        audit(losses.rloo, batch_size=100)
+        audit(losses.grpo, batch_size=200)
     with pytest.raises(TooLargeError, match=r"about 10\^17"):
-        audit(losses.rloo, batch_size=1_000_000)
+        audit(losses.grpo, batch_size=1_000_000)
     assert audit(losses.rloo, batch_size=2, max_executions=10).executions == 10
     with pytest.raises(TooLargeError, match="are 10 multisets"):
         audit(losses.rloo, batch_size=2, max_executions=9)

@@ -1,4 +1,4 @@
-"""What moves by a rounding moves by no more, ties stay ties, and the arithmetic of a loss is seen."""
+"""What moves by a rounding moves by no more, ties stay ties, and a loss's arithmetic is seen."""
 
 import dataclasses
 import math
