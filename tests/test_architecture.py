@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,67 @@ def test_no_global_seed_is_set_or_drawn_from():
         for path in MODULES
         if words.search((ROOT.parent / path).read_text(encoding="utf-8"))
     ] == []
+
+
+def rounded_choices(source: str) -> list[str]:
+    """Calls of `torch.where` that choose between two Python numbers, which go through float32:
+    both branches are numbers, and one of them is none that float32 holds (0.5, 1, ±inf).
+    """
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.where"
+        if len(node.args) == 3 and all(map(is_python_number, node.args[1:]))
+        if not all(map(float32_holds, node.args[1:]))
+    ]
+
+
+def is_python_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return is_python_number(node.operand)
+    if isinstance(node, ast.BinOp):
+        return is_python_number(node.left) and is_python_number(node.right)
+    if isinstance(node, ast.Call):
+        node = node.func
+    text = ast.unparse(node)
+    return isinstance(node, ast.Constant) or text in ("float", "int") or text.startswith("math.")
+
+
+def float32_holds(node: ast.expr) -> bool:
+    if "math." in ast.unparse(node):
+        return ast.unparse(node).lstrip("-+") in ("math.inf", "math.nan")
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return False
+    return struct.unpack("f", struct.pack("f", value))[0] == value
+
+
+def test_no_python_numbers_go_through_float32():
+    assert {
+        str(path): found
+        for path in MODULES
+        if (found := rounded_choices((ROOT.parent / path).read_text(encoding="utf-8")))
+    } == {}
+
+
+def test_python_numbers_that_go_through_float32_are_noticed():
+    caught = [
+        "torch.where(x, float(value), float(otherwise))",
+        "torch.where(x, 0.1, 0)",
+        "torch.where(x, -math.pi, 1)",
+        "torch.where(x, 1, math.log(2))",
+        "torch.where(x, 1 / 3, 0.0)",
+    ]
+    fine = [
+        "torch.where(x, 0.0, -math.inf)",
+        "torch.where(x, 1, 2.5)",
+        "torch.where(x, y, 0.1)",
+        "torch.where(x, 0.1, y.exp())",
+        "torch.where(x)",
+    ]
+    assert [rounded_choices(one) for one in caught] == [[one] for one in caught]
+    assert [rounded_choices(one) for one in fine] == [[]] * len(fine)
 
 
 # --- one name a thing -----------------------------------------------------------------------------

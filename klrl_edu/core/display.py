@@ -1,6 +1,7 @@
 """How results look as text and in notebooks: one plain table, one number format."""
 
 import html
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -14,6 +15,16 @@ def format_number(value: Cell, digits: int = 6) -> str:
     if isinstance(value, str | int):
         return str(value)
     return f"{value:.{digits}g}"
+
+
+def readable_count(count: int) -> str:
+    """An exact count, shortened to a power of ten where it would fill the line."""
+    if count < 10**15:
+        return f"{count:,}"
+    if count.bit_length() < 4096:
+        return f"about 10^{len(str(count)) - 1}"
+    # Python writes out no number of more than 4,300 digits
+    return f"about 10^{int((count.bit_length() - 1) * math.log10(2))}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], digits: int = 6) -> str:

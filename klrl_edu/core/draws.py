@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.validation import check_count
 
 Result = TypeVar("Result")
+# an outcome with more of either is taken for one that never ends
+_MOST_CHOICES, _MOST_DRAWS = 250, 100_000
 
 
 class Draw(Protocol):
@@ -92,10 +95,13 @@ def enumerate_executions(
         max_executions: the most outcomes to run.
 
     Raises:
-        TooLargeError: there are more outcomes.
+        TooLargeError: there are more outcomes, or one of them does not end: it took 250 random
+            choices, or 100,000 draws.
     """
+    check_count(max_executions, "max_executions")
     # the path from the root of the tree of draws to the outcome that is being run
     choices: list[_Choice] = []
+    branching = 0  # how many of them have more than one option
     executions: list[Execution[Result]] = []
     while True:
         if len(executions) == max_executions:
@@ -106,7 +112,7 @@ def enumerate_executions(
         replayed = 0  # draws answered in this run: by the path first, then by new choices
 
         def draw(log_probs: Tensor, rows: Tensor | None = None) -> Tensor:
-            nonlocal replayed
+            nonlocal replayed, branching
             table = log_probs.detach().double()
             total = torch.logsumexp(table, -1, keepdim=True)
             if not bool(torch.isfinite(total).all()):
@@ -121,6 +127,13 @@ def enumerate_executions(
                     logs = log_rows[row]
                     options = [k for k, value in enumerate(logs) if value > -math.inf]
                     choices.append(_Choice(options, [logs[k] for k in options]))
+                    branching += len(options) > 1
+                    if branching > _MOST_CHOICES or len(choices) > _MOST_DRAWS:
+                        raise TooLargeError(
+                            f"one outcome of the program took {len(choices):,} draws,"
+                            f" {branching:,} of them random, and has not ended; end it, or sample"
+                            " with seeded_draw."
+                        )
                 choice = choices[replayed]
                 picked.append(choice.options[choice.taken])
                 replayed += 1
@@ -130,7 +143,7 @@ def enumerate_executions(
         executions.append(Execution(result, math.fsum(c.log_probs[c.taken] for c in choices)))
         # to the next leaf: up from choices that are exhausted, and one option on
         while choices and choices[-1].taken == len(choices[-1].options) - 1:
-            choices.pop()
+            branching -= len(choices.pop().options) > 1
         if not choices:
             return executions
         choices[-1].taken += 1

@@ -62,13 +62,15 @@ def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Any
     if value is None:
         return value
     if isinstance(value, Tensor):
+        if value.is_complex():  # .double() would drop the imaginary part
+            raise InputError(f"{name} is complex, {describe(value)}; give real numbers.")
         floats = value.is_floating_point() or name in _DTYPES
         return value if floats else value.double()
     if _holds_tensors(value):  # torch.tensor would cut their gradients off
         return torch.stack([as_numbers(one, name, device) for one in value])
     try:
         return torch.tensor(value, dtype=_DTYPES.get(name, torch.float64), device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"{name} is {describe(value)}; expected numbers, as a tensor, an array or a list"
             f" ({error})."

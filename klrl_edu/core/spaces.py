@@ -15,8 +15,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from klrl_edu.core.display import readable_count
 from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.validation import brief, check_count, check_entries
+
+MAX_LENGTH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class SequenceSpace:
     separator: str = " "
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         # one text, one spelling: "é" is one character, not an e and its accent
         vocabulary = tuple(unicodedata.normalize("NFC", word) for word in self.vocabulary)
         object.__setattr__(self, "vocabulary", vocabulary)
-        check_count(self.max_length, "max_length")
+        check_count(self.max_length, "max_length", maximum=MAX_LENGTH)
         if not self.vocabulary:
             raise InputError("vocabulary is empty; give at least one word.")
         seen: set[str] = set()
@@ -59,6 +63,19 @@ class SequenceSpace:
                     " remove it."
                 )
             seen.add(word)
+
+    def _check_kinds(self) -> None:
+        vocabulary: object = self.vocabulary  # a text would pass as a tuple of its characters
+        if isinstance(vocabulary, str) or not all(isinstance(w, str) for w in self.vocabulary):
+            raise InputError(
+                f"vocabulary = {brief(self.vocabulary)} must be a list of words, each a text."
+            )
+        if not isinstance(self.eos, bool):
+            raise InputError(
+                f"eos = {brief(self.eos)} must be True (texts of varying length) or False."
+            )
+        if not isinstance(self.separator, str):
+            raise InputError(f"separator = {brief(self.separator)} must be a text, such as ' '.")
 
     @classmethod
     def from_texts(
@@ -217,11 +234,17 @@ class SequenceSpace:
         Raises:
             TooLargeError: there are more than `max_sequences`.
         """
+        check_count(max_sequences, "max_sequences")
         if self.size > max_sequences:
+            # Python writes out no number of more than 4,300 digits
+            written = self.size.bit_length() < 4096
+            count = f"{self.size:,}" if written else readable_count(self.size)
             raise TooLargeError(
-                f"the space holds {self.size:,} sequences, max_sequences is {max_sequences:,};"
-                " sample instead, or shorten it."
+                f"the space holds {count} sequences, max_sequences is {max_sequences:,}; sample"
+                " instead, or shorten it."
             )
+        what = f"all {self.size:,} sequences of {self.max_length:,} tokens"
+        check_entries(self.size * self.max_length, what, "sample instead, or shorten the space")
         lengths = range(self.max_length) if self.eos else [self.max_length]
         return torch.cat([self._all_of_length(length) for length in lengths])
 

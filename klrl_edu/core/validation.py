@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klrl_edu.core.errors import InputError
+from klrl_edu.core.display import readable_count
+from klrl_edu.core.errors import InputError, TooLargeError
 
 SUM_TOLERANCE = 1e-9  # .4 + .3 + .2 + .1 passes, three times .333 does not
+MAX_ENTRIES = 1 << 30  # of one tensor: 8 GiB in float64
 
 
 def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> float:
     """λ ≥ 0, where 0 and inf are the documented limits; returns it as a float."""
-    try:
-        value = float(kl_coef)
-    except (TypeError, ValueError):
+    value = real_number(kl_coef)
+    if value is None:
         raise InputError(
             f"{name} = {kl_coef!r} is not a number; give λ in reward units per nat, at least 0."
-        ) from None
+        )
     if not value >= 0:  # also catches NaN
         raise InputError(
             f"{name} = {value!r} must be at least 0 (0: reward only; inf: the prior); a negative λ"
@@ -29,30 +30,63 @@ def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> float:
     return value
 
 
+def real_number(value: Any) -> float | None:
+    """A number as a float; None for truth values, texts, complex numbers and 10^400."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
+
+
 def check_number(value: Any, name: str, rule: str, fits: Callable[[float], bool]) -> float:
-    """A real number that fits a rule, as a float; truth values, texts and complex numbers do not.
+    """A real number that fits a rule, as a float.
 
     Args:
         rule: what it must be, and the remedy, as the message says it: "above 0; …".
         fits: whether a float keeps the rule; NaN comes here too.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        number = float(value) if is_real else math.nan
-    except OverflowError:  # a whole number of more than 308 digits
-        number = math.inf if value > 0 else -math.inf
-    if not is_real or not fits(number):
-        raise InputError(f"{name} = {value!r} must be {rule}.")
+    number = real_number(value)
+    if number is None or not fits(number):
+        raise InputError(f"{name} = {brief(value)} must be {rule}.")
     return number
 
 
-def check_count(value: int, name: str, minimum: int = 1) -> int:
-    """A whole number of at least `minimum`."""
+def check_count(value: int, name: str, minimum: int = 1, maximum: int | None = None) -> int:
+    """A whole number of at least `minimum`, and at most `maximum` where there is one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} = {value!r} must be a whole number of at least {minimum}.")
+        raise InputError(f"{name} = {brief(value)} must be a whole number of at least {minimum}.")
+    if maximum is not None and value > maximum:
+        raise TooLargeError(f"{name} = {brief(value)} is too large; at most {maximum:,} will do.")
     return value
+
+
+def check_entries(entries: int, what: str, remedy: str) -> None:
+    """Refuses what would fill the memory, before the allocator does.
+
+    Args:
+        entries: numbers in the largest tensor, an exact count.
+        what: what they are for, as the message says it: "10 samples of 20 tokens".
+
+    Raises:
+        TooLargeError: more than MAX_ENTRIES.
+    """
+    if entries > MAX_ENTRIES:
+        raise TooLargeError(
+            f"{what} take {readable_count(entries)} numbers, more than {MAX_ENTRIES:,} (8 GiB in"
+            f" float64); {remedy}."
+        )
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: in one line, and neither long numbers nor texts in full."""
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return "-" * (value < 0) + readable_count(abs(value))
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def check_probabilities(
@@ -63,7 +97,7 @@ def check_probabilities(
     Args:
         normalize: accept any non-negative weights with a positive sum, and divide by the sum.
     """
-    values = torch.as_tensor(probs, dtype=torch.float64).detach()
+    values = _as_float64(probs, name).detach()
     if values.ndim != 1 or values.numel() == 0:
         raise InputError(
             f"{name} has shape {list(values.shape)}; expected one probability a sequence, [K] with"
@@ -90,7 +124,7 @@ def check_probabilities(
 
 def check_finite_vector(values: Any, name: str, length: int | None = None) -> Tensor:
     """Numbers [K] as float64 without NaN or +inf; −inf (zero mass) is allowed."""
-    vector = torch.as_tensor(values, dtype=torch.float64)
+    vector = _as_float64(values, name)
     if vector.ndim != 1 or (length is not None and len(vector) != length):
         expected = "K" if length is None else length
         raise InputError(f"{name} has shape {list(vector.shape)}; expected [{expected}].")
@@ -117,6 +151,18 @@ def any_known(condition: Tensor) -> bool | None:
     if torch.func.debug_unwrap(condition).ndim > condition.ndim:
         return None
     return bool(condition.any())
+
+
+def _as_float64(values: Any, name: str) -> Tensor:
+    """Numbers as a float64 tensor; complex ones would lose their imaginary part without a word."""
+    try:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError("complex numbers")
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{name} are no real numbers ({brief(error)}); give a list or a tensor of floats."
+        ) from None
 
 
 def _refuse(bad: Tensor, values: Tensor, name: str, why: str) -> None:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from klrl_edu.core.arguments import check_arguments, check_draw
+from klrl_edu.core.arguments import check_arguments, check_draw, describe
+from klrl_edu.core.display import readable_count as readable_count
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.validation import any_known, brief, check_count, check_entries
 from klrl_edu.core.weighted import WeightedSequences
 
 MAX_SEQUENCES = 1_000_000
@@ -156,6 +157,42 @@ class LanguageModel(nn.Module):
         return self(filled, prompt)[:, t]
 
 
+def check_reads(model: LanguageModel, prompt: Tensor | None) -> None:
+    """A prompt [N,S] or [S] is one, and the model reads it.
+
+    Raises:
+        InputError: ids that are no whole numbers, or below −1; padding (−1) after a token; or what
+            `check_prompt` refuses.
+    """
+    if prompt is not None:
+        is_tensor = isinstance(prompt, Tensor)
+        # an empty one may have any dtype
+        if not is_tensor or (
+            prompt.numel() and (prompt.is_floating_point() or prompt.is_complex())
+        ):
+            raise InputError(
+                f"prompt is {describe(prompt)}; expected token ids, whole numbers (see"
+                " space.encode_prompt)."
+            )
+        rows = torch.atleast_2d(prompt)
+        misplaced = (rows[:, 1:] < 0) & (rows[:, :-1] >= 0)
+        if bool((rows < -1).any()) or bool(misplaced.any()):
+            raise InputError(
+                f"prompt = {prompt.tolist()} is none: ids run from 0, and -1 is padding on the left"
+                " of a row."
+            )
+    model.check_prompt(prompt)
+
+
+def check_prompt_words(space: SequenceSpace, prompt: Tensor | None) -> None:
+    """Refuses a prompt [N,S] with ids outside the space, for models that embed them."""
+    if prompt is not None and bool((prompt >= space.vocab_size).any()):
+        raise InputError(
+            f"prompt holds the id {int(prompt.max())}, which is no token of {space!r}: ids run from"
+            f" 0 to {space.vocab_size - 1}."
+        )
+
+
 def prompt_ids(prompt: Tensor | None) -> list[tuple[int, ...]]:
     """The prompts of [N,S] or [S], each without its left padding; () for None."""
     if prompt is None:
@@ -237,7 +274,7 @@ def conditional_log_probs(
     check_arguments("conditional_log_probs(model, tokens)", model=(model, LanguageModel))
     space = model.space
     space.check_tokens(tokens)
-    model.check_prompt(prompt)
+    check_reads(model, prompt)
     logits = model(tokens, batch_prompt(prompt, len(tokens)))
     if logits.shape != (*tokens.shape, space.vocab_size):
         raise InputError(
@@ -260,8 +297,10 @@ def token_log_probs(model: LanguageModel, tokens: Tensor, prompt: Tensor | None 
     """
     check_arguments("token_log_probs(model, tokens)", model=(model, LanguageModel))
     model.space.check_tokens(tokens)
-    model.check_prompt(prompt)
-    return model.token_log_prob(tokens, batch_prompt(prompt, len(tokens)))
+    check_reads(model, prompt)
+    log_probs = model.token_log_prob(tokens, batch_prompt(prompt, len(tokens)))
+    _refuse_nan(log_probs, model)
+    return log_probs
 
 
 def sequence_log_probs(
@@ -269,6 +308,16 @@ def sequence_log_probs(
 ) -> Tensor:
     """log π(y|x) by (1) for tokens [N,T] -> [N] float64 in nats; −inf at a token of no mass."""
     return token_log_probs(model, tokens, prompt).sum(-1)
+
+
+def _refuse_nan(log_probs: Tensor, model: LanguageModel) -> None:
+    """Numbers of a model with NaN would go on as if they were some."""
+    # log-probabilities are at most 0, so their sum is NaN only where one of them is
+    if any_known(torch.isnan(log_probs.detach().sum())):
+        raise InputError(
+            f"{type(model).__name__} gives NaN log-probabilities; look for NaN or inf in its"
+            " weights or its logits."
+        )
 
 
 def batch_prompt(prompt: Tensor | None, n: int) -> Tensor | None:
@@ -311,8 +360,11 @@ def sample_scored(
     space = model.space
     if prompts is not None and prompts.ndim != 2:
         raise InputError(f"prompts has shape {list(prompts.shape)}; expected [M, S].")
-    model.check_prompt(prompts)
+    check_reads(model, prompts)
     distinct = 1 if prompts is None else len(prompts)
+    total = n * distinct
+    what = f"n = {brief(n)} samples for {distinct:,} prompts, of {space.max_length:,} tokens each,"
+    check_entries(total * space.max_length, what, "draw fewer at a time")
     logits, state = model.start(distinct, prompts)
     # which of the distinct prefixes each sequence has; the model reads those alone
     row = torch.arange(distinct, device=logits.device).repeat_interleave(n)
@@ -392,7 +444,7 @@ def enumerate_support(
     """
     check_arguments("enumerate_support(model)", model=(model, LanguageModel))
     check_count(max_sequences, "max_sequences")
-    model.check_prompt(prompt)
+    check_reads(model, prompt)
     space = model.space
     device = device_of(model)
     end = space.vocab_size - 1
@@ -436,11 +488,6 @@ def enumerate_support(
         order = _lexicographic(tokens)
         tokens, log_probs = tokens[order], log_probs[order]
     return WeightedSequences(space, tokens, log_probs, exact=True)
-
-
-def readable_count(count: int) -> str:
-    """An exact count, shortened to a power of ten where it would fill the line."""
-    return f"{count:,}" if count < 10**15 else f"about 10^{len(str(count)) - 1}"
 
 
 def _open(model: LanguageModel, block: _Block, prompt: Tensor | None) -> tuple[Tensor, Any]:

@@ -19,7 +19,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.validation import brief, check_count, check_entries
 from klrl_edu.models.contract import check_room
 from klrl_edu.models.finite_state import FiniteStateModel
 from klrl_edu.models.ngram import check_weights, chosen_tokens
@@ -30,6 +30,9 @@ class FilterState(NamedTuple):
 
     filtered: Tensor
     position: int
+
+
+MAX_STEPS = 1_000_000
 
 
 class Fit(NamedTuple):
@@ -85,6 +88,8 @@ class HiddenMarkovModel(FiniteStateModel):
     ) -> "HiddenMarkovModel":
         """Standard normal logits: C = `states` contexts."""
         check_count(states, "states")
+        what = f"states = {brief(states)} contexts"
+        check_entries(states * (states + space.vocab_size), what, "choose fewer")
         generator = as_generator(seed)
         shapes = ((states,), (states, states), (states, space.vocab_size))
         laws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -112,7 +117,7 @@ class HiddenMarkovModel(FiniteStateModel):
             InputError: texts outside the space, none at all, negative weights, states < 1, steps <
                 0.
         """
-        check_count(steps, "steps", 0)
+        check_count(steps, "steps", 0, maximum=MAX_STEPS)
         model = cls.random(space, states, seed=seed)
         weight = torch.tensor(check_weights(texts, weights), dtype=torch.float64)
         tokens, chosen = chosen_tokens(space, texts)

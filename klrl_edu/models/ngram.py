@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from klrl_edu.core import logspace
+from klrl_edu.core.display import readable_count
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.validation import check_count, check_number
 from klrl_edu.models.contract import check_room
 from klrl_edu.models.finite_state import FiniteStateModel
 
 MAX_ENTRIES = 10_000_000  # of the table C·V
+MAX_ORDER = 1_000
 _BEGIN = -1  # stands before the text in a context
 Context = tuple[int, ...]
 Counts = dict[Context, dict[int, float]]
@@ -54,14 +56,15 @@ class NGramModel(FiniteStateModel):
 
     def __init__(self, space: SequenceSpace, order: int, logits: Tensor | None = None):
         super().__init__()
-        check_count(order, "order")
+        check_count(order, "order", maximum=MAX_ORDER)
         words = len(space.vocabulary)
         contexts = sum(words**k for k in range(order))
         if contexts * space.vocab_size > MAX_ENTRIES:
             raise TooLargeError(
-                f"order {order} over {words} words has {contexts:,} contexts,"
-                f" {contexts * space.vocab_size:,} logits, more than {MAX_ENTRIES:,}; lower the"
-                " order, or use NGramModel.fit, which keeps the contexts that occur."
+                f"order {order} over {words} words has {readable_count(contexts)} contexts,"
+                f" {readable_count(contexts * space.vocab_size)} logits, more than"
+                f" {MAX_ENTRIES:,}; lower the order, or use NGramModel.fit, which keeps the"
+                " contexts that occur."
             )
         self._set(space, order, _dense_successor(words, order), logits)
 
@@ -114,13 +117,15 @@ class NGramModel(FiniteStateModel):
             InputError: texts outside the space, none at all, negative weights, an unknown
                 smoothing, α ≤ 0.
         """
-        check_count(order, "order")
+        check_count(order, "order", maximum=MAX_ORDER)
         if smoothing not in ("witten-bell", "dirichlet"):
             raise InputError(
                 f"smoothing = {smoothing!r} is not known; choose 'witten-bell' or 'dirichlet'."
             )
-        if not 0 < concentration < math.inf:
-            raise InputError(f"concentration = {concentration!r} must be a positive number.")
+        rule = "above 0 and finite"
+        concentration = check_number(
+            concentration, "concentration", rule, lambda alpha: 0 < alpha < math.inf
+        )
         counts = _count(space, texts, order, check_weights(texts, weights))
         contexts = sorted(counts, key=lambda context: (len(context), context))
         if smoothing == "witten-bell":
@@ -181,14 +186,15 @@ def check_weights(texts: Sequence[str], weights: Sequence[float] | None) -> list
     """
     if isinstance(texts, str) or not len(texts):
         raise InputError("texts is empty or a single text; give a list of texts.")
-    listed = [1.0] * len(texts) if weights is None else [float(weight) for weight in weights]
-    if len(listed) != len(texts):
+    given = [1.0] * len(texts) if weights is None else list(weights)
+    if len(given) != len(texts):
         raise InputError(
-            f"weights has {len(listed)} entries for {len(texts)} texts; give one a text."
+            f"weights has {len(given)} entries for {len(texts)} texts; give one a text."
         )
-    bad = next((i for i, weight in enumerate(listed) if not 0 <= weight < math.inf), None)
-    if bad is not None:
-        raise InputError(f"weights[{bad}] = {listed[bad]} must be a number ≥ 0.")
+    listed = [
+        check_number(weight, f"weights[{i}]", "a number ≥ 0", lambda number: 0 <= number < math.inf)
+        for i, weight in enumerate(given)
+    ]
     if not any(listed):
         raise InputError("weights are all zero; give at least one text a positive weight.")
     return listed

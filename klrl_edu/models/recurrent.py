@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
-from klrl_edu.models.contract import LanguageModel, check_room, device_of
+from klrl_edu.core.validation import brief, check_count, check_entries
+from klrl_edu.models.contract import LanguageModel, check_prompt_words, check_room, device_of
 
 
 class RecurrentState(NamedTuple):
@@ -56,6 +56,10 @@ class RecurrentModel(LanguageModel):
             raise InputError(f"cell = {cell!r} is not known; choose 'lstm' or 'gru'.")
         check_count(hidden_size, "hidden_size")
         check_count(layers, "layers")
+        gates = 4 if cell == "lstm" else 3
+        weights = 2 * layers * gates * hidden_size**2 + 2 * (space.vocab_size + 1) * hidden_size
+        what = f"hidden_size = {brief(hidden_size)} and layers = {brief(layers)}"
+        check_entries(weights, what, "choose smaller ones")
         self.space, self.cell = space, cell
         kind = nn.LSTM if cell == "lstm" else nn.GRU
         # skip_init: no weight is drawn from the global generator, `_initialise` draws them all
@@ -112,6 +116,7 @@ class RecurrentModel(LanguageModel):
 
     def _read_prompt(self, n: int, prompt: Tensor | None) -> RecurrentState:
         """The state after the prompt [n,S]; padding (−1) leaves a row's state as it was."""
+        check_prompt_words(self.space, prompt)
         shape = (n, self.recurrent.num_layers, self.recurrent.hidden_size)
         zeros = torch.zeros(shape, dtype=self.head.weight.dtype, device=self.head.weight.device)
         state = RecurrentState(zeros, zeros if self.cell == "lstm" else None, -1)

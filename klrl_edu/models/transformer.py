@@ -19,8 +19,14 @@ from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 from klrl_edu.core.draws import as_generator
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
-from klrl_edu.models.contract import LanguageModel, check_room, device_of, select_rows
+from klrl_edu.core.validation import brief, check_count, check_entries
+from klrl_edu.models.contract import (
+    LanguageModel,
+    check_prompt_words,
+    check_room,
+    device_of,
+    select_rows,
+)
 
 Cache = tuple[Tensor, ...]  # one tensor [N,heads,t,D] a layer
 
@@ -122,11 +128,14 @@ class TransformerModel(LanguageModel):
             raise InputError(
                 f"width = {width} is not a multiple of heads = {heads}; choose one that is."
             )
+        ids, positions = space.vocab_size + 1, space.max_length + max_prompt
+        weights = width * (12 * layers * width + 2 * ids + positions)
+        what = f"width = {brief(width)}, layers = {brief(layers)}, max_prompt = {brief(max_prompt)}"
+        check_entries(weights, what, "choose smaller ones")
         self.space, self.max_prompt = space, max_prompt
-        ids = space.vocab_size + 1  # the last row is BOS
+        # the last id is BOS
         self.token_embedding = nn.utils.skip_init(nn.Embedding, ids, width, dtype=dtype)
         # rows 0 … T−1: BOS and the tokens after it; then the prompt, counted backwards from BOS
-        positions = space.max_length + max_prompt
         self.position_embedding = nn.utils.skip_init(nn.Embedding, positions, width, dtype=dtype)
         self.blocks = nn.ModuleList(_Block(width, heads, dtype) for _ in range(layers))
         self.norm = nn.LayerNorm(width, dtype=dtype)
@@ -234,6 +243,7 @@ class TransformerModel(LanguageModel):
         zero = torch.zeros(1, dtype=torch.long, device=bos.device)
         if prompt is None:
             return bos, zero, None
+        check_prompt_words(self.space, prompt)
         padding = int((prompt < 0).all(0).sum())  # columns that pad every row carry nothing
         prompt = prompt[:, padding:]
         size = prompt.shape[1]

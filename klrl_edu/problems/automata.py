@@ -5,11 +5,12 @@
 
 An automaton reads words; EOS is no word of it, and ends the text. What (2) describes,
 forward–backward sums exactly on any number of sequences. Hopcroft, Motwani & Ullman (2007) for
-products and complements; Moore (1956) for the smallest equivalent automaton. S states, K words, N
-sequences, T tokens.
+products and complements; Hopcroft (1971) for the smallest equivalent automaton. S states, K words,
+N sequences, T tokens.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from klrl_edu.core.display import readable_count
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
-from klrl_edu.core.validation import check_count
-from klrl_edu.problems.rewards import RepeatReward, Reward, SumReward, TokenReward
+from klrl_edu.core.validation import check_count, check_entries, check_number
+from klrl_edu.problems.rewards import RepeatReward, Reward, SumReward, TokenReward, reward_value
 
 MAX_STATES = 100_000
 
@@ -57,7 +59,7 @@ class Automaton:
                 f"transitions[{state}, {word}] = {int(self.transitions[state, word])} is no state;"
                 f" there are {states}."
             )
-        if not 0 <= self.start < states:
+        if isinstance(self.start, bool) or self.start not in range(states):
             raise InputError(f"start = {self.start} is no state; there are {states}.")
 
     def __len__(self) -> int:
@@ -91,7 +93,7 @@ class Automaton:
         return Automaton(self.space, transitions, accepting, 0, text).minimal()
 
     def minimal(self) -> "Automaton":
-        """The smallest automaton that accepts the same texts (Moore 1956).
+        """The smallest automaton that accepts the same texts (Hopcroft 1971).
 
         States stand in the order in which reading reaches them.
         """
@@ -99,15 +101,7 @@ class Automaton:
         reached = _reached(self.transitions, self.start)
         number = torch.full((len(self),), -1).index_put((reached,), torch.arange(len(reached)))
         transitions = number[self.transitions[reached]]
-        # blocks of states that nothing read so far tells apart: at first by acceptance; states stay
-        # together as long as every word takes them to one block
-        block = self.accepting[reached].long()
-        while True:
-            block_and_next = torch.cat([block[:, None], block[transitions]], 1)
-            _, finer = torch.unique(block_and_next, dim=0, return_inverse=True)
-            if int(finer.max()) == int(block.max()):
-                break
-            block = finer
+        block = _blocks(transitions, self.accepting[reached])
         # a block becomes a state, for which its first member stands
         count = int(block.max()) + 1
         last = torch.full((count,), len(block))
@@ -169,6 +163,43 @@ def _read(transitions: Tensor, start: int, tokens: Tensor) -> Tensor:
         state = torch.where(column < words, moved, state)  # EOS is no word: it moves nothing
         states.append(state)
     return torch.stack(states, 1)
+
+
+def _blocks(transitions: Tensor, accepting: Tensor) -> Tensor:
+    """The number of each state's block [S]: states that no text tells apart share one.
+
+    From accepting and other states, blocks are split by where a word leads, until none splits.
+    """
+    # words that move every state alike count once
+    columns = torch.unique(transitions, dim=1).T.tolist()
+    before = [[list[int]() for _ in accepting] for _ in columns]
+    for sources, column in zip(before, columns, strict=True):
+        for state, after in enumerate(column):
+            sources[after].append(state)
+    number = accepting.long().tolist()
+    halves = ({i for i, one in enumerate(number) if one == side} for side in (0, 1))
+    blocks = [half for half in halves if half]
+    if len(blocks) == 1:
+        number = [0] * len(number)
+    waiting = set(range(len(blocks)))
+    while waiting:
+        splitter = list(blocks[waiting.pop()])
+        for sources in before:
+            into = defaultdict[int, set[int]](set)
+            for state in (state for after in splitter for state in sources[after]):
+                into[number[state]].add(state)
+            for old, part in into.items():
+                if len(part) == len(blocks[old]):
+                    continue
+                new = len(blocks)
+                blocks[old] -= part
+                blocks.append(part)
+                for state in part:
+                    number[state] = new
+                # both halves of a block that waits must wait; else the smaller one is enough
+                smaller = new if len(part) <= len(blocks[old]) else old
+                waiting.add(new if old in waiting else smaller)
+    return torch.tensor(number)
 
 
 def _reached(transitions: Tensor, start: int) -> Tensor:
@@ -270,6 +301,7 @@ def never(words: Sequence[str], space: SequenceSpace) -> Automaton:
 
 def exactly(word: str, count: int, space: SequenceSpace) -> Automaton:
     """Accepts texts with exactly `count` occurrences of a word."""
+    check_count(count, "count", 0)
     return _counting(
         [word], count + 1, space, lambda seen: seen == count, f"exactly {count} × {word!r}"
     )
@@ -284,6 +316,7 @@ def at_least(word: str, count: int, space: SequenceSpace) -> Automaton:
 
 def at_most(word: str, count: int, space: SequenceSpace) -> Automaton:
     """Accepts texts with `count` or fewer occurrences of a word."""
+    check_count(count, "count", 0)
     return _counting(
         [word], count + 1, space, lambda seen: seen <= count, f"at most {count} × {word!r}"
     )
@@ -296,6 +329,7 @@ def length_between(low: int, high: int, space: SequenceSpace) -> Automaton:
         InputError: low > high, or low < 0.
     """
     check_count(low, "low", 0)
+    check_count(high, "high", -1, maximum=MAX_STATES - 2)
     if high < low:
         raise InputError(f"high = {high} is below low = {low}; no text has such a length.")
     text = f"{low} to {high} words"
@@ -328,12 +362,20 @@ def _counting(
     check_count(cap, "count", 0)
     if cap >= MAX_STATES:
         raise TooLargeError(
-            f"{text} needs {cap + 1:,} states, more than {MAX_STATES:,}; count less."
+            f"{text} needs {readable_count(cap + 1)} states, more than {MAX_STATES:,}; count less."
         )
+    _check_table(cap + 1, space)
     seen = torch.arange(cap + 1)
     transitions = seen[:, None].repeat(1, len(space.vocabulary))
     transitions[:, _ids(words, space)] = (seen + 1).clamp(max=cap)[:, None]
     return Automaton(space, transitions, accept(seen), 0, text)
+
+
+def _check_table(states: int, space: SequenceSpace) -> None:
+    """Refuses an automaton whose table [S,K] would fill the memory."""
+    words = len(space.vocabulary)
+    what = f"{states:,} states over {words:,} words"
+    check_entries(states * words, what, "count less, or take a smaller vocabulary")
 
 
 def _ids(words: Sequence[str], space: SequenceSpace) -> list[int]:
@@ -400,6 +442,7 @@ class AutomatonReward:
 
     def scaled(self, factor: float) -> "AutomatonReward":
         """factor · r, where 0 · (−inf) = 0."""
+        factor = check_number(factor, "factor", "finite", math.isfinite)
         words, finals = self.word_rewards, self.final_rewards
         if factor == 0:
             words, finals = torch.zeros_like(words), torch.zeros_like(finals)
@@ -416,7 +459,9 @@ def accept_reward(
     automaton: Automaton, value: float = 1.0, otherwise: float = 0.0
 ) -> AutomatonReward:
     """`value` where a text is accepted, `otherwise` where not, in reward units."""
-    final = torch.where(automaton.accepting, float(value), float(otherwise)).double()
+    value, otherwise = reward_value(value, "value"), reward_value(otherwise, "otherwise")
+    final = torch.full(automaton.accepting.shape, otherwise, dtype=torch.float64)
+    final[automaton.accepting] = value
     words = torch.zeros(automaton.transitions.shape, dtype=torch.float64)
     text = f"{value:g} where {automaton.text}, else {otherwise:g}"
     return AutomatonReward(
@@ -455,8 +500,9 @@ def as_automaton_reward(reward: Reward, space: SequenceSpace) -> AutomatonReward
 def _repeats(reward: RepeatReward, space: SequenceSpace) -> AutomatonReward:
     """State k: the last word was k; the last state: none yet."""
     count = len(space.vocabulary)
+    _check_table(count + 1, space)
     transitions = torch.arange(count).repeat(count + 1, 1)
-    again = reward.value * torch.eye(count, dtype=torch.float64)
-    words = torch.cat([again, torch.zeros(1, count, dtype=torch.float64)])
+    words = torch.zeros(count + 1, count, dtype=torch.float64)
+    words[:count].fill_diagonal_(reward.value)
     final = torch.zeros(count + 1, dtype=torch.float64)
     return AutomatonReward(space, transitions, count, words, final, "repeats")

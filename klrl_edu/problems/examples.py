@@ -83,8 +83,11 @@ EXAMPLES: dict[str, Callable[..., Problem]] = {
 }
 
 
-def example(name: str, kl_coef: float = 1.0) -> Problem:
+def example(name: str, kl_coef: float | None = None) -> Problem:
     """A standing problem by its name.
+
+    Args:
+        kl_coef: λ; by default the problem's own, 0.5 for count-threes and 1 for the others.
 
     Raises:
         InputError: no such name; the message lists them.
@@ -94,4 +97,4 @@ def example(name: str, kl_coef: float = 1.0) -> Problem:
             f"problem {name!r} is not known; choose from {', '.join(EXAMPLES)}, or give a CSV or"
             " JSON table."
         )
-    return EXAMPLES[name](kl_coef)
+    return EXAMPLES[name]() if kl_coef is None else EXAMPLES[name](kl_coef)

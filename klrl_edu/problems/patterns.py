@@ -2,9 +2,10 @@ r"""Regular expressions as automata over a vocabulary, with the meaning of Pytho
 
 Python's own parser reads the pattern; its tree becomes a nondeterministic automaton over characters
 (Thompson 1968), that one a deterministic one over the characters of the vocabulary, and each word
-is then pushed through by its spelling (a separator before every word but the first). Anchors ^ and
-$ hold at the ends of the text. Lookaround, back-references, \b and flags describe no automaton of
-this kind, or none that is small, and are refused with their place.
+is then pushed through by its spelling (a separator before every word but the first). The anchor ^
+holds at the beginning of the text, $ at its end and before a newline that ends it. Lookaround,
+back-references, \b and flags describe no automaton of this kind, or none that is small, and are
+refused with their place.
 """
 
 import re
@@ -17,7 +18,9 @@ import torch
 
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import brief
 from klrl_edu.problems.automata import MAX_STATES, Automaton
+from klrl_edu.problems.rewards import compiled_pattern
 
 # the standard library's, where sre_parse moved in Python 3.11
 _parser: Any = re._parser  # type: ignore[attr-defined]
@@ -33,12 +36,16 @@ _UNSUPPORTED = {
     "flags": r"\(\?[a-zA-Z-]+[:)]",
 }
 _REPEAT_LIMIT = 1000
+_MOST_WORK = 1_000_000  # steps of the subset construction: a few seconds
+_BEGIN, _END, _DOLLAR = "begin", "end", "$"
 _ANCHORS = {
-    "AT_BEGINNING": "begin",
-    "AT_BEGINNING_STRING": "begin",
-    "AT_END": "end",
-    "AT_END_STRING": "end",
+    "AT_BEGINNING": _BEGIN,
+    "AT_BEGINNING_STRING": _BEGIN,
+    "AT_END": _DOLLAR,
+    "AT_END_STRING": _END,
 }
+# what may still be read
+_ANYTHING, _NEWLINE, _NOTHING = 0, 1, 2
 
 
 def regular_expression(pattern: str, space: SequenceSpace) -> Automaton:
@@ -51,17 +58,13 @@ def regular_expression(pattern: str, space: SequenceSpace) -> Automaton:
             position.
         TooLargeError: more than MAX_STATES states.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # FutureWarnings about sets
-            tree = _parser.parse(pattern)
-    except re.error as error:
-        raise InputError(
-            f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}."
-        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FutureWarnings about sets
+        compiled_pattern(pattern)
+        tree = _parser.parse(pattern)
     if tree.state.flags & ~re.UNICODE:
         raise _refusal(pattern, "flags")
-    graph = _Graph(pattern)
+    graph = _Graph(pattern, any("\n" in part for part in (*space.vocabulary, space.separator)))
     graph.final = graph.sequence(tree, graph.node())
     return _over_words(graph, space, f"/{pattern}/").minimal()
 
@@ -70,16 +73,21 @@ def _refusal(pattern: str, what: str) -> InputError:
     found = re.search(_UNSUPPORTED.get(what, "(?!)"), pattern)
     where = "" if found is None else f" at position {found.start()} ({found.group()!r})"
     return InputError(
-        f"pattern {pattern!r} uses {what.lower()}{where}, which is not supported; use literals,"
-        " classes, groups, |, *, +, ?, {m,n}, ^, $."
+        f"pattern {brief(pattern)} uses {what.lower()}{where}, which is not supported; use"
+        " literals, classes, groups, |, *, +, ?, {m,n}, ^, $."
     )
 
 
 @dataclass
 class _Graph:
-    """A nondeterministic automaton over characters; node 0 is its start."""
+    """A nondeterministic automaton over characters; node 0 is its start.
+
+    A place is a node and what may still be read: anything; or, once a $ was taken for the one
+    before the text's last newline, that newline; or nothing. Places are numbered 3 · node + that.
+    """
 
     pattern: str
+    has_newline: bool  # whether a text may hold one
     # edges that read nothing: target and the anchor they ask for
     empty: list[list[tuple[int, str]]] = field(default_factory=list)
     # edges that read a character: target and the parser's node
@@ -90,7 +98,8 @@ class _Graph:
         """A new node."""
         if len(self.empty) >= MAX_STATES:
             raise TooLargeError(
-                f"pattern {self.pattern!r} unrolls to more than {MAX_STATES:,} nodes; repeat less."
+                f"pattern {brief(self.pattern)} unrolls to more than {MAX_STATES:,} nodes; repeat"
+                " less."
             )
         self.empty.append([])
         self.reading.append([])
@@ -139,8 +148,8 @@ class _Graph:
             at = loop
         elif most > _REPEAT_LIMIT:
             raise TooLargeError(
-                f"pattern {self.pattern!r} repeats up to {most} times; at most {_REPEAT_LIMIT} are"
-                " unrolled."
+                f"pattern {brief(self.pattern)} repeats up to {most} times; at most"
+                f" {_REPEAT_LIMIT} are unrolled."
             )
         else:
             end = self.node()
@@ -153,33 +162,59 @@ class _Graph:
         self.empty[at].append((last, ""))
         return last
 
-    def closure(self, nodes: Iterable[int], *anchors: str) -> frozenset[int]:
-        """The nodes reached without reading, through the anchors that hold here."""
-        seen, waiting = set(nodes), list(nodes)
+    @property
+    def found(self) -> int:
+        """The place of a match, whatever follows."""
+        return 3 * self.final + _ANYTHING
+
+    def closure(self, places: Iterable[int], *anchors: str) -> frozenset[int]:
+        """The places reached without reading, through the anchors that hold here."""
+        seen, waiting = set(places), list(places)
         while waiting:
-            for target, anchor in self.empty[waiting.pop()]:
-                if target not in seen and (not anchor or anchor in anchors):
-                    seen.add(target)
-                    waiting.append(target)
+            node, left = divmod(waiting.pop(), 3)
+            for target, anchor in self.empty[node]:
+                left_after = self._through(anchor, left, anchors)
+                if left_after is not None and (place := 3 * target + left_after) not in seen:
+                    seen.add(place)
+                    waiting.append(place)
         return frozenset(seen)
 
-    def after(self, nodes: frozenset[int], character: str) -> frozenset[int]:
-        """The nodes one character later."""
-        # what `re.search` asks: a match that was found stays found, and one may begin anywhere
-        if self.final in nodes:
-            return frozenset([self.final])
-        moved = {
-            target
-            for node in nodes
-            for target, item in self.reading[node]
-            if _matches(item[0], item[1], character)
-        }
-        ahead = self.closure([*moved, 0])
-        return frozenset([self.final]) if self.final in ahead else ahead
+    def _through(self, anchor: str, left: int, anchors: tuple[str, ...]) -> int | None:
+        """What may still be read behind an anchor; None where it does not hold."""
+        if not anchor or anchor in anchors:
+            return left
+        if anchor == _BEGIN:
+            return None
+        if left == _NOTHING:
+            return left
+        # $ is taken on trust: the next character must turn out to be the last, a newline
+        return _NEWLINE if anchor == _DOLLAR and self.has_newline else None
 
-    def accepts(self, nodes: frozenset[int], *anchors: str) -> bool:
+    def after(self, places: frozenset[int], character: str) -> frozenset[int]:
+        """The places one character later."""
+        # what `re.search` asks: a match that was found stays found, and one may begin anywhere
+        if self.found in places:
+            return frozenset([self.found])
+        moved = [0]
+        for place in places:
+            node, left = divmod(place, 3)
+            if left == _NOTHING or (left == _NEWLINE and character != "\n"):
+                continue
+            left_after = _ANYTHING if left == _ANYTHING else _NOTHING
+            moved += [
+                3 * target + left_after
+                for target, item in self.reading[node]
+                if _matches(item[0], item[1], character)
+            ]
+            if node == self.final:  # matched before the last newline, which is now read
+                moved.append(3 * node + _NOTHING)
+        ahead = self.closure(moved)
+        return frozenset([self.found]) if self.found in ahead else ahead
+
+    def accepts(self, places: frozenset[int], *anchors: str) -> bool:
         """Whether a text that ends here matches."""
-        return self.final in self.closure(nodes, "end", *anchors)
+        ended = self.closure(places, _END, _DOLLAR, *anchors)
+        return self.found in ended or 3 * self.final + _NOTHING in ended
 
 
 def _matches(op: str, argument: Any, character: str) -> bool:
@@ -202,21 +237,24 @@ def _matches(op: str, argument: Any, character: str) -> bool:
 
 
 def _over_words(graph: _Graph, space: SequenceSpace, text: str) -> Automaton:
-    """The deterministic automaton over words, whose states are sets of the graph's nodes."""
+    """The deterministic automaton over words, whose states are sets of the graph's places."""
     # the first state is the start of the text, where ^ holds and no separator is due; it is not in
     # `place`, so that no word leads back to it
-    start = graph.closure([0], "begin")
-    start = frozenset([graph.final]) if graph.final in start else start
+    start = graph.closure([0], _BEGIN)
+    start = frozenset([graph.found]) if graph.found in start else start
     sets, place = [start], {}
-    accepting = [graph.accepts(start, "begin")]
+    accepting = [graph.accepts(start, _BEGIN)]
     memory: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+    work = 0
 
-    def through(nodes: frozenset[int], spelling: str) -> frozenset[int]:
+    def through(places: frozenset[int], spelling: str) -> frozenset[int]:
+        nonlocal work
         for character in spelling:
-            if (nodes, character) not in memory:
-                memory[nodes, character] = graph.after(nodes, character)
-            nodes = memory[nodes, character]
-        return nodes
+            if (places, character) not in memory:
+                work += len(places)
+                memory[places, character] = graph.after(places, character)
+            places = memory[places, character]
+        return places
 
     rows: list[list[int]] = []
     while len(rows) < len(sets):
@@ -230,8 +268,9 @@ def _over_words(graph: _Graph, space: SequenceSpace, text: str) -> Automaton:
                 accepting.append(graph.accepts(ahead))
             row.append(place[ahead])
         rows.append(row)
-        if len(sets) > MAX_STATES:
+        if len(sets) > MAX_STATES or work > _MOST_WORK:
+            limit = f"{MAX_STATES:,} states" if len(sets) > MAX_STATES else f"{_MOST_WORK:,} steps"
             raise TooLargeError(
-                f"{text} needs more than {MAX_STATES:,} states over {space!r}; simplify it."
+                f"{brief(text)} needs more than {limit} over {space!r}; simplify it."
             )
     return Automaton(space, torch.tensor(rows), torch.tensor(accepting), 0, text)

@@ -14,7 +14,7 @@ from klrl_edu.core.arguments import check_arguments, describe
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.validation import check_kl_coef
-from klrl_edu.models.contract import LanguageModel, batch_prompt, device_of
+from klrl_edu.models.contract import LanguageModel, batch_prompt, check_reads, device_of
 from klrl_edu.problems.rewards import Reward, check_reward, reward_name
 
 
@@ -53,7 +53,7 @@ class Problem:
             self._check_prompt(self.prompt)
 
     def _check_prompt(self, prompt: Tensor) -> None:
-        if not isinstance(prompt, Tensor) or prompt.is_floating_point():
+        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.is_complex():
             raise InputError(
                 f"prompt is {describe(prompt)}; expected token ids [S], whole numbers, or a text."
             )
@@ -62,7 +62,7 @@ class Problem:
                 f"prompt has shape {list(prompt.shape)}; a problem has one prompt [S]; use a"
                 " sequence of problems for several."
             )
-        self.prior.check_prompt(prompt)
+        check_reads(self.prior, prompt)
 
     def __repr__(self) -> str:
         parts = [f"prior={self.prior!r}", f"reward={reward_name(self.reward)!r}"]
@@ -82,15 +82,20 @@ class Problem:
         A whole-sequence reward stands on the last live token.
 
         Raises:
-            InputError: a NaN or +inf, a wrong shape, or a value after the first EOS.
+            InputError: tokens that are not of the space, a NaN or +inf, a complex number, a wrong
+            shape, or a value after the first EOS.
         """
-        live = self.space.live(tokens)
+        live = self.space.live(self.space.check_tokens(tokens))
         values = self.reward(tokens, batch_prompt(self.prompt, len(tokens)))
         if not isinstance(values, Tensor) or values.shape not in (tokens.shape, tokens.shape[:1]):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(
                 f"reward {reward_name(self.reward)!r} returned {shape}; expected a tensor [N] or"
                 f" [N, T], [N, T] = {list(tokens.shape)}."
+            )
+        if values.is_complex():
+            raise InputError(
+                f"reward {reward_name(self.reward)!r} returned complex numbers; expected real ones."
             )
         values = values.detach().double()
         if values.ndim == 1:

@@ -20,8 +20,23 @@ from torch import Tensor
 from klrl_edu.core.arguments import describe
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import brief, check_number
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def _below_infinity(value: float) -> bool:
+    return value < math.inf
+
+
+def reward_value(value: float, name: str, fits: Callable[[float], bool] = _below_infinity) -> float:
+    """What a text or a word earns, in reward units; True is 1, and −inf forbids.
+
+    Raises:
+        InputError: no real number, or one that does not fit: by default NaN or +inf.
+    """
+    number = float(value) if isinstance(value, bool) else value
+    return check_number(number, name, "a number, or -inf to forbid", fits)
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class TextReward:
             value = self.fn(text)
             try:
                 self._cache[text] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(
                     f"{self.name} of {text!r} = {value!r} is not a number; the function must return"
                     " one float a text."
@@ -78,7 +93,11 @@ def table_reward(
     """
     # by the normal form that decoding gives
     texts = space.decode(space.encode(values))
-    table = dict(zip(texts, map(float, values.values()), strict=True))
+    table = {
+        text: reward_value(value, f"values[{key!r}]", lambda _: True)
+        for text, (key, value) in zip(texts, values.items(), strict=True)
+    }
+    default = reward_value(default, "default", lambda _: True)
     if len(table) < len(values):
         raise InputError(
             "values hold one text twice (after NFC and spacing are normalised); remove one."
@@ -97,14 +116,29 @@ def regex_reward(
     Raises:
         InputError: the pattern does not compile; the message shows where.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(
-            f"pattern {pattern!r} is not a regular expression: {error.msg} at position {error.pos}."
-        ) from None
+    compiled = compiled_pattern(pattern)
+    value, otherwise = reward_value(value, "value"), reward_value(otherwise, "otherwise")
     name = f"{value:g} where /{pattern}/ matches, else {otherwise:g}"
     return TextReward(lambda text: value if compiled.search(text) else otherwise, space, name)
+
+
+def compiled_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression of texts, by Python's own parser.
+
+    Raises:
+        InputError: the pattern does not compile; the message shows where.
+    """
+    if not isinstance(pattern, str):
+        raise InputError(f"pattern is {describe(pattern)}; expected a text, such as 'ab*$'.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"pattern {brief(pattern)} is not a regular expression: {error.msg} at position"
+            f" {error.pos}."
+        ) from None
+    except (OverflowError, RecursionError) as error:
+        raise InputError(f"pattern {brief(pattern)} is too deep or too long: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -134,9 +168,10 @@ def token_reward(
             raise InputError(
                 f"values name the words {unknown}, which are not in the vocabulary of {space!r}."
             )
-        table = [float(values.get(word, 0.0)) for word in space.vocabulary] + [0.0] * space.eos
+        earned = {word: reward_value(value, f"values[{word!r}]") for word, value in values.items()}
+        table = [earned.get(word, 0.0) for word in space.vocabulary] + [0.0] * space.eos
     else:
-        table = [float(value) for value in values]
+        table = [reward_value(value, f"values[{i}]") for i, value in enumerate(values)]
     if len(table) != space.vocab_size:
         raise InputError(
             f"values has {len(table)} entries; expected V = {space.vocab_size}, one a column of"
@@ -147,11 +182,12 @@ def token_reward(
 
 def count_reward(word: str, space: SequenceSpace, value: float = 1.0) -> TokenReward:
     """`value` for each occurrence of a word: a causal reward [N,T]."""
-    return token_reward({word: value}, space)
+    return token_reward({word: reward_value(value, "value")}, space)
 
 
 def length_reward(space: SequenceSpace, value: float = 1.0) -> TokenReward:
     """`value` for each word, EOS not counted: a causal reward [N,T]; below 0 it shortens texts."""
+    value = reward_value(value, "value")
     return token_reward([value] * len(space.vocabulary) + [0.0] * space.eos, space)
 
 
@@ -163,15 +199,16 @@ class RepeatReward:
     value: float
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
-        repeats = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         is_word = tokens[:, 1:] < len(self.space.vocabulary)
-        repeats[:, 1:] = (tokens[:, 1:] == tokens[:, :-1]) & is_word
-        return self.value * repeats
+        repeats = (tokens[:, 1:] == tokens[:, :-1]) & is_word
+        earned = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        earned[:, 1:].masked_fill_(repeats, self.value)  # a product would make 0 · −inf of the rest
+        return earned
 
 
 def repeat_reward(space: SequenceSpace, value: float = -1.0) -> RepeatReward:
     """`value` for each word equal to the one before it, EOS not counted: a causal reward [N,T]."""
-    return RepeatReward(space, float(value))
+    return RepeatReward(space, reward_value(value, "value"))
 
 
 @dataclass(frozen=True)
@@ -210,9 +247,7 @@ def scale(reward: Reward, factor: float) -> SumReward:
 
     A negative factor turns −inf into +inf, which raises where the prior has mass.
     """
-    if not math.isfinite(factor):
-        raise InputError(f"factor = {factor!r} must be finite.")
-    return SumReward((reward,), (float(factor),))
+    return SumReward((reward,), (check_number(factor, "factor", "finite", math.isfinite),))
 
 
 def _scaled(values: Tensor, weight: float) -> Tensor:

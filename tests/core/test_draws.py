@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from klrl_edu.core import draws
 from klrl_edu.core.draws import as_generator, enumerate_executions, seeded_draw
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
@@ -141,3 +142,38 @@ def test_more_outcomes_than_allowed_are_refused_and_exactly_as_many_are_not():
     assert len(enumerate_executions(lambda draw: draw(coin, flips), max_executions=16)) == 16
     with pytest.raises(TooLargeError, match="more than max_executions = 15"):
         enumerate_executions(lambda draw: draw(coin, flips), max_executions=15)
+
+
+def endless_flips(draw):
+    while True:
+        draw(torch.zeros(1, 2))
+
+
+def until_a_tail(draw):
+    flips = 0
+    while int(draw(torch.zeros(1, 2))):
+        flips += 1
+    return flips
+
+
+def endless_certainty(draw):
+    while True:
+        draw(torch.zeros(1, 1), torch.zeros(1000, dtype=torch.long))
+
+
+@pytest.mark.parametrize("program", [endless_flips, until_a_tail, endless_certainty])
+def test_a_program_that_does_not_end_is_refused(program, monkeypatch):
+    monkeypatch.setattr(draws, "_MOST_CHOICES", 30)
+    monkeypatch.setattr(draws, "_MOST_DRAWS", 5_000)
+    with pytest.raises(TooLargeError, match="has not ended; end it, or sample"):
+        enumerate_executions(program)
+
+
+def test_a_long_program_with_few_outcomes_runs():
+    """2,000 draws, of which the last alone is random."""
+
+    def program(draw):
+        draw(torch.zeros(1, 1), torch.zeros(2000, dtype=torch.long))
+        return int(draw(torch.zeros(1, 2)))
+
+    assert [outcome.result for outcome in enumerate_executions(program)] == [0, 1]

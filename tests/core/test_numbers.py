@@ -194,3 +194,10 @@ def test_the_k3_warning_points_at_whoever_called():
     with pytest.warns(RuntimeWarning, match="overflows") as seen:
         klrl.kl_values.k3([-1e4])
     assert seen[0].filename == __file__
+
+
+def test_complex_numbers_are_refused_and_lose_no_part():
+    with pytest.raises(InputError, match="log_ratio is complex"):
+        klrl.kl_values.k1(torch.tensor([[1j]]))
+    with pytest.raises(InputError, match="log_ratio is a list of complex"):
+        klrl.kl_values.k1([1j])

@@ -216,3 +216,30 @@ def test_check_tokens_refuses_shapes_and_floats():
 
 def test_the_repr_of_a_huge_space_is_short():
     assert len(repr(SequenceSpace(tuple(map(str, range(50257))), 20))) < 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("abc", 3), "vocabulary = 'abc' must be a list of words"),
+        ((("a", 1), 3), "must be a list of words, each a text"),
+        ((("a",), 3, True, None), "separator = None must be a text"),
+        ((("a",), 3, 1), "eos = 1 must be True"),
+        ((("a", "b"), 10**30), "max_length = about 10.30 is too large; at most 1,000,000"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        SequenceSpace(*arguments)
+
+
+def test_a_size_that_python_does_not_write_out_is_refused_all_the_same():
+    long = SequenceSpace(("a", "b"), 20_000, eos=False)
+    assert long.size == 2**20_000
+    with pytest.raises(TooLargeError, match=r"holds about 10\^6020 sequences"):
+        long.all_tokens()
+
+
+def test_a_list_of_few_sequences_may_be_too_long_for_the_memory():
+    with pytest.raises(TooLargeError, match="all 200,000 sequences of 200,000 tokens take"):
+        SequenceSpace(("a",), 200_000).all_tokens()

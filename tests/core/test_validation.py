@@ -1,7 +1,9 @@
 """Checks of arguments: each names argument, index, value and remedy."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +19,10 @@ from klrl_edu.core.errors import (
 from klrl_edu.core.validation import (
     any_known,
     check_count,
+    check_entries,
     check_finite_vector,
     check_kl_coef,
+    check_number,
     check_probabilities,
     check_same_space,
 )
@@ -131,3 +135,39 @@ def test_whether_a_condition_holds_is_unknown_inside_vmap_only():
 def test_an_error_of_looking_is_no_answer():
     with pytest.raises(RuntimeError, match="meta"):
         any_known(torch.zeros(2, dtype=torch.bool, device="meta"))
+
+
+def test_a_number_is_real_and_fits_its_rule():
+    def above_zero(number):
+        return number > 0
+
+    accepted = [2, 2.5, np.float32(2), torch.tensor(3), torch.tensor([0.5]), Fraction(1, 2)]
+    assert [check_number(one, "x", "above 0", above_zero) for one in accepted] == [
+        2,
+        2.5,
+        2,
+        3,
+        0.5,
+        0.5,
+    ]
+    for bad in (True, torch.tensor(True), "1", 1j, None, [1], math.nan, 0, 10**400, torch.ones(2)):
+        with pytest.raises(InputError, match=r"^x = .* must be above 0\.$") as refusal:
+            check_number(bad, "x", "above 0", above_zero)
+        assert len(str(refusal.value)) < 200
+
+
+def test_sizes_are_refused_before_the_allocator_sees_them():
+    check_entries(1 << 30, "these", "take fewer")
+    with pytest.raises(TooLargeError, match=r"^these take 1,073,741,825 numbers, .* take fewer\.$"):
+        check_entries((1 << 30) + 1, "these", "take fewer")
+    with pytest.raises(TooLargeError, match="n = 11 is too large; at most 10 will do"):
+        check_count(11, "n", maximum=10)
+    assert check_count(10, "n", maximum=10) == 10
+
+
+@pytest.mark.parametrize("probs", [[0.5, 0.5j], torch.tensor([0.5, 0.5j]), ["a"], [[0.5], []]])
+def test_probabilities_that_are_no_real_numbers_are_refused(probs):
+    with pytest.raises(InputError, match="probs are no real numbers"):
+        check_probabilities(probs)
+    with pytest.raises(InputError, match="x are no real numbers"):
+        check_finite_vector(probs, "x")

@@ -4,6 +4,7 @@ the laws.
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -543,3 +544,48 @@ def test_wrapped_models_name_what_they_wrap_and_a_model_without_space_prints_too
     broken = SequenceTable(SHOWN, TABLE.tokens, torch.zeros(2, dtype=torch.float64))
     broken.logits.data.fill_(math.nan)
     assert "H = nan nats" in repr(broken)
+
+
+class NanAfter(BigramToy):
+    """Gives NaN, or +inf, after word 1."""
+
+    def __init__(self, space, bad):
+        super().__init__(space)
+        self.bad = bad
+
+    def forward(self, tokens, prompt=None):
+        return torch.where(self.previous(tokens)[..., None] == 1, self.bad, super().forward(tokens))
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_log_probabilities_of_nan_are_refused_and_those_without_are_not(bad):
+    model, space = NanAfter(SPACES["no-eos"], bad), SPACES["no-eos"]
+    with pytest.raises(InputError, match="NanAfter gives NaN log-probabilities"):
+        sequence_log_probs(model, space.encode(["a a a", "b a a"]))
+    with pytest.raises(InputError, match="NanAfter gives NaN log-probabilities"):
+        model.log_prob(space.encode(["c b c"]))
+    assert torch.isfinite(token_log_probs(model, space.encode(["a a a", "c a b"]))).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (torch.tensor([-5]), "is none: ids run from 0, and -1 is padding on the left"),
+        (torch.tensor([[0, -1]]), "is none"),
+        (torch.tensor([0.5]), "prompt is a tensor .*; expected token ids"),
+        ([0], "prompt is a list of int; expected token ids"),
+    ],
+)
+@pytest.mark.parametrize("ask", [token_log_probs, conditional_log_probs])
+def test_a_prompt_that_is_none_is_refused(ask, prompt, message):
+    model = small_rnn(SPACES["eos"])
+    with pytest.raises(InputError, match=message):
+        ask(model, SPACES["eos"].all_tokens()[:1], prompt)
+
+
+@pytest.mark.parametrize("build", [small_rnn, partial(small_transformer, max_prompt=2)])
+def test_a_prompt_with_an_id_beyond_the_space_is_refused(build):
+    model = build(SPACES["eos"])
+    with pytest.raises(InputError, match="holds the id 3, which is no token"):
+        model.sample(1, draw=seeded_draw(0), prompt=torch.tensor([0, 3]))
+    model.sample(1, draw=seeded_draw(0), prompt=torch.tensor([0, 2]))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from klrl_edu import testing
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.exact.posterior import posterior
+from klrl_edu.models.ngram import NGramModel
 from klrl_edu.problems.automata import (
     Automaton,
     AutomatonReward,
@@ -28,6 +30,7 @@ from klrl_edu.problems.automata import (
     parity,
     word_list,
 )
+from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import (
     add,
     count_reward,
@@ -194,7 +197,7 @@ def test_other_words_are_named():
         (lambda: contains(["d"], FREE), r"not in its vocabulary: \['d'\]"),
         (lambda: contains("ab", FREE), "is a text; give a list"),
         (lambda: contains([], FREE), "must name words"),
-        (lambda: exactly("a", -2, FREE), "count = -1"),
+        (lambda: exactly("a", -2, FREE), "count = -2"),
         (lambda: length_between(3, 2, FREE), "high = 2 is below low = 3"),
         (lambda: length_between(-1, 2, FREE), "low = -1"),
         (lambda: parity("a", "prime", FREE), "'even' or 'odd'"),
@@ -216,7 +219,10 @@ def test_other_words_are_named():
             ),
             "start = 2",
         ),
-        (lambda: accept_reward(exactly("a", 1, FREE), INF), r"NaN or \+inf"),
+        (
+            lambda: accept_reward(exactly("a", 1, FREE), INF),
+            "value = inf must be a number, or -inf",
+        ),
     ],
 )
 def test_bad_input_is_named(build, message):
@@ -239,3 +245,23 @@ def test_eos_ends_the_text_and_nothing_is_paid_after_it():
         "",
     )
     assert reward(FREE.encode(["a b", ""])).tolist() == [[1, 1, 5, 0, 0], [5, 0, 0, 0, 0]]
+
+
+def test_a_reward_of_a_tenth_is_a_tenth():
+    """Not the nearest float32."""
+    reward = accept_reward(at_least("a", 0, FREE), 0.1, 0.3)
+    assert reward.final_rewards.tolist() == [0.1]
+    assert accept_reward(~at_least("a", 0, FREE), 0.1, 0.3).final_rewards.tolist() == [0.3]
+    assert float(posterior(Problem(NGramModel(FREE, 1), reward, 1.0)).value) == pytest.approx(
+        0.1, rel=1e-15
+    )
+
+
+def test_a_repeat_may_be_forbidden():
+    """−inf on a repeat, and nothing on the rest, where a product would be NaN."""
+    problem = Problem(NGramModel(FREE, 1), repeat_reward(FREE, -INF), 1.0)
+    tokens = FREE.all_tokens()
+    words = [text.split() for text in FREE.decode(tokens)]
+    expected = [-INF if any(map(str.__eq__, w, w[1:])) else 0.0 for w in words]
+    assert problem.rewards(tokens).tolist() == expected
+    assert as_automaton_reward(problem.reward, FREE)(tokens).sum(-1).tolist() == expected

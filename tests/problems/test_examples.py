@@ -113,3 +113,9 @@ def test_the_reward_of_count_threes_counts_threes_and_charges_repeats():
     tokens = problem.space.encode(["3 3 0 3 1 1", "0 1 2 4 5 6"])
     assert problem.rewards(tokens).tolist() == [3 - 2 * 0.5, 0.0]
     check_causal_reward(problem.reward, problem.space)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_by_its_name_has_the_kl_coef_of_its_function(name):
+    assert example(name).kl_coef == EXAMPLES[name]().kl_coef
+    assert example("count-threes").kl_coef == 0.5

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.problems import patterns as patterns_module
 from klrl_edu.problems.patterns import regular_expression
 from klrl_edu.problems.rewards import regex_reward
 
@@ -112,3 +113,58 @@ def test_what_is_not_supported_or_does_not_compile_is_refused_with_its_place(pat
 def test_too_long_repeats_are_refused():
     with pytest.raises(TooLargeError, match="repeats up to 2000 times"):
         regular_expression("a{0,2000}", CHARACTERS)
+
+
+LINES = SequenceSpace(("a", "\n"), 4, separator="")
+LINE_ENDS = SequenceSpace(("a", "b\n", "\n"), 3)
+
+
+@pytest.mark.parametrize("space", [LINES, LINE_ENDS], ids=["characters", "words"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a$",
+        "^$",
+        "$",
+        r"a\Z",
+        "a$\n",
+        "$\n",
+        "(a|\n)$",
+        "(a$)\n$",
+        "$a",
+        "$^",
+        "(\n|a)*$",
+        "\n$",
+        r"$\n\Z",
+    ],
+)
+def test_a_dollar_holds_before_the_newline_that_ends_a_text(pattern, space):
+    agrees(pattern, space)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("ab" * 5000, "more than 20,000 steps"),
+        ("(" * 5000 + "a" + ")" * 5000, "too deep or too long"),
+        ("a{1,99999999999999}", "too deep or too long"),
+        (3, "pattern is the number 3; expected a text"),
+        (b"a", "expected a text"),
+    ],
+)
+def test_patterns_that_would_take_forever_are_refused_in_one_line(pattern, message, monkeypatch):
+    monkeypatch.setattr(patterns_module, "_MOST_WORK", 20_000)
+    for make in (regular_expression, regex_reward):
+        if message.startswith("more than") and make is regex_reward:
+            continue
+        with pytest.raises(InputError, match=message) as refusal:
+            make(pattern, FIXED)
+        assert len(str(refusal.value)) < 300
+
+
+def test_a_long_pattern_is_no_matter():
+    word = "abbaab" * 50
+    automaton = regular_expression(f"^{word}$", SequenceSpace(("a", "b"), 301, separator=""))
+    assert len(automaton) == len(word) + 2  # one state a letter, the end, and all that is wrong
+    tokens = automaton.space.encode([word, word[1:]])
+    assert automaton.accepts(tokens).tolist() == [True, False]

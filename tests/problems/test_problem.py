@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.posterior import posterior
+from klrl_edu.models.ngram import NGramModel
+from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences
 from klrl_edu.problems.problem import Problem, check_problems
+from klrl_edu.problems.rewards import length_reward
 
 PRIOR = SequenceTable.from_texts({"": 0.25, "a": 0.25, "a b": 0.5})
 TOKENS = PRIOR.space.encode(["", "a", "a b"])
@@ -153,3 +157,41 @@ def test_a_printed_problem_says_what_it_is_of():
     assert repr(posterior(course)) == (
         f"Posterior({course!r}, method='enumeration', value=0.844244)"
     )
+
+
+EOS_SPACE = SequenceSpace(("a", "b"), 3)
+UNIFORM = NGramModel(EOS_SPACE, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[-1, 2, 2]]), r"tokens\[0, 0\] = -1 does not belong"),
+        (torch.tensor([[0, 3, 2]]), r"tokens\[0, 1\] = 3 does not belong"),
+        (torch.tensor([[2, 0, 2]]), r"tokens\[0, 1\] = 0 does not belong"),
+        (torch.tensor([[0, 2]]), r"shape \[1, 2\]; expected \[N, 3\]"),
+        (torch.tensor([[0.0, 2.0, 2.0]]), "dtype torch.float32"),
+        ([[0, 2, 2]], "expected"),
+    ],
+)
+def test_rewards_of_what_is_no_sequence_are_refused(tokens, message):
+    problem = Problem(UNIFORM, length_reward(EOS_SPACE), 1.0)
+    for ask in (problem.rewards, problem.token_rewards):
+        with pytest.raises(InputError, match=message):
+            ask(tokens)
+
+
+def test_a_complex_reward_is_refused_and_keeps_no_real_part():
+    problem = Problem(UNIFORM, lambda tokens, prompt: torch.ones(len(tokens)) * 1j, 1.0)
+    with pytest.raises(InputError, match="returned complex numbers"):
+        problem.rewards(EOS_SPACE.all_tokens())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([-5], "ids run from 0"), ([0, -1], "padding on the left"), ([0, 1, -1, 1], "padding on")],
+)
+def test_a_prompt_of_ids_that_are_none_is_refused(prompt, message):
+    reader = RecurrentModel(EOS_SPACE, hidden_size=2)
+    with pytest.raises(InputError, match=message):
+        Problem(reader, length_reward(EOS_SPACE), 1.0, prompt=torch.tensor(prompt))
