@@ -201,3 +201,18 @@ def test_complex_numbers_are_refused_and_lose_no_part():
         klrl.kl_values.k1(torch.tensor([[1j]]))
     with pytest.raises(InputError, match="log_ratio is a list of complex"):
         klrl.kl_values.k1([1j])
+
+
+def test_float_tensors_pass_as_they_are_and_all_else_is_made_ready():
+    @takes_numbers
+    def same(x: torch.Tensor, y: torch.Tensor | None = None) -> tuple:
+        return x, y
+
+    half, whole = torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.long)
+    assert same(half, half) == (half, half)
+    assert same(half)[1] is None
+    for x, y in (same(half, whole), same(half, y=whole), same(half, [1, 1])):
+        assert x is half
+        assert y.dtype == torch.float64
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments but 3 were given"):
+        same(half, half, half)

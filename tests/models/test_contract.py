@@ -589,3 +589,30 @@ def test_a_prompt_with_an_id_beyond_the_space_is_refused(build):
     with pytest.raises(InputError, match="holds the id 3, which is no token"):
         model.sample(1, draw=seeded_draw(0), prompt=torch.tensor([0, 3]))
     model.sample(1, draw=seeded_draw(0), prompt=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda logits: SequenceTable(SPACES["one-token"], SPACES["one-token"].all_tokens(), logits),
+        lambda logits: PrefixTable(SPACES["one-token"], None, logits[None]),
+        lambda logits: NGramModel(SPACES["one-token"], 1, logits[None]),
+        lambda logits: HiddenMarkovModel(
+            SPACES["one-token"], logits[:1], logits[None, :1], logits[None]
+        ),
+    ],
+    ids=["sequence-table", "prefix-table", "n-gram", "hmm"],
+)
+def test_training_a_model_leaves_the_logits_that_it_was_made_of(build):
+    logits = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in build(logits).parameters():
+            parameter.add_(1)
+    assert logits.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("build", PROMPTED.values(), ids=PROMPTED)
+def test_the_first_word_is_a_prompt_and_no_padding(build):
+    model, tokens = build(SPACES["eos"]), SPACES["eos"].all_tokens()
+    read, without = (sequence_log_probs(model, tokens, p) for p in (torch.tensor([0]), None))
+    assert not torch.allclose(read, without, atol=1e-4)

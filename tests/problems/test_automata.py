@@ -265,3 +265,9 @@ def test_a_repeat_may_be_forbidden():
     expected = [-INF if any(map(str.__eq__, w, w[1:])) else 0.0 for w in words]
     assert problem.rewards(tokens).tolist() == expected
     assert as_automaton_reward(problem.reward, FREE)(tokens).sum(-1).tolist() == expected
+
+
+def test_counting_takes_one_state_a_count_and_one_for_more():
+    assert len(length_between(1, 2, FREE)) == len(at_most("a", 2, FREE)) == 4
+    assert len(exactly("a", 2, FREE)) == 4
+    assert len(at_least("a", 2, FREE)) == 3

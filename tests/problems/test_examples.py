@@ -118,4 +118,4 @@ def test_the_reward_of_count_threes_counts_threes_and_charges_repeats():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_by_its_name_has_the_kl_coef_of_its_function(name):
     assert example(name).kl_coef == EXAMPLES[name]().kl_coef
-    assert example("count-threes").kl_coef == 0.5
+    assert example(name).kl_coef == (0.5 if name == "count-threes" else 1.0)

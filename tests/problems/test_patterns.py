@@ -168,3 +168,10 @@ def test_a_long_pattern_is_no_matter():
     assert len(automaton) == len(word) + 2  # one state a letter, the end, and all that is wrong
     tokens = automaton.space.encode([word, word[1:]])
     assert automaton.accepts(tokens).tolist() == [True, False]
+
+
+def test_repeats_up_to_the_limit_are_unrolled_and_no_further(monkeypatch):
+    monkeypatch.setattr(patterns_module, "_REPEAT_LIMIT", 3)
+    agrees("^a{0,3}$", FIXED)
+    with pytest.raises(TooLargeError, match="repeats up to 4 times; at most 3"):
+        regular_expression("^a{0,4}$", FIXED)
