@@ -87,8 +87,10 @@ class SequenceSpace:
         """
         if not texts:
             raise InputError("texts is empty; give at least one text.")
+        # the separator alone decides here: there is no vocabulary yet to spell with
         split = [_split(unicodedata.normalize("NFC", text), separator) for text in texts]
         lengths = {len(words) for words in split}
+        # texts of one length need no EOS, but a lone empty text is made of nothing else
         with_eos = len(lengths) > 1 or lengths == {0} if eos is None else eos
         vocabulary = tuple(dict.fromkeys(word for words in split for word in words))
         if not vocabulary:
@@ -111,6 +113,7 @@ class SequenceSpace:
         words, length = len(self.vocabulary), self.max_length
         if not self.eos:
             return words**length
+        # Σ_{k<T} W^k, a geometric series but for W = 1
         return length if words == 1 else (words**length - 1) // (words - 1)
 
     @cached_property
@@ -145,6 +148,7 @@ class SequenceSpace:
     def last(self, tokens: Tensor) -> Tensor:
         """The last token that counts, the first EOS where there is one. [N,T] -> bool [N,T]."""
         live = self.live(tokens)
+        # live, with nothing live behind it
         live_after = torch.nn.functional.pad(live[:, 1:], (0, 1), value=False)
         return live & ~live_after
 
@@ -217,6 +221,7 @@ class SequenceSpace:
         bad = (tokens < 0) | (tokens >= self.vocab_size)
         if self.eos:
             bad = bad | (~self.live(tokens) & (tokens != self.eos_id))
+            # EOS is forced at T: no sequence ends in a word
             bad[:, -1] |= tokens[:, -1] != self.eos_id
         if bool(bad.any()):
             n, t = bad.nonzero()[0].tolist()

@@ -40,6 +40,7 @@ class WeightedSequences:
                 f"log_weights has shape {list(self.log_weights.shape)}; expected"
                 f" [{len(self.tokens)}], one a sequence."
             )
+        # they may sum to anything: their sum is the estimate of Z
         if bool(torch.isnan(self.log_weights).any()) or bool((self.log_weights == torch.inf).any()):
             raise InputError(
                 "log_weights hold NaN or +inf; give finite numbers, or -inf for zero mass."

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import check_count
 
 
 @takes_numbers
@@ -33,8 +32,7 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
 
     Source: Liu et al. (2025), Dr. GRPO.
     """
-    constant = values.shape[-1] if length is None else float(check_count(length, "length"))
-    return _sums(values, live).mean() / constant
+    return _sums(values, live).mean() / (values.shape[-1] if length is None else length)
 
 
 @takes_numbers

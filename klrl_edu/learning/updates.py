@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from klrl_edu.core.errors import DivergedError, InputError
 from klrl_edu.learning.batches import Batch, Loss
-from klrl_edu.models.contract import LanguageModel, token_log_probs
+from klrl_edu.models.contract import LanguageModel
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _TRIED = 16  # sequences, one a group, on which an update is tried
@@ -144,7 +144,7 @@ class LastGoodWeights:
         """
         if self.tried is None:
             return
-        tried = token_log_probs(self.policy, *self.tried)
+        tried = self.policy.token_log_prob(*self.tried)  # the function would refuse the NaN itself
         finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
         if finite and not bool(torch.isnan(tried).any()):
             return

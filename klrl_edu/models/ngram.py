@@ -233,6 +233,7 @@ def _witten_bell(
     """(1) for contexts sorted by length."""
     rows: dict[Context, list[float]] = {}
     for context in contexts:
+        # below the empty context stands the uniform law, so that every token keeps mass
         lower = rows[context[1:]] if context else [1 / columns] * columns
         seen = counts[context]
         kinds, total = len(seen), sum(seen.values())

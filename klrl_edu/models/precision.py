@@ -31,7 +31,7 @@ class AutocastModel(WrappedModel):
         return torch.autocast(device_of(self).type, dtype=self.dtype)
 
     def change(self, logits: Tensor) -> Tensor:
-        return logits.float()
+        return logits.float()  # out of half precision before any softmax
 
 
 def autocast(model: LanguageModel, dtype: torch.dtype) -> AutocastModel:

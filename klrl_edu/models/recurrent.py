@@ -122,6 +122,7 @@ class RecurrentModel(LanguageModel):
         state = RecurrentState(zeros, zeros if self.cell == "lstm" else None, -1)
         for t in range(0 if prompt is None else prompt.shape[1]):
             assert prompt is not None
+            # padding runs through the cell too, as rows of a batch do, and is thrown away
             real = (prompt[:, t] >= 0)[:, None, None]
             _, after = self._run(prompt[:, t : t + 1].clamp(min=0), state)
             hidden, cell = torch.where(real, after.hidden, state.hidden), None

@@ -58,6 +58,7 @@ class SequenceTable(LanguageModel):
         logits = check_finite_vector(logits, "logits", len(tokens))
         if not len(tokens):
             raise InputError("tokens hold no sequence; give at least one.")
+        # −inf in some is a table with zeros, in all of them no distribution
         logspace.log_normalize(logits)  # raises where there is no mass
         self.trie = PrefixTrie(space, tokens.long())
         self.register_buffer("tokens", tokens.long().clone(), persistent=False)
@@ -155,6 +156,7 @@ class SequenceTable(LanguageModel):
         log_probs = torch.where(on_trie, within, zero - math.log(self.space.vocab_size))
         if not self.space.eos:
             return log_probs
+        # the trie holds no token after EOS, and the one at T is no choice
         forced = ~self.space.live(tokens)
         forced[:, -1] = True
         return torch.where(forced, zero, log_probs)
@@ -162,7 +164,7 @@ class SequenceTable(LanguageModel):
     def start(self, n: int, prompt: Tensor | None = None) -> tuple[Tensor, SequenceState]:
         self.check_prompt(prompt)
         node = torch.zeros(n, dtype=torch.long, device=self.logits.device)
-        mass = self.edge_log_mass()
+        mass = self.edge_log_mass()  # carried in the state: every step would sum it anew
         return self._rows(node, mass), SequenceState(node, 0, mass)
 
     def step(self, state: SequenceState, token: Tensor) -> tuple[Tensor, SequenceState]:

@@ -72,6 +72,7 @@ def count_threes(kl_coef: float = 0.5) -> Problem:
     r = number of '3's − ½ · adjacent repeats.
     """
     prior = count_threes_prior()
+    # both parts have automata of few states, so forward–backward could sum them as well
     reward = add(count_reward("3", prior.space), repeat_reward(prior.space, -0.5))
     return Problem(prior, reward, kl_coef)
 

@@ -42,6 +42,7 @@ class Problem:
     prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
+        # frozen: what is normalised here goes in by object's own door
         object.__setattr__(self, "kl_coef", check_kl_coef(self.kl_coef))
         check_arguments("Problem(prior, reward, kl_coef)", prior=(self.prior, LanguageModel))
         check_reward(self.reward)
@@ -97,6 +98,7 @@ class Problem:
             raise InputError(
                 f"reward {reward_name(self.reward)!r} returned complex numbers; expected real ones."
             )
+        # no gradient: a learned reward is fixed here, and only the policy moves
         values = values.detach().double()
         if values.ndim == 1:
             last = self.space.last(tokens)
@@ -109,6 +111,7 @@ class Problem:
         return self.token_rewards(tokens).sum(-1)
 
     def _check(self, values: Tensor, tokens: Tensor, live: Tensor) -> None:
+        # −inf passes: it forbids. +inf would leave no posterior to normalise
         bad = torch.isnan(values) | (values == torch.inf)
         if bool(bad.any()):
             n, t = bad.nonzero()[0].tolist()
@@ -138,6 +141,7 @@ def check_problems(problems: Problem | Sequence[Problem]) -> list[Problem]:
         )
     for problem in listed:
         check_arguments("problem, or a list of problems", problem=(problem, Problem))
+    # the same object, not an equal one: its log-probabilities are read once for all
     if any(problem.prior is not listed[0].prior for problem in listed):
         raise InputError(
             "problems must share one prior object (they differ in prompt, reward and kl_coef)."

@@ -55,6 +55,7 @@ class TextReward:
     def _one(self, text: str) -> float:
         if text not in self._cache:
             value = self.fn(text)
+            # the user's function is slow, and samples repeat
             try:
                 self._cache[text] = float(value)
             except (TypeError, ValueError, OverflowError):
@@ -91,7 +92,7 @@ def table_reward(
     Raises:
         InputError: a text of the table is not in the space, or stands twice in its normal form.
     """
-    # by the normal form that decoding gives
+    # by the normal form that decoding gives, which is what the reward will be asked for
     texts = space.decode(space.encode(values))
     table = {
         text: reward_value(value, f"values[{key!r}]", lambda _: True)

@@ -9,7 +9,6 @@ import torch
 
 import klrl_edu as klrl
 from klrl_edu.core.errors import InputError
-from klrl_edu.estimators.aggregation import fixed_length
 from klrl_edu.models.distorted import mixture, nucleus, tempered, top_k
 from klrl_edu.problems import automata
 from klrl_edu.problems.corpora import surname_prior
@@ -129,10 +128,6 @@ CALLS = {
     "at_most.count": (lambda x: automata.at_most("a", x, SPACE), COUNT_OR_NONE),
     "length_between.low": (lambda x: automata.length_between(x, 2, SPACE), COUNT_OR_NONE),
     "length_between.high": (lambda x: automata.length_between(0, x, SPACE), COUNT_OR_NONE),
-    "fixed_length.length": (
-        lambda x: fixed_length(torch.ones(1, 2), torch.ones(1, 2) > 0, x).reshape(1),
-        LIMIT,
-    ),
 }
 
 
