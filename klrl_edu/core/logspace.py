@@ -97,13 +97,18 @@ def segment_logsumexp(x: Tensor, index: Tensor, segments: int) -> Tensor:
 
 
 def mul_exp(x: Tensor, log_p: Tensor) -> Tensor:
-    """x · e^{log p}; 0 where p = 0, whatever x is, with a zero gradient to both; broadcasts."""
+    """x · e^{log p}; 0 where p = 0, whatever x is, with a zero gradient to both; broadcasts.
+
+    An infinite x stays infinite where p > 0, also where e^{log p} is too small for a float.
+    """
     x, log_p = torch.broadcast_tensors(x, log_p)
     dead = log_p == -math.inf
+    endless = torch.isinf(x) & ~dead
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     # both factors are masked before the product: 0 · inf there would send NaN into the gradient
-    product = torch.where(dead, zero, x) * torch.exp(torch.where(dead, zero, log_p))
-    return torch.where(dead, zero, product)
+    tame = torch.where(dead | endless, zero, x)
+    product = tame * torch.exp(torch.where(dead, zero, log_p))
+    return torch.where(endless, x, product)
 
 
 def expectation(log_p: Tensor, x: Tensor, dim: int = -1) -> Tensor:
@@ -165,7 +170,7 @@ def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:
 
     It keeps them in float64 where no mass is zero and every KL is above a hundredth.
     """
-    if log_p.dtype != torch.float64:
+    if log_p.dtype != torch.float64 or log_p.numel() == 0:  # nothing has no least element
         return None
     least_p, least_q = log_p.detach().amin(), log_q.detach().amin()
     # "is not False": under vmap the answer is None, and the general path is taken

@@ -1,7 +1,8 @@
 """Functions of numbers take what `torch.as_tensor` takes: arrays, lists, integers, tensors.
 
 A tensor of floats passes as it is, gradient and dtype included; everything else becomes float64.
-Groups and tokens are whole numbers, and masks are truth values, by their names.
+Groups and tokens are whole numbers, and masks are truth values, by their names. Complex numbers are
+refused: a log-probability has no imaginary part that could be dropped without a word.
 """
 
 import functools
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from klrl_edu.core.arguments import describe
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.validation import any_known
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _DTYPES = {"group": torch.long, "tokens": torch.long, "live": torch.bool}
@@ -65,19 +67,37 @@ def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Any
     if value is None:
         return value
     if isinstance(value, Tensor):
-        if value.is_complex():  # .double() would drop the imaginary part
-            raise InputError(f"{name} is complex, {describe(value)}; give real numbers.")
-        floats = value.is_floating_point() or name in _DTYPES
-        return value if floats else value.double()
+        return _in_dtype(value, name)
     if _holds_tensors(value):  # torch.tensor would cut their gradients off
         return torch.stack([as_numbers(one, name, device) for one in value])
+    # an array knows whether it is complex; a list of floats would become float32
+    known = hasattr(value, "dtype") or name in _DTYPES
     try:
-        return torch.tensor(value, dtype=_DTYPES.get(name, torch.float64), device=device)
+        given = torch.tensor(value, dtype=None if known else torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"{name} is {describe(value)}; expected numbers, as a tensor, an array or a list"
             f" ({error})."
         ) from None
+    ready = _in_dtype(given, name)
+    return ready if name in _DTYPES else ready.double()
+
+
+def _in_dtype(value: Tensor, name: str) -> Tensor:
+    """The same numbers in the dtype that the name asks for, where that loses nothing."""
+    if value.is_complex():
+        raise InputError(
+            f"{name} is complex, {describe(value)}; expected real numbers: take .real."
+        )
+    wanted = _DTYPES.get(name)
+    if wanted is None:
+        return value if value.is_floating_point() else value.double()
+    ready = value.to(wanted)
+    if ready is not value and any_known(ready != value):
+        index = (ready != value).nonzero()[0].tolist()
+        kind = "0 or 1" if wanted is torch.bool else "a whole number"
+        raise InputError(f"{name}{index} = {value[tuple(index)].item()!r} is not {kind}.")
+    return ready
 
 
 def _holds_tensors(value: Any) -> bool:

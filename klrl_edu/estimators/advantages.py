@@ -11,13 +11,15 @@ Rewards, baselines and advantages in reward units (z-scores have none). Williams
 (2019); Schulman et al. (2016); Shao et al. (2024); Go et al. (2023).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import any_known
+from klrl_edu.core.validation import any_known, check_number
 
 # --- one advantage a sequence, from its group -----------------------------------------------------
 
@@ -26,15 +28,24 @@ from klrl_edu.core.validation import any_known
 def leave_one_out_mean(values: Tensor, group: Tensor) -> Tensor:
     """The mean of the other values in each one's group: [N] and group [N] -> [N].
 
-    It is independent of the value it is subtracted from, as (1) asks.
+    It is independent of the value it is subtracted from, as (1) asks: of −∞, 1, 2 the first has
+    1.5, and the others −∞.
 
     Raises:
         InputError: a group of one.
 
     Source: Kool et al. (2019).
     """
-    count = _counts(group, "draw at least 2 a prompt (batch_size >= 2)")
-    return (_totals(values, group) - values) / (count - 1)
+    label, count = _groups(values, group)
+    _refuse_lone(group, count, "there is no other to average")
+    scale = _scale(values, label)
+    scaled = torch.where(torch.isinf(values), torch.zeros_like(values), values / scale)
+    mean = (_totals(scaled, label) - scaled) / (count - 1) * scale
+    # −∞ minus itself would be NaN; whether one stands among the others is counted instead
+    for infinity in (-math.inf, math.inf):
+        here = (values == infinity).to(values.dtype)
+        mean = torch.where(_totals(here, label) > here, mean + infinity, mean)
+    return mean
 
 
 @takes_numbers
@@ -51,8 +62,14 @@ def centred(values: Tensor, group: Tensor) -> Tensor:
     """R − the group's mean, which contains R itself: [N] and group [N] -> [N].
 
     The gradient shrinks to (n − 1)/n of ∇E[R], in the same direction.
+
+    Raises:
+        InputError: a value that is not finite.
     """
-    return values - _totals(values, group) / torch.bincount(group)[group]
+    label, count = _groups(values, group)
+    _refuse_infinite(values, "mean to be measured from")
+    scale = _scale(values, label)
+    return values - _totals(values / scale, label) / count * scale
 
 
 @takes_numbers
@@ -65,12 +82,11 @@ def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> T
     Equal rewards give 0, never 0/0.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or ε below 0.
 
     Source: Shao et al. (2024), section 4.1.2, up to n or n − 1 in the std.
     """
-    deviation, squares, count = _deviations(values, group)
-    return _standardised(deviation, squares / count, epsilon)
+    return _z_score(values, group, epsilon, 0)
 
 
 @takes_numbers
@@ -82,10 +98,9 @@ def sample_z_score(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tens
     0, and less where ε is not small beside the std. Equal rewards give 0.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or ε below 0.
     """
-    deviation, squares, count = _deviations(values, group)
-    return _standardised(deviation, squares / (count - 1), epsilon)
+    return _z_score(values, group, epsilon, 1)
 
 
 @takes_numbers
@@ -100,12 +115,18 @@ def best_scalar_baseline(values: Tensor, squared_norms: Tensor, log_weights: Ten
 
     Raises:
         InfeasibleError: every weight is 0.
+        InputError: every norm is 0, so that no constant changes the variance.
 
     Source: Greensmith et al. (2004).
     """
     log_p = logspace.log_normalize(log_weights)
     weighted = logspace.expectation(log_p, values * squared_norms)
-    return weighted / logspace.expectation(log_p, squared_norms)  # (2)
+    total = logspace.expectation(log_p, squared_norms)
+    if any_known(total == 0):
+        raise InputError(
+            "squared_norms are 0 wherever there is weight: the variance is 0 with every baseline."
+        )
+    return weighted / total  # (2)
 
 
 # --- one advantage a token ------------------------------------------------------------------------
@@ -131,9 +152,9 @@ def gae(
         values: V(y_<t) [N,T], the critic's guess of the rewards still to come before token t; it is
             0 after the last token.
         live: bool [N,T].
-        discount: γ; language models take 1 (design: optima of tokens and sequences agree only
+        discount: γ, from 0 to 1; language models take 1 (optima of tokens and sequences agree only
             there).
-        decay: the λ of GAE.
+        decay: the λ of GAE, from 0 to 1.
 
     Returns:
         A_t [N,T], 0 after the first EOS. With γ = 1, E[Σ_t A_t s_t] = ∇E[Σ r] for any V where decay
@@ -142,6 +163,10 @@ def gae(
 
     Source: Schulman et al. (2016), eq. 16.
     """
+    discount, decay = (
+        check_number(value, name, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        for name, value in (("discount", discount), ("decay", decay))
+    )
     zeros = torch.zeros_like(values)
     # what a critic says after the first EOS counts neither in V_t nor in V_{t+1}
     values = torch.where(live, values, zeros)
@@ -180,7 +205,8 @@ def fdpg_total_variation(log_ratio: Tensor) -> Tensor:
     """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p), which
     only says whether π has too much.
     """
-    return -torch.sign(log_ratio) / 2
+    # the sign of NaN is 0 to torch
+    return torch.where(torch.isnan(log_ratio), log_ratio, -torch.sign(log_ratio) / 2)
 
 
 @takes_numbers
@@ -207,46 +233,75 @@ def fdpg_squared_hellinger(log_ratio: Tensor) -> Tensor:
     return torch.expm1(-log_ratio / 2) / 2
 
 
-def _totals(values: Tensor, group: Tensor) -> Tensor:
-    """The sum over each one's group: [N] and group [N] -> [N]."""
-    groups = int(group.max()) + 1
-    totals = torch.zeros(groups, dtype=values.dtype, device=values.device)
-    return totals.index_add(0, group, values)[group]
+def _groups(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Each one's group as a label 0 … M−1 [N], and its size [N]."""
+    if values.ndim != 1 or values.shape != group.shape:
+        raise InputError(
+            f"values have shape {list(values.shape)} and group {list(group.shape)}; expected [N]"
+            " each, a value and a group a sequence."
+        )
+    # labels, so that a group may have any number as its name
+    label = torch.unique(group, return_inverse=True)[1]
+    return label, torch.bincount(label)[label]
 
 
-def _counts(group: Tensor, remedy: str) -> Tensor:
-    """The size of each one's group [N], at least 2."""
-    count = torch.bincount(group)[group]
+def _totals(values: Tensor, label: Tensor) -> Tensor:
+    """The sum over each one's group: [N] and labels [N] -> [N]."""
+    totals = torch.zeros(len(label), dtype=values.dtype, device=values.device)
+    return totals.index_add(0, label, values)[label]
+
+
+def _scale(values: Tensor, label: Tensor) -> Tensor:
+    """A power of two near the largest finite |value| of each one's group [N].
+
+    Values divided by it, which is exact, have sums and squares that neither overflow nor vanish.
+    """
+    size = torch.where(torch.isfinite(values), values.detach().abs(), 0.0)
+    largest = torch.zeros_like(size).scatter_reduce(0, label, size, "amax")[label]
+    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+
+
+def _refuse_lone(group: Tensor, count: Tensor, why: str) -> None:
+    """Refuses a group of one."""
     if bool((count < 2).any()):
         lone = int(group[count < 2][0])
         raise InputError(
-            f"group {lone} holds one sequence, so there is no other to average; {remedy}."
+            f"group {lone} holds one sequence, so {why}; draw at least 2 a prompt"
+            " (batch_size >= 2)."
         )
-    return count
 
 
-def _deviations(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R − mean [N], its squares summed over the group [N], and the group's size [N]."""
-    count = _counts(group, "a standard deviation needs at least 2 a prompt (batch_size >= 2)")
+def _refuse_infinite(values: Tensor, what: str) -> None:
+    """Refuses values [N] whose group has no `what`."""
     if any_known(~torch.isfinite(values)):
         index = int((~torch.isfinite(values)).nonzero()[0])
         raise InputError(
-            f"values[{index}] = {float(values[index])} is not finite, so its group has no standard"
-            " deviation; leave it out."
+            f"values[{index}] = {float(values[index])} is not finite, so its group has no {what};"
+            " leave it out."
         )
+
+
+def _z_score(values: Tensor, group: Tensor, epsilon: float, lost: int) -> Tensor:
+    """(R − mean)/(std + ε) [N], 0 where all of a group are equal; the variance is a sum of squares
+    divided by n − `lost`.
+    """
+    epsilon = check_number(epsilon, "epsilon", "at least 0", lambda x: 0 <= x < math.inf)
+    label, count = _groups(values, group)
+    _refuse_lone(group, count, "its standard deviation is not defined")
+    _refuse_infinite(values, "standard deviation")
     # where each group's first value stands: written from the last to the first, the first stays
-    first = torch.zeros(int(group.max()) + 1, dtype=torch.long, device=group.device)
-    first[group.flip(0)] = torch.arange(len(group), device=group.device).flip(0)
+    first = torch.zeros(len(label), dtype=torch.long, device=label.device)
+    first[label.flip(0)] = torch.arange(len(label), device=label.device).flip(0)
+    scale = _scale(values, label)
+    scaled = values / scale
     # measured from that value, so that equal rewards differ by exactly 0, where R − mean could
     # leave a rounding error of its own size
-    shifted = values - values[first[group]]
-    deviation = shifted - _totals(shifted, group) / count
-    return deviation, _totals(deviation.square(), group), count
-
-
-def _standardised(deviation: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    """deviation/(√variance + ε) [N], 0 where the variance is 0."""
+    shifted = scaled - scaled[first[label]]
+    deviation = shifted - _totals(shifted, label) / count
+    variance = _totals(deviation.square(), label) / (count - lost)
     spread = variance > 0
     # masked before the root and after the division: a gradient of √ at 0 would be NaN
-    scale = torch.sqrt(torch.where(spread, variance, torch.ones_like(variance))) + epsilon
-    return torch.where(spread, deviation / scale, torch.zeros_like(deviation))
+    std = torch.sqrt(torch.where(spread, variance, torch.ones_like(variance)))
+    # a tensor: torch divides a number by the reciprocal, which may overflow
+    added = torch.full_like(scale, epsilon) / scale
+    return torch.where(spread, deviation / (std + added), torch.zeros_like(deviation))

@@ -5,16 +5,21 @@
     Σ_i Σ_t x_it / Σ_i L_i                                                                       (1)
 
 x values [N,T], live bool [N,T] (True up to the first EOS), L_i = Σ_t live_it, result a scalar in
-the unit of x. Values that are not live are ignored, whatever they hold. Only the sum over tokens of
+the unit of x. Values that are not live are ignored, whatever they hold. A mask may leave nothing of
+a sequence, as one that drops truncated texts does: it counts 0, in the libraries too (a sum divided
+by at least 1). No sequence at all is an error. Only the sum over tokens of
 a sequence keeps a sequence objective (log π is a sum); the others weigh sequences by their lengths,
 and agree with it up to a constant where all lengths are equal. Liu et al. (2025), Dr. GRPO; Yu et
 al. (2025), DAPO.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.validation import check_count, check_number, check_some
 
 
 @takes_numbers
@@ -22,7 +27,7 @@ def seq_mean_token_sum(values: Tensor, live: Tensor) -> Tensor:
     """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar. A mean over sequences, so unbiased for
     the sequence's expected sum E_π Σ_t x_t.
     """
-    return _sums(values, live).mean()
+    return check_some(_sums(values, live)).mean()
 
 
 @takes_numbers
@@ -32,7 +37,10 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
 
     Source: Liu et al. (2025), Dr. GRPO.
     """
-    return _sums(values, live).mean() / (values.shape[-1] if length is None else length)
+    tokens = values.shape[-1] if length is None else check_count(length, "length")
+    # a whole number may be larger than any float
+    constant = check_number(tokens, "length", "a number of tokens", math.isfinite)
+    return check_some(_sums(values, live)).mean() / constant
 
 
 @takes_numbers
@@ -42,7 +50,8 @@ def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
 
     Source: GRPO, Shao et al. (2024), eq. 3.
     """
-    return (_sums(values, live) / live.sum(-1)).mean()
+    # of a sequence without a live token the sum is 0 too
+    return check_some(_sums(values, live) / live.sum(-1).clamp(min=1)).mean()
 
 
 @takes_numbers
@@ -53,7 +62,7 @@ def token_mean(values: Tensor, live: Tensor) -> Tensor:
     vary. At N = 1 it is `seq_mean_token_mean`; as N grows it tends to E_π[Σ_t x_t]/E_π[L], with a
     bias of order 1/N. Source: Yu et al. (2025), DAPO.
     """
-    return _sums(values, live).sum() / live.sum()
+    return check_some(_sums(values, live)).sum() / live.sum().clamp(min=1)
 
 
 def _sums(values: Tensor, live: Tensor) -> Tensor:

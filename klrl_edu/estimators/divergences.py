@@ -17,6 +17,7 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.validation import check_number
 
 
 @takes_numbers
@@ -78,48 +79,70 @@ def squared_hellinger(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def jensen_shannon(log_ratio: Tensor) -> Tensor:
-    """½KL(π‖m) + ½KL(q‖m), m = (π + q)/2, by ½[log 2t/(1+t) + w log 2/(1+t)] [...]: unbiased, at
-    least 0; the divergence is at most log 2.
+    """½KL(π‖m) + ½KL(q‖m), m = (π + q)/2, by ½[log 2t/(1+t) + w log 2/(1+t)] [...]: unbiased.
+
+    At least 0, and ½ log 2 where q = 0; the divergence is at most log 2.
     """
     return generalised_jensen_shannon(log_ratio, 0.5)
 
 
 @takes_numbers
 def generalised_jensen_shannon(log_ratio: Tensor, weight: float) -> Tensor:
-    """β KL(π‖m) + (1 − β) KL(q‖m), m = βπ + (1 − β)q, by β log π/m + (1 − β) w log q/m [...]:
-    unbiased.
+    """β KL(π‖m) + (1 − β) KL(q‖m), m = βπ + (1 − β)q, by β log π/m + (1 − β) w log q/m [...].
+
+    Unbiased; β log 1/β where q = 0, and +inf at u = −inf, which π never gives. Divided by β it
+    tends to KL(π‖q) as β → 0, divided by 1 − β to KL(q‖π) as β → 1.
 
     Args:
         log_ratio: u [...].
         weight: β in (0, 1), the share of π in the mixture.
 
-    Divided by β it tends to KL(π‖q) as β → 0, divided by 1 − β to KL(q‖π) as β → 1. Source: Agarwal
-    et al. (2024), eq. 1.
+    Raises:
+        InputError: a weight outside (0, 1).
+
+    Source: Agarwal et al. (2024), eq. 1.
     """
-    if not 0 < weight < 1:
-        raise InputError(
-            f"weight = {weight!r} must lie between 0 and 1: the share of the policy in the mixture."
-        )
+    rule = "between 0 and 1: the share of the policy in the mixture"
+    weight = check_number(weight, "weight", rule, lambda x: 0 < x < 1)
     share, rest = math.log(weight), math.log1p(-weight)
-    policy = -torch.logaddexp(torch.full_like(log_ratio, share), rest - log_ratio)  # log π/m
-    prior = -torch.logaddexp(share + log_ratio, torch.full_like(log_ratio, rest))  # log q/m
-    return weight * policy + (1 - weight) * logspace.mul_exp(prior, -log_ratio)
+    never = log_ratio == -math.inf  # w = inf outgrows log π/m = −inf
+    u = torch.where(never, torch.zeros_like(log_ratio), log_ratio)
+    policy = -torch.logaddexp(torch.full_like(u, share), rest - u)  # log π/m
+    prior = -torch.logaddexp(share + u, torch.full_like(u, rest))  # log q/m
+    values = weight * policy + (1 - weight) * logspace.mul_exp(prior, -u)
+    return torch.where(never, torch.full_like(values, math.inf), values)
 
 
 @takes_numbers
 def alpha_divergence(log_ratio: Tensor, alpha: float = 0.5) -> Tensor:
-    """f = (t^α − αt − (1 − α))/(α(α − 1)) by (e^{(α−1)u} − α − (1 − α)e^{−u})/(α(α − 1)) ≥ 0 [...]:
-    unbiased for every α but 0 and 1.
+    """f = (t^α − αt − (1 − α))/(α(α − 1)) by (e^{(α−1)u} − α − (1 − α)e^{−u})/(α(α − 1)) [...].
 
-    α → 1 is k3 of KL(π‖q), α → 0 `forward_kl_nonnegative` of KL(q‖π), α = 2 `chi_squared`, α = ½
-    four times `squared_hellinger`.
+    Unbiased for every α but 0 and 1, and at least 0; where q = 0 it is 1/(1 − α) for α < 1 and +inf
+    for α > 1. α → 1 is k3 of KL(π‖q), α → 0 `forward_kl_nonnegative` of KL(q‖π), α = 2
+    `chi_squared`, α = ½ four times `squared_hellinger`.
+
+    Raises:
+        InputError: an α that is 0, 1 or not finite.
     """
+    alpha = check_number(alpha, "alpha", "a finite number, neither 0 nor 1", math.isfinite)
     if alpha in (0, 1):
         raise InputError(
-            f"alpha = {alpha!r} is a limit: take divergences.forward_kl_nonnegative (0) or"
+            f"alpha = {alpha:g} is a limit: take divergences.forward_kl_nonnegative (0) or"
             " kl_values.k3 (1)."
         )
-    # the linear terms of both exponentials cancel, so each is taken without its own
-    power = logspace.expm1_minus_identity((alpha - 1) * log_ratio)
-    weight = logspace.expm1_minus_identity(-log_ratio)
-    return (power - (1 - alpha) * weight) / (alpha * (alpha - 1))
+    # three forms of one function, each where it loses no digits; each sees only its own u, so that
+    # no NaN of the others reaches the gradient
+    zero = torch.zeros_like(log_ratio)
+    high, low = log_ratio >= 1, log_ratio <= -1
+    u = torch.where(high, log_ratio, zero + 1)
+    at_high = torch.exp((alpha - 1) * u) - alpha - (1 - alpha) * torch.exp(-u)
+    u = torch.where(low, log_ratio, zero - 1)
+    # e^{−u} outside the bracket, which stays between bounds where both exponentials overflow
+    bracket = torch.exp(alpha * u) - alpha * torch.exp(u) - (1 - alpha)
+    at_low = torch.exp(-u) * (bracket / alpha / (alpha - 1))
+    u = torch.where(high | low, zero, log_ratio)
+    # near 0 the linear terms of both exponentials cancel, so each is taken without its own
+    power = logspace.expm1_minus_identity((alpha - 1) * u)
+    near = power - (1 - alpha) * logspace.expm1_minus_identity(-u)
+    # divided by one factor at a time: their product may overflow
+    return torch.where(low, at_low, torch.where(high, at_high, near) / alpha / (alpha - 1))

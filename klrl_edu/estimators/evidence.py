@@ -5,8 +5,8 @@ samples of a proposal.
     log Z − E_π[log w] = KL(π‖π*),    E_π*[log w] − log Z = KL(π*‖π)                             (2)
 
 `log_weights` are log w [n] of n independent samples of the proposal π, in nats; −inf is a sample of
-zero mass under the target. Everything stays in logs. π has mass wherever π* has. Burda et al.
-(2016); Grosse et al. (2015); Brekelmans et al. (2022).
+zero mass under the target; n is at least 1. Everything stays in logs. π has mass wherever π* has.
+Burda et al. (2016); Grosse et al. (2015); Brekelmans et al. (2022).
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
 
 
@@ -26,7 +27,7 @@ def importance_sampling(log_weights: Tensor) -> Tensor:
     Its log is low on average (Jensen): E[log Ẑ] ≤ log Z, by about χ²(π*‖π)/2n; it rises with n.
     Source: (1); Burda et al. (2016), eq. 8.
     """
-    return logspace.logsumexp(log_weights) - math.log(log_weights.shape[-1])
+    return logspace.logsumexp(_some(log_weights)) - math.log(log_weights.shape[-1])
 
 
 @takes_numbers
@@ -36,7 +37,7 @@ def lower_bound(log_weights: Tensor) -> Tensor:
 
     J(π)/λ is its mean, so the best policy's bound is tight. Source: (2).
     """
-    return log_weights.mean(-1)
+    return _some(log_weights).mean(-1)
 
 
 @takes_numbers
@@ -44,7 +45,7 @@ def upper_bound(posterior_log_weights: Tensor) -> Tensor:
     """(1/n) Σ log w at n exact samples of π*: [..., n] -> [...] in nats. Its mean is log Z +
     KL(π*‖π), at least log Z. Source: (2).
     """
-    return posterior_log_weights.mean(-1)
+    return _some(posterior_log_weights).mean(-1)
 
 
 @takes_numbers
@@ -81,4 +82,14 @@ def self_normalised(values: Tensor, log_weights: Tensor) -> Tensor:
     Raises:
         InfeasibleError: every weight is 0.
     """
-    return logspace.expectation(logspace.log_normalize(log_weights), values)
+    return logspace.expectation(logspace.log_normalize(_some(log_weights)), values)
+
+
+def _some(log_weights: Tensor) -> Tensor:
+    """The weights [..., n] themselves, if there are any."""
+    if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
+        raise InputError(
+            f"log-weights have shape {list(log_weights.shape)}; expected [..., n], at least one"
+            " sample."
+        )
+    return log_weights

@@ -15,7 +15,8 @@ held fixed: it misses how a token changes later KLs, the second term of (3).
 [N,T] in nats, 0 after the first EOS; μ drew the sequences, and elsewhere π did. `log_dists`,
 `prior_log_dists`: full next-token distributions [N,T,V]. u_t = log π/q of a token and u = Σ_t u_t,
 ρ_t = π/μ of a token, ρ_≤t and ρ their products. N sequences, T tokens, V vocabulary. Everything is
-averaged over N and summed over T; other means over tokens are in `aggregation`. Schulman (2020);
+averaged over N, which is at least 1, and summed over T; other means over tokens are in
+`aggregation`. Schulman (2020);
 Tang and Munos (2025); Amini et al. (2025).
 """
 
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.validation import check_some
 from klrl_edu.estimators.advantages import to_go
-from klrl_edu.estimators.kl_values import k2, k3, per_token_kl
+from klrl_edu.estimators.kl_values import clamped_k3, k2, k3, per_token_kl
 
 # --- in the reward: the first half of (1) ---------------------------------------------------------
 
@@ -38,7 +40,7 @@ def reward_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     Source: Ziegler et al. (2019), eq. 2, where u stands in the reward of PPO; (2).
     """
     log_ratio = (log_probs.detach() - prior_log_probs).sum(-1)
-    return (log_ratio * log_probs.sum(-1)).mean()
+    return check_some(log_ratio * log_probs.sum(-1)).mean()
 
 
 @takes_numbers
@@ -48,7 +50,7 @@ def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     A token is not charged for what came before it.
     """
     penalty = to_go(log_probs.detach() - prior_log_probs)
-    return (penalty * log_probs).sum(-1).mean()
+    return check_some((penalty * log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -64,7 +66,7 @@ def reward_rao_blackwell_to_go(
     ahead = to_go(per_token_kl(log_dists, prior_log_dists).detach())  # Σ_{t'≥t} KL_t'
     later = torch.cat([ahead[..., 1:], torch.zeros_like(ahead[..., :1])], -1)  # without t itself
     penalty = log_probs.detach() - prior_log_probs + later
-    return (penalty * log_probs).sum(-1).mean()
+    return check_some((penalty * log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -76,7 +78,7 @@ def reward_full_kl(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
     sequences of one token.
     """
     divergence = per_token_kl(log_dists, prior_log_dists).detach().sum(-1)
-    return (divergence * log_probs.sum(-1)).mean()
+    return check_some(divergence * log_probs.sum(-1)).mean()
 
 
 @takes_numbers
@@ -86,14 +88,14 @@ def reward_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     The second comes from the term w of k3, as E_π[w s] = −∇KL(q‖π).
     """
     value = k3((log_probs.detach() - prior_log_probs).sum(-1))
-    return (value * log_probs.sum(-1)).mean()
+    return check_some(value * log_probs.sum(-1)).mean()
 
 
 @takes_numbers
 def reward_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean sg(Σ_t k3(u_t)) log π, two [N,T] -> scalar: follows ∇KL(π‖q) − E_π Σ_t ∇KL(q_t‖π_t)."""
     value = k3(log_probs.detach() - prior_log_probs).sum(-1)
-    return (value * log_probs.sum(-1)).mean()
+    return check_some(value * log_probs.sum(-1)).mean()
 
 
 # --- in the loss: the second half of (1) ----------------------------------------------------------
@@ -105,7 +107,7 @@ def loss_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
     Pure noise, of variance E‖s‖² over N. Per token it is the same.
     """
-    return (log_probs - prior_log_probs).sum(-1).mean()
+    return check_some((log_probs - prior_log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -114,7 +116,7 @@ def loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
     The gradient u s is that of `reward_k1`, sample by sample.
     """
-    return k2((log_probs - prior_log_probs).sum(-1)).mean()
+    return check_some(k2((log_probs - prior_log_probs).sum(-1))).mean()
 
 
 @takes_numbers
@@ -123,7 +125,7 @@ def loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
     The gradient is (1 − w)s.
     """
-    return k3((log_probs - prior_log_probs).sum(-1)).mean()
+    return check_some(k3((log_probs - prior_log_probs).sum(-1))).mean()
 
 
 @takes_numbers
@@ -132,7 +134,7 @@ def loss_absolute_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
     The gradient is sign(u) s.
     """
-    return (log_probs - prior_log_probs).sum(-1).abs().mean()
+    return check_some((log_probs - prior_log_probs).sum(-1).abs()).mean()
 
 
 @takes_numbers
@@ -141,7 +143,7 @@ def loss_k2_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
     Prefixes are held fixed there. The gradient is Σ_t u_t s_t.
     """
-    return k2(log_probs - prior_log_probs).sum(-1).mean()
+    return check_some(k2(log_probs - prior_log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -151,13 +153,13 @@ def loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     That is E_π Σ_t ∇KL(q_t‖π_t), with prefixes held fixed. The KL term of GRPO: Shao et al. (2024),
     eq. 4.
     """
-    return k3(log_probs - prior_log_probs).sum(-1).mean()
+    return check_some(k3(log_probs - prior_log_probs).sum(-1)).mean()
 
 
 @takes_numbers
 def loss_absolute_k1_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     """mean Σ_t |u_t|, two [N,T] -> scalar: follows 2 E_π Σ_t ∇TV(π_t, q_t), prefixes held fixed."""
-    return (log_probs - prior_log_probs).abs().sum(-1).mean()
+    return check_some((log_probs - prior_log_probs).abs().sum(-1)).mean()
 
 
 @takes_numbers
@@ -168,7 +170,7 @@ def loss_clamped_k3_token(
 
     Follows E_π Σ_t ∇KL(q_t‖π_t) without the tokens with k3 > b, whose pull back is lost.
     """
-    return k3(log_probs - prior_log_probs).clamp(max=bound).sum(-1).mean()
+    return check_some(clamped_k3(log_probs - prior_log_probs, bound).sum(-1)).mean()
 
 
 @takes_numbers
@@ -178,7 +180,7 @@ def loss_full_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
     That is E_π Σ_t ∇KL(π_t‖q_t), here with the noise of the prefixes only: each term is the
     expectation of that of `loss_k2_token` given the prefix (Rao–Blackwell).
     """
-    return per_token_kl(log_dists, prior_log_dists).sum(-1).mean()
+    return check_some(per_token_kl(log_dists, prior_log_dists).sum(-1)).mean()
 
 
 @takes_numbers
@@ -187,7 +189,7 @@ def loss_full_forward_kl(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
 
     That is E_π Σ_t ∇KL(q_t‖π_t), with prefixes held fixed.
     """
-    return logspace.kl_divergence(prior_log_dists, log_dists).sum(-1).mean()
+    return check_some(logspace.kl_divergence(prior_log_dists, log_dists).sum(-1)).mean()
 
 
 # --- in both: all of (1) --------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def reward_and_loss_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     k2's value is biased, and now its gradient is too.
     """
     value = k2((log_probs - prior_log_probs).sum(-1))
-    return (value.detach() * log_probs.sum(-1) + value).mean()
+    return check_some(value.detach() * log_probs.sum(-1) + value).mean()
 
 
 @takes_numbers
@@ -219,7 +221,7 @@ def reward_and_loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     The gradient is (u + q/π − q/π)s = u s, that of `reward_k1`.
     """
     value = k3((log_probs - prior_log_probs).sum(-1))
-    return (value.detach() * log_probs.sum(-1) + value).mean()
+    return check_some(value.detach() * log_probs.sum(-1) + value).mean()
 
 
 @takes_numbers
@@ -228,7 +230,7 @@ def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tens
     ∇KL(π‖q), as E[k3(u_t)|y_<t] = KL_t.
     """
     values = k3(log_probs - prior_log_probs)
-    return (to_go(values.detach()) * log_probs + values).sum(-1).mean()
+    return check_some((to_go(values.detach()) * log_probs + values).sum(-1)).mean()
 
 
 @takes_numbers
@@ -240,7 +242,7 @@ def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: T
     """
     divergence = per_token_kl(log_dists, prior_log_dists)
     later = to_go(divergence.detach()) - divergence.detach()
-    return (divergence + later * log_probs).sum(-1).mean()
+    return check_some((divergence + later * log_probs).sum(-1)).mean()
 
 
 # --- bias-corrected: a value in front, another gradient behind ------------------------------------
@@ -254,7 +256,7 @@ def straight_through_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
     log_ratio = log_probs - prior_log_probs
     forward, backward = k3(log_ratio).detach(), k2(log_ratio)
     # what is added is 0 in value and has k2's gradient
-    return (forward + backward - backward.detach()).sum(-1).mean()
+    return check_some((forward + backward - backward.detach()).sum(-1)).mean()
 
 
 @takes_numbers
@@ -269,7 +271,7 @@ def live_ratio_k3_token(
     Source: DeepSeek-V3.2 (2025), "unbiased KL estimate"; TRL's `use_bias_correction_kl`.
     """
     ratio = torch.exp(log_probs - behaviour_log_probs)
-    return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
+    return check_some((ratio * k3(log_probs - prior_log_probs)).sum(-1)).mean()
 
 
 @takes_numbers
@@ -282,7 +284,7 @@ def live_ratio_k3_prefix(
     What `live_ratio_k3_token` leaves out is in the ratios of earlier tokens.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))
-    return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
+    return check_some((ratio * k3(log_probs - prior_log_probs)).sum(-1)).mean()
 
 
 @takes_numbers
@@ -293,7 +295,7 @@ def live_ratio_k3(
     ∇KL(π‖q), on- and off-policy; gradient ρ u s.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1))
-    return (ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
+    return check_some(ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
 
 
 @takes_numbers
@@ -308,7 +310,7 @@ def detached_ratio_k3_token(
     Source: NeMo-RL's `use_on_policy_kl_approximation`.
     """
     ratio = torch.exp(log_probs - behaviour_log_probs).detach()
-    return (ratio * k3(log_probs - prior_log_probs)).sum(-1).mean()
+    return check_some((ratio * k3(log_probs - prior_log_probs)).sum(-1)).mean()
 
 
 @takes_numbers
@@ -319,7 +321,7 @@ def detached_ratio_k3(
     KL, on- and off-policy.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1)).detach()
-    return (ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
+    return check_some(ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
 
 
 # --- off-policy weights at each level -------------------------------------------------------------
@@ -343,7 +345,7 @@ def off_policy_token(
     """
     ratio = torch.exp(log_probs - behaviour_log_probs)
     penalty = (ratio * (log_probs - prior_log_probs)).detach()
-    return (penalty * log_probs).sum(-1).mean()
+    return check_some((penalty * log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -355,7 +357,7 @@ def off_policy_prefix(
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))  # ρ_≤t
     penalty = (ratio * (log_probs - prior_log_probs)).detach()
-    return (to_go(penalty) * log_probs).sum(-1).mean()
+    return check_some((to_go(penalty) * log_probs).sum(-1)).mean()
 
 
 @takes_numbers
@@ -367,4 +369,4 @@ def off_policy_sequence(
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1))
     log_ratio = (log_probs - prior_log_probs).sum(-1)
-    return ((ratio * log_ratio).detach() * log_probs.sum(-1)).mean()
+    return check_some((ratio * log_ratio).detach() * log_probs.sum(-1)).mean()

@@ -11,6 +11,7 @@ the sequence's KL. χ²(q‖π) is E_π[(q/π − 1)²]. N sequences, T tokens, 
 EOS log-probabilities are 0.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import any_known
+from klrl_edu.core.validation import any_known, check_number
+from klrl_edu.estimators.aggregation import token_mean
 
 # --- functions of the log-ratio -------------------------------------------------------------------
 
@@ -68,9 +71,20 @@ def control_variate(log_ratio: Tensor, coefficient: float | Tensor) -> Tensor:
     π's, as E_π[e^{−u}] = 1.
 
     c = 0 is k1 and c = 1 is k3. Variance Var(u) − 2c[KL(π‖q) + KL(q‖π)] + c²χ²(q‖π), least at
-    `best_coefficient`. May be negative for c ≠ 1.
+    `best_coefficient`. May be negative for c ≠ 1. At u = −inf the exponential decides.
+
+    Raises:
+        InputError: a coefficient that is not a finite number.
     """
-    return log_ratio + coefficient * torch.expm1(-log_ratio)
+    coefficient = torch.as_tensor(coefficient, dtype=log_ratio.dtype, device=log_ratio.device)
+    if any_known(~torch.isfinite(coefficient)):
+        raise InputError(f"coefficient = {coefficient.tolist()} must be finite.")
+    zero = torch.zeros_like(log_ratio)
+    # masked before the exponential: c = 0 is k1 also where e^{−u} overflows
+    correction = coefficient * torch.expm1(-torch.where(coefficient == 0, zero, log_ratio))
+    # u = −inf is the slower of two infinities, and gives way to e^{−u}
+    outdone = (log_ratio == -math.inf) & (correction == math.inf)
+    return torch.where(outdone, zero, log_ratio) + correction
 
 
 @takes_numbers
@@ -97,14 +111,24 @@ def fitted_coefficient(log_ratio: Tensor) -> Tensor:
 
     Used on the samples it was fitted to it makes `control_variate` biased, at order 1/n; fit it on
     others.
+
+    Raises:
+        InputError: no samples, or a log-ratio that is not finite.
     """
-    weight = torch.exp(-log_ratio)
+    if log_ratio.numel() == 0 or any_known(~torch.isfinite(log_ratio)):
+        raise InputError(
+            "log_ratio holds no number, or one that is not finite: there is no slope to fit; leave"
+            " out samples that the prior never gives."
+        )
+    # w by its largest value, which c* is divided by again: e^{−u} itself overflows below −709
+    lowest = log_ratio.min()
+    weight = torch.expm1(lowest - log_ratio)
     centred = weight - weight.mean()
     spread = centred.square().sum()
     # masked twice: a division by 0 would leave NaN in the gradient of the branch not taken
     divisor = torch.where(spread > 0, spread, torch.ones_like(spread))
     slope = -(centred * (log_ratio - log_ratio.mean())).sum() / divisor
-    return torch.where(spread > 0, slope, torch.ones_like(slope))
+    return torch.where(spread > 0, slope * torch.exp(lowest), torch.ones_like(slope))
 
 
 @takes_numbers
@@ -130,7 +154,11 @@ def clamped_k1(log_ratio: Tensor, bound: float) -> Tensor:
     """min(max(u, −b), b) [...]: biased by the tails, E[(−b − u)₊] − E[(u − b)₊].
 
     Its gradient is 0 where |u| > b.
+
+    Raises:
+        InputError: a bound below 0.
     """
+    bound = _checked_bound(bound)
     return log_ratio.clamp(-bound, bound)
 
 
@@ -141,8 +169,11 @@ def clamped_k3(log_ratio: Tensor, bound: float = 10.0) -> Tensor:
 
     Beyond b the gradient is 0, just where π is furthest below q: at b = 10 from q/π = 13.6 on. A
     token that the policy has lost is not pulled back.
+
+    Raises:
+        InputError: a bound below 0.
     """
-    return k3(log_ratio).clamp(max=bound)
+    return k3(log_ratio).clamp(max=_checked_bound(bound))
 
 
 @takes_numbers
@@ -150,8 +181,16 @@ def input_clamped_k3(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
     """k3(min(max(u, −b), b)) [...]: finite for every u, biased by the tails.
 
     Its gradient is 0 where |u| > b.
+
+    Raises:
+        InputError: a bound below 0.
     """
-    return k3(log_ratio.clamp(-bound, bound))
+    return k3(clamped_k1(log_ratio, bound))
+
+
+def _checked_bound(bound: float) -> float:
+    """b ≥ 0; inf clamps nothing."""
+    return check_number(bound, "bound", "at least 0", lambda x: x >= 0)
 
 
 # --- over the full vocabulary ---------------------------------------------------------------------
@@ -186,14 +225,15 @@ def rao_blackwell(log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
 
 @takes_numbers
 def kl_per_token(log_ratio: Tensor, live: Tensor) -> Tensor:
-    """The masked token mean of u that TRL logs as `kl`: Σ live·u / Σ live for u [N,T] -> scalar,
-    nats a token; NaN of nothing.
+    """The masked token mean of u that TRL logs as `kl`: Σ live·u / Σ live for u [N,T] -> scalar.
 
-    Not the sequence KL, and as a ratio of two sums not linear in the sequences: its expectation
-    depends on N where lengths vary.
+    In nats a token, and 0 where no token is live. Not the sequence KL, and as a ratio of two sums
+    not linear in the sequences: its expectation depends on N where lengths vary.
+
+    Raises:
+        InputError: no sequence.
     """
-    total = torch.where(live, log_ratio, torch.zeros_like(log_ratio)).sum()
-    return total / live.sum()
+    return token_mean(log_ratio, live)
 
 
 # --- from samples of another policy μ -------------------------------------------------------------

@@ -61,8 +61,11 @@ def _largest(log_dists: Tensor, k: int) -> Tensor:
     the sample.
     """
     size = log_dists.shape[-1]
-    if not 0 <= k <= size:
-        raise InputError(f"k = {k!r} must lie between 0 and the vocabulary's size {size}.")
+    whole = isinstance(k, int) and not isinstance(k, bool)
+    if not whole or not 0 <= k <= size:
+        raise InputError(
+            f"k = {k!r} must lie between 0 and the vocabulary's size {size}, a whole number."
+        )
     order = torch.sort(log_dists.detach(), dim=-1, descending=True, stable=True).indices
     rank = order.argsort(-1)  # the inverse of the permutation: where each token stands in it
     return rank < k

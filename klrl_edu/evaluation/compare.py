@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.core.arguments import check_arguments, check_draw
+from klrl_edu.core.arguments import check_arguments, check_draw, describe
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.validation import check_count, check_same_space
+from klrl_edu.core.validation import SUM_TOLERANCE, check_count, check_same_space
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.models.contract import (
@@ -48,7 +48,8 @@ class Comparison:
             too.
         objective_gap: λ log Z − J(π), computed as λ·reverse_kl (max r − J at λ = 0), which has no
             cancellation.
-        log_evidence_error: log Ẑ − log Z in nats for weighted particles; None for models.
+        log_evidence_error: log Ẑ − log Z in nats for weights; None for models, and for an exact
+            table that sums to one, which say nothing of Z.
         effective_sample_size: per sample, in (0, 1]: 1/Σ π*²/π for a model used as a proposal,
             (Σw)²/(n Σw²) for particles. Sampled, it is the reciprocal of an unbiased mean, and so
             biased itself.
@@ -95,6 +96,8 @@ class Comparison:
                 )
             return f"{far}; it covers the posterior (uncovered_mass 0) and stays on it."
         mass = f"{self.violating_mass:.3g} of the {what}'s mass (violating_mass)"
+        if self.violating_mass == 0:  # it is there, or the divergence would be finite
+            mass = f"some of the {what}'s mass, too little for a float,"
         if math.isinf(self.kl_to_prior):
             why = "lies where the prior has none: restrict_to_support keeps it off there"
         elif math.isinf(self.expected_reward):
@@ -203,7 +206,8 @@ def compare(
 
     Raises:
         InputError: an argument of another kind; another space; a prompt that the model does not
-            read; an exact comparison with a posterior that was not enumerated; `n` without `draw`.
+            read; a policy whose log-probabilities are NaN; an exact comparison with a posterior
+            that was not enumerated; `n` without `draw`.
     """
     if isinstance(target, Iterable):
         rows = tuple(compare(approximation, one, n=n, draw=draw) for one in target)
@@ -235,11 +239,15 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
     """
     sums, kl_coef = target.against(approximation), target.problem.kl_coef
     reverse_kl, kl_to_prior = float(sums.reverse_kl), float(sums.kl_to_prior)
+    _refuse_nan(sums.reverse_kl, approximation)
     # J as defined; its gap to the best is taken from the divergence, which cancels nothing
     objective = float(sums.expected_reward) - _product(kl_coef, kl_to_prior)
     log_evidence_error, sample_size = None, math.exp(-float(sums.log_second_moment))
     if isinstance(approximation, WeightedSequences):
-        log_evidence_error = float(approximation.log_evidence - target.log_evidence)
+        log_evidence = float(approximation.log_evidence)
+        # an exact table that sums to one is a distribution, as a model is, and says nothing of Z
+        if not approximation.exact or abs(log_evidence) > SUM_TOLERANCE:
+            log_evidence_error = log_evidence - float(target.log_evidence)
         if not approximation.exact:
             sample_size = float(approximation.effective_sample_size) / len(approximation)
     return Comparison(
@@ -256,6 +264,16 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
         uncovered_mass=float(sums.uncovered_mass),
         violating_mass=float(sums.violating_mass),
     )
+
+
+def _refuse_nan(values: Tensor, approximation: LanguageModel | WeightedSequences) -> None:
+    """A table of NaN would say nothing, and look like a result."""
+    if bool(torch.isnan(values).any()):
+        raise InputError(
+            f"compare(policy, target): the policy, {describe(approximation)}, gives NaN for"
+            " log-probabilities: weights that are NaN, or a forward() that divides 0 by 0. Take the"
+            " weights of an earlier step, or train again with a lower lr."
+        )
 
 
 def _or_none(value: Tensor | None) -> float | None:
@@ -286,6 +304,7 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
     mine = approximation.sample(n, draw=draw, prompt=problem.prompt)
     theirs = target.model.sample(n, draw=draw, prompt=problem.prompt)
     pi, star = _both_log_probs(approximation, target, mine)
+    _refuse_nan(pi, approximation)
     log_ratio = pi - sequence_log_probs(problem.prior, mine, problem.prompt)  # u [n]
     inside = log_ratio < math.inf
     rewards = torch.zeros_like(pi)
@@ -298,7 +317,7 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
     values = {
         "reverse_kl": _mean(_stepwise_kl(approximation, target.model, mine, problem.prompt)),
         "forward_kl": _mean(_stepwise_kl(target.model, approximation, theirs, problem.prompt)),
-        "total_variation": _mean((1 - torch.exp(star - pi)).clamp(min=0)),
+        "total_variation": _mean((-torch.expm1(star - pi)).clamp(min=0)),
         "jensen_shannon": ((js_mine + js_theirs) / 2, math.hypot(mine_error, theirs_error) / 2),
         "expected_reward": _mean(rewards),
         "kl_to_prior": _mean(log_ratio),

@@ -86,6 +86,42 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False)
 
 
+class RecordLines:
+    """A file of records, a line of strict JSON each: on disk as they come, whole or not at all.
+
+    Whoever stops the run finds every line that was written, and none that is cut.
+
+    Args:
+        path: of the file, which is begun anew.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        # unbuffered: what did not fit is not tried once more when the file is closed
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One record more.
+
+        Raises:
+            OSError: with the file's name; the file is as it was before.
+        """
+        line = memoryview(f"{json_line(record)}\n".encode())
+        whole = self._file.tell()
+        try:
+            while line:  # a disk that is filling up takes a part of it first
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(whole)
+            self._file.seek(whole)
+            error.filename = str(self.path)
+            raise
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._file.close()
+
+
 def jsonable(value: Any) -> Any:
     """Plain JSON values: tensors as lists, non-finite numbers as the strings "inf",
     "-inf", "nan".

@@ -11,12 +11,15 @@ sequence i, G sequences a group (prompt), μ the behaviour policy that drew them
 Schulman et al. (2017); Kool et al. (2019); Ahmadian et al. (2024); Shao et al. (2024).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError, UnsupportedPolicyError
+from klrl_edu.core.validation import any_known, check_number, check_some
 from klrl_edu.estimators.advantages import (
     centred,
     gae,
@@ -24,7 +27,11 @@ from klrl_edu.estimators.advantages import (
     population_z_score,
     sample_z_score,
 )
-from klrl_edu.estimators.aggregation import fixed_length, seq_mean_token_mean, token_mean
+from klrl_edu.estimators.aggregation import (
+    fixed_length,
+    seq_mean_token_mean,
+    token_mean,
+)
 from klrl_edu.estimators.kl_values import k3
 from klrl_edu.learning.batches import Batch, check_complete, needs
 
@@ -42,15 +49,17 @@ def exact(batch: Batch) -> Tensor:
 
     Raises:
         InputError: the batch holds drawn sequences; give it `sources.support(problem)`.
+        UnsupportedPolicyError: a sequence that π gives has reward −inf or no prior mass.
 
     Source: (1).
     """
     check_complete(batch, "losses.exact")
     log_prob = batch.log_probs.sum(-1)
+    reward = batch.rewards.sum(-1)
     log_ratio = log_prob - batch.prior_log_probs.sum(-1)  # u [N], nats
-    objective = logspace.expectation(
-        log_prob, batch.rewards.sum(-1) - batch.kl_coef * log_ratio
-    )  # a sequence that π never gives counts 0
+    _refuse_undefined(reward - batch.kl_coef * log_ratio, batch, given=log_prob > -math.inf)
+    # a sequence that π never gives counts 0
+    objective = logspace.expectation(log_prob, reward - batch.kl_coef * log_ratio)
     return -objective / (batch.group.max() + 1)
 
 
@@ -68,9 +77,15 @@ def reinforce(batch: Batch, baseline: float | Tensor = 0.0) -> Tensor:
     Returns:
         −mean (r − λu − b) log π, a scalar in reward units; only its gradient is meant.
 
+    Raises:
+        InputError: a baseline that is not a finite number.
+        UnsupportedPolicyError: as `penalised_reward`.
+
     Source: Williams (1992); (1).
     """
-    return -((penalised_reward(batch) - baseline) * batch.log_probs.sum(-1)).mean()
+    if not isinstance(baseline, Tensor):
+        baseline = check_number(baseline, "baseline", "a finite number", math.isfinite)
+    return -check_some((penalised_reward(batch) - baseline) * batch.log_probs.sum(-1)).mean()
 
 
 def rloo(batch: Batch) -> Tensor:
@@ -86,12 +101,13 @@ def rloo(batch: Batch) -> Tensor:
 
     Raises:
         InputError: a group holds one sequence, which leaves nothing to average.
+        UnsupportedPolicyError: as `penalised_reward`.
 
     Source: Kool et al. (2019); Ahmadian et al. (2024), eq. 8.
     """
     reward = penalised_reward(batch)
     advantage = reward - leave_one_out_mean(reward, batch.group)
-    return -(advantage * batch.log_probs.sum(-1)).mean()
+    return -check_some(advantage * batch.log_probs.sum(-1)).mean()
 
 
 def group_mean(batch: Batch) -> Tensor:
@@ -104,9 +120,12 @@ def group_mean(batch: Batch) -> Tensor:
     Returns:
         −mean (r − λu − mean) log π, a scalar in reward units: (G − 1)/G times `rloo`, sample by
         sample.
+
+    Raises:
+        UnsupportedPolicyError: as `penalised_reward`.
     """
     advantage = centred(penalised_reward(batch), batch.group)
-    return -(advantage * batch.log_probs.sum(-1)).mean()
+    return -check_some(advantage * batch.log_probs.sum(-1)).mean()
 
 
 def z_score(batch: Batch) -> Tensor:
@@ -125,7 +144,7 @@ def z_score(batch: Batch) -> Tensor:
         InputError: a group of one, or a reward that is not finite.
     """
     advantage = population_z_score(batch.rewards.sum(-1), batch.group)
-    return -(advantage * batch.log_probs.sum(-1)).mean()
+    return -check_some(advantage * batch.log_probs.sum(-1)).mean()
 
 
 # --- clipped ratios -------------------------------------------------------------------------------
@@ -141,7 +160,7 @@ def ppo_clip(
         batch: `log_probs` [N,T] with gradient, `behaviour_log_probs` and `rewards` [N,T].
         values: V(y_<t) [N,T] in reward units, or a number; with decay < 1 the gradient is biased
             unless they are exact.
-        clip: ε of (2).
+        clip: ε ≥ 0 of (2); inf clips nothing.
         decay: the λ of GAE; γ is 1.
 
     Returns:
@@ -149,11 +168,17 @@ def ppo_clip(
         fixed when the sequences are drawn. Off-policy, or after the first step on a batch, ρ_t
         corrects the token and not its prefix, and clipping adds its own bias.
 
+    Raises:
+        InputError: a clip below 0, a decay outside [0, 1], or a value that is not a finite number.
+        UnsupportedPolicyError: a reward of −inf, or a sequence without prior mass.
+
     Source: Schulman et al. (2017), eq. 7; Ziegler et al. (2019) for the reward.
     """
-    rewards = batch.rewards - batch.kl_coef.unsqueeze(-1) * (
-        batch.behaviour_log_probs - batch.prior_log_probs
-    )
+    if not isinstance(values, Tensor):
+        values = check_number(values, "values", "finite", math.isfinite)
+    penalty = batch.kl_coef.unsqueeze(-1) * (batch.behaviour_log_probs - batch.prior_log_probs)
+    rewards = batch.rewards - penalty
+    _refuse_undefined(rewards.sum(-1), batch)
     advantage = gae(
         rewards,
         torch.as_tensor(values, dtype=rewards.dtype).expand_as(rewards),
@@ -161,7 +186,7 @@ def ppo_clip(
         decay=decay,
     )
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
-    return -_clipped(ratio, advantage, clip, clip).sum(-1).mean()
+    return -check_some(_clipped(ratio, advantage, clip=clip).sum(-1)).mean()
 
 
 def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
@@ -171,7 +196,7 @@ def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
     Args:
         batch: `log_probs` [N,T] with gradient, `prior_log_probs`, `behaviour_log_probs`, `rewards`
             [N,T], `live`, `group`, `kl_coef`.
-        clip: ε of (2).
+        clip: ε ≥ 0 of (2); inf clips nothing.
         epsilon: added to the sample std (TRL 1e-4, verl 1e-6).
 
     Returns:
@@ -181,14 +206,16 @@ def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
         depends on the tokens. It is not 0 at π*.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or a clip or epsilon below 0.
+        UnsupportedPolicyError: a sequence without prior mass.
 
     Source: Shao et al. (2024), eq. 3 and 4.
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
+    _refuse_undefined(batch.prior_log_probs.sum(-1), batch)  # λ k3 would be inf, and NaN at λ = 0
     penalty = batch.kl_coef.unsqueeze(-1) * k3(batch.log_probs - batch.prior_log_probs)
-    return -seq_mean_token_mean(_clipped(ratio, advantage, clip, clip) - penalty, batch.live)
+    return -seq_mean_token_mean(_clipped(ratio, advantage, clip=clip) - penalty, batch.live)
 
 
 def grpo_without_kl(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
@@ -203,11 +230,11 @@ def grpo_without_kl(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -
         tilted towards short answers.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or a clip or epsilon below 0.
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
-    return -seq_mean_token_mean(_clipped(ratio, advantage, clip, clip), batch.live)
+    return -seq_mean_token_mean(_clipped(ratio, advantage, clip=clip), batch.live)
 
 
 def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
@@ -216,16 +243,19 @@ def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
 
     Args:
         batch: as for `grpo`; λ and the prior are not used, so λ = 0 is the objective.
-        clip: ε of (2).
+        clip: ε ≥ 0 of (2); inf clips nothing.
 
     Returns:
         −(1/NT) Σ_i Σ_t min(ρ_t A_i, clip(ρ_t) A_i), a scalar in reward units a token.
+
+    Raises:
+        InputError: a reward that is not finite, or a clip below 0.
 
     Source: Liu et al. (2025).
     """
     advantage = centred(batch.rewards.sum(-1), batch.group).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
-    return -fixed_length(_clipped(ratio, advantage, clip, clip), batch.live)
+    return -fixed_length(_clipped(ratio, advantage, clip=clip), batch.live)
 
 
 def dapo(
@@ -244,13 +274,15 @@ def dapo(
         sequences where lengths vary.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or a clip or epsilon below 0.
 
     Source: Yu et al. (2025).
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
-    return -token_mean(_clipped(ratio, advantage, clip_low, clip_high), batch.live)
+    return -token_mean(
+        _clipped(ratio, advantage, clip_low=clip_low, clip_high=clip_high), batch.live
+    )
 
 
 def gspo(
@@ -269,13 +301,13 @@ def gspo(
         corrects for μ only in part.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or a clip or epsilon below 0.
 
     Source: Zheng et al. (2025), eq. 5 to 7.
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon)
     ratio = torch.exp((batch.log_probs - batch.behaviour_log_probs).sum(-1) / batch.live.sum(-1))
-    return -_clipped(ratio, advantage, clip_low, clip_high).mean()
+    return -check_some(_clipped(ratio, advantage, clip_low=clip_low, clip_high=clip_high)).mean()
 
 
 def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Tensor:
@@ -292,14 +324,14 @@ def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Ten
         is that of `dapo`, sample by sample.
 
     Raises:
-        InputError: a group of one, or a reward that is not finite.
+        InputError: a group of one, a reward that is not finite, or a clip or epsilon below 0.
 
     Source: MiniMax-M1 (2025).
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
-    weight = (
-        torch.exp(batch.log_probs - batch.behaviour_log_probs).detach().clamp(max=1 + clip_high)
-    )
+    clip_high = _checked_clip(clip_high, "clip_high")
+    ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
+    weight = ratio.detach().clamp(max=1 + clip_high)
     return -token_mean(weight * advantage * batch.log_probs, batch.live)
 
 
@@ -320,21 +352,57 @@ def f_dpg(
     Returns:
         −mean sg(−f') log π, a scalar.
 
+    Raises:
+        InputError: λ = 0, where π* is no tilt of q, or a log_evidence that is not a finite number.
+
     Source: Go et al. (2023), theorem 1.
     """
-    log_target = (
-        batch.prior_log_probs.sum(-1) + batch.rewards.sum(-1) / batch.kl_coef - log_evidence
-    )
+    if any_known(batch.kl_coef == 0):
+        raise InputError("kl_coef = 0: f_dpg needs log π* = log q + r/λ − log Z; give λ above 0.")
+    if not isinstance(log_evidence, Tensor):
+        log_evidence = check_number(log_evidence, "log_evidence", "a finite number", math.isfinite)
+    log_prior, reward = batch.prior_log_probs.sum(-1), batch.rewards.sum(-1)
+    log_target = log_prior + reward / batch.kl_coef - log_evidence
     log_prob = batch.log_probs.sum(-1)
-    return -(pseudo_reward(log_prob.detach() - log_target) * log_prob).mean()
+    return -check_some(pseudo_reward(log_prob.detach() - log_target) * log_prob).mean()
 
 
 def penalised_reward(batch: Batch) -> Tensor:
-    """r − λu [N] in reward units, without gradient."""
+    """r − λu [N] in reward units, without gradient.
+
+    Raises:
+        UnsupportedPolicyError: a reward of −inf, or a sequence without prior mass, where the
+            gradient of J is undefined at every λ.
+    """
     log_ratio = batch.log_probs.detach().sum(-1) - batch.prior_log_probs.sum(-1)  # u [N], nats
-    return batch.rewards.sum(-1) - batch.kl_coef * log_ratio
+    reward = batch.rewards.sum(-1) - batch.kl_coef * log_ratio
+    _refuse_undefined(reward, batch)
+    return reward
 
 
-def _clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """min(ρA, clip(ρ, 1 − low, 1 + high) A) of (2)."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+def _refuse_undefined(reward: Tensor, batch: Batch, given: Tensor | None = None) -> None:
+    """Refuses a batch in which r − λu [N] is not finite; with `given` [N] only where that holds."""
+    bad = ~torch.isfinite(reward)
+    bad = bad if given is None else bad & given
+    if not any_known(bad):
+        return
+    i = int(bad.nonzero()[0])
+    fields = {"reward": "rewards", "log q": "prior_log_probs", "log π": "log_probs"}
+    numbers = {word: float(getattr(batch, name)[i].detach().sum()) for word, name in fields.items()}
+    given_numbers = ", ".join(f"{word} {number:g}" for word, number in numbers.items())
+    raise UnsupportedPolicyError(
+        f"sequence {i} of the batch has {given_numbers} and kl_coef {float(batch.kl_coef[i]):g}, so"
+        " r − λu is not finite and J has no gradient. Where a reward or log q is -inf, keep the"
+        " policy off there: restrict_to_support(policy, feasible_prior(problem))."
+    )
+
+
+def _checked_clip(clip: float, name: str) -> float:
+    """How far a ratio may lie from 1."""
+    return check_number(clip, name, "at least 0 (inf: no clipping)", lambda x: x >= 0)
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, **clips: float) -> Tensor:
+    """min(ρA, clip(ρ, 1 − low, 1 + high) A) of (2), by `clip` or by `clip_low` and `clip_high`."""
+    bounds = [_checked_clip(value, name) for name, value in clips.items()]
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - bounds[0], 1 + bounds[-1]) * advantage)

@@ -6,11 +6,14 @@ Jordan et al. (2024); torch.optim.Muon. Every direction of a matrix moves at the
 brings down the slow tail of a divergence that Adam leaves: see the bench's row on a thousand steps.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from klrl_edu.core.validation import check_number
 
 
 class MuonWithAdam(torch.optim.Optimizer):
@@ -19,11 +22,16 @@ class MuonWithAdam(torch.optim.Optimizer):
     Args:
         model: the policy; its Linear weights in a list of blocks (nn.ModuleList) get Muon,
             everything else Adam.
-        lr: of Muon.
-        adam_lr: of Adam.
+        lr: of Muon, at least 0.
+        adam_lr: of Adam, at least 0.
+
+    Raises:
+        InputError: a rate that is not a finite number of at least 0.
     """
 
     def __init__(self, model: nn.Module, *, lr: float = 1e-3, adam_lr: float = 3e-4):
+        for name, rate in (("lr", lr), ("adam_lr", adam_lr)):
+            check_number(rate, name, "at least 0", lambda x: 0 <= x < math.inf)
         matrices = {id(parameter) for parameter in _block_matrices(model)}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(trainable, {})

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from klrl_edu.core import logspace
 from klrl_edu.core.arguments import check_arguments, check_draw, describe
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, UnsupportedPolicyError
+from klrl_edu.core.numbers import as_numbers
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_count, check_kl_coef, check_same_space
@@ -406,15 +408,16 @@ def _log_weights(weights: Sequence[float] | Tensor | None, rows: int, size: int 
     """log of normalised weights [P]."""
     if weights is None:
         return torch.full((rows,), -math.log(max(rows, 1)), dtype=torch.float64)
-    given = torch.as_tensor(weights, dtype=torch.float64)
-    if given.shape != (rows,) or not bool((given >= 0).all()) or not float(given.sum()) > 0:
+    given = as_numbers(weights, "weights")
+    sound = torch.isfinite(given) & (given >= 0)
+    if given.shape != (rows,) or not bool(sound.all()) or not bool((given > 0).any()):
         raise InputError(
-            f"weights has shape {list(given.shape)}; expected {rows} numbers, none negative and"
-            " not all 0."
+            f"weights has shape {list(given.shape)}; expected {rows} numbers, finite, none negative"
+            " and not all 0."
         )
     if size is None:
         raise InputError("weights say how often a row is drawn; give size= and draw= with them.")
-    return (given / given.sum()).log()
+    return logspace.log_normalize(given.double().log())  # whose sum may overflow
 
 
 def _feasible_sequences(problem: Problem) -> Tensor:

@@ -24,6 +24,7 @@ from klrl_edu.exact.posterior import Posterior
 from klrl_edu.learning.batches import Batch, Loss, check_loss, needs_of
 from klrl_edu.learning.sources import Source, check_policy, on_policy, support
 from klrl_edu.learning.updates import (
+    LOST,
     LastGoodWeights,
     Optimizers,
     check_max_grad_norm,
@@ -38,6 +39,7 @@ Schedule = Callable[[float], float]
 """Fraction of the run done, in [0, 1) -> factor of the learning rate."""
 _BATCH_SIZE = 64
 _WARM_UP = 0.1  # of the run
+_HUGE = 1e150  # a reward above it squares to infinity
 
 
 def constant(done: float) -> float:
@@ -111,9 +113,10 @@ def train_steps(
             −inf.
         InputError: an argument, the source or the loss is not what it should be; names the step
             where a batch is at fault.
-        DivergedError: loss, gradient or weights turned NaN or infinite; names the step, last good
-            weights kept. Weights are looked at when they are next used and after the last step, so
-            a loop that is left early may leave with a broken last update.
+        DivergedError: loss, gradient or weights turned NaN or infinite, or an update moved a weight
+            so far that probabilities underflow to 0; names the step, last good weights kept.
+            Weights are looked at when they are next used and after the last step, so a loop that is
+            left early may leave with a broken last update.
     """
     _check_nouns(policy, source, loss)
     check_count(steps, "steps", 0)
@@ -132,27 +135,26 @@ def train_steps(
         try:
             batch = _next(next_batch, policy, step)
             value = loss(batch)
-            _check_loss(value, step)
+            check_loss(value)
+            _refuse_not_finite(value, "the loss", batch, step)
             if step == 1:
                 refuse_unheld(value, parameters)
+            for each in optimizers:
+                each.zero_grad()
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            _refuse_not_finite(norm, "the gradient's norm", batch, step)
         except (InputError, DivergedError) as error:
             weights.check(step - 1)  # did the last update break the policy?
             if not isinstance(error, DivergedError):
                 error.args = (f"step {step}: {error}", *error.args[1:])
             raise
-        for each in optimizers:
-            each.zero_grad()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        if not bool(torch.isfinite(norm)):
-            raise DivergedError(
-                f"step {step}: the gradient's norm is {float(norm)}; the last good weights are"
-                " kept. Lower lr, or look at the loss.",
-                step,
-            )
         weights.keep(batch)
         for each in optimizers:
             each.step()
+        reach = max(1.0, min(float(norm), clip))  # Adam moves by its rate, descent by rate · norm
+        if reach * max(group["lr"] for each in optimizers for group in each.param_groups) > LOST:
+            weights.check_jump(step)
         if step == steps:
             weights.check(step)
         yield {
@@ -317,7 +319,8 @@ def _next(source: Source, policy: LanguageModel, step: int) -> Batch:
 
 def _factor(schedule: Schedule, done: float) -> float:
     factor = schedule(done)
-    if not isinstance(factor, float | int) or not 0 <= factor < math.inf:
+    number = isinstance(factor, float | int) and not isinstance(factor, bool)
+    if not number or not 0 <= factor < math.inf:
         raise InputError(
             f"schedule({done:.4g}) = {factor!r}; expected a factor of the learning rate, at least"
             " 0."
@@ -328,15 +331,23 @@ def _factor(schedule: Schedule, done: float) -> float:
 # --- the loss and the record ----------------------------------------------------------------------
 
 
-def _check_loss(value: Tensor, step: int) -> None:
-    check_loss(value)
-    if not bool(torch.isfinite(value)):
-        number = float(value.detach())
-        raise DivergedError(
-            f"step {step}: the loss is {number}; the last good weights are kept. Lower lr, or look"
-            " at the loss.",
-            step,
+def _refuse_not_finite(value: Tensor, what: str, batch: Batch, step: int) -> None:
+    """A loss or gradient that is not finite has diverged, or the rewards are too large for it."""
+    if bool(torch.isfinite(value)):
+        return
+    number = float(value.detach())
+    rewards = batch.tensors().get("rewards")
+    largest = 0.0 if rewards is None else float(rewards.abs().max())
+    if _HUGE < largest < math.inf:
+        raise InputError(
+            f"{what} is {number}, as rewards reach {largest:g} and their products overflow; divide"
+            " reward and kl_coef by one number, which leaves the posterior as it is."
         )
+    raise DivergedError(
+        f"step {step}: {what} is {number}; the last good weights are kept. Lower lr, or look at the"
+        " loss.",
+        step,
+    )
 
 
 @torch.no_grad()

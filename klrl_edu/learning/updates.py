@@ -8,16 +8,19 @@ counts for clipping; an update that leaves a NaN would lose the policy.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from klrl_edu.core.errors import DivergedError, InputError
+from klrl_edu.core.validation import check_number
 from klrl_edu.learning.batches import Batch, Loss
 from klrl_edu.models.contract import LanguageModel
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _TRIED = 16  # sequences, one a group, on which an update is tried
+LOST = 745.0  # nats: e^−745 is the smallest float above 0
 
 
 def optimizers_of(
@@ -83,8 +86,7 @@ def _distinct(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    if isinstance(lr, bool) or not (isinstance(lr, float | int) and 0 < lr < math.inf):
-        raise InputError(f"lr = {lr!r} must be a positive number.")
+    lr = check_number(lr, "lr", "a positive number", lambda x: 0 < x < math.inf)
     return torch.optim.Adam(
         parameters,
         lr=lr,
@@ -117,10 +119,8 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float:
     """The norm to clip to, inf for none; a negative one would turn the gradient round."""
     if max_grad_norm is None:
         return math.inf
-    number = isinstance(max_grad_norm, float | int) and not isinstance(max_grad_norm, bool)
-    if not number or not max_grad_norm > 0:
-        raise InputError(f"max_grad_norm = {max_grad_norm!r} must be a positive number, or None.")
-    return float(max_grad_norm)
+    rule = "a positive number, or None"
+    return check_number(max_grad_norm, "max_grad_norm", rule, lambda x: x > 0)
 
 
 class LastGoodWeights:
@@ -144,15 +144,42 @@ class LastGoodWeights:
         """
         if self.tried is None:
             return
-        tried = self.policy.token_log_prob(*self.tried)  # the function would refuse the NaN itself
         finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
-        if finite and not bool(torch.isnan(tried).any()):
-            return
+        if not finite or self._gives_nan():
+            self._take_back(step, "made the policy NaN or infinite")
+
+    @torch.no_grad()
+    def check_jump(self, step: int) -> None:
+        """Raises DivergedError, with the kept weights back in place, if update `step` moved one of
+        the policy's weights so far that the policy is lost, finite though it is.
+        """
+        self.check(step)
+        own = {id(parameter) for parameter in self.policy.parameters()}
+        jump = 0.0
+        for parameter, old, moved in zip(self.parameters, self.kept, self._moved(), strict=True):
+            if id(parameter) in own:
+                before = torch.where(torch.isfinite(old), old, 0.0)
+                jump = max(jump, float((moved - before).abs().max()))
+        if jump > LOST:
+            self._take_back(
+                step,
+                f"moved a weight by {jump:.3g}, and a logit that far below another has probability"
+                " 0, which no later step raises again",
+            )
+
+    def _gives_nan(self) -> bool:
+        """Whether the policy's log-probabilities are NaN."""
+        assert self.tried is not None
+        try:
+            return bool(torch.isnan(token_log_probs(self.policy, *self.tried)).any())
+        except InputError:  # it gave these sequences before, so now it is the policy that is broken
+            return True
+
+    def _take_back(self, step: int, what: str) -> NoReturn:
         for parameter, old in zip(self.parameters, self.kept, strict=True):
             parameter.copy_(old)
         raise DivergedError(
-            f"step {step}: its update made the policy NaN or infinite; the last good weights are"
-            " back in place. Lower lr.",
+            f"step {step}: its update {what}; the last good weights are back in place. Lower lr.",
             step,
         )
 

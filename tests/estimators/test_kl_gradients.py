@@ -18,7 +18,7 @@ from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.problems.problem import Problem
 from klrl_edu.testing import policies, problems
-from tests.estimators.cases import expectations, flat_gradient, truths, vector, whole_batch
+from tests.estimators.cases import called, expectations, flat_gradient, truths, vector, whole_batch
 from tests.exact.dictionaries import assert_close
 
 ON_POLICY = {
@@ -338,3 +338,22 @@ def test_surrogates_run_under_vmap(name):
     together = torch.func.vmap(torch.func.grad(value))(*fields)
     apart = torch.stack([torch.func.grad(value)(*(field[i] for field in fields)) for i in range(3)])
     assert torch.allclose(together, apart, rtol=1e-12, atol=1e-14)
+
+
+# --- over a batch ---------------------------------------------------------------------------------
+
+
+SURROGATES = [
+    name
+    for name, one in vars(kl_gradients).items()
+    if getattr(one, "__module__", "") == kl_gradients.__name__
+]
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_the_surrogate_of_a_batch_is_the_mean_of_its_sequences(name):
+    whole = whole_batch(answers_case())
+    function = getattr(kl_gradients, name)
+    alone = [float(called(function, whole.pick(torch.tensor([i]))).detach()) for i in range(5)]
+    together = called(function, whole.pick(torch.arange(5)))
+    assert float(together.detach()) == pytest.approx(math.fsum(alone) / 5, rel=1e-12, abs=1e-15)

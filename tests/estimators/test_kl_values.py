@@ -150,8 +150,8 @@ def test_the_token_mean_leaves_padding_out():
     assert float(kl_per_token(log_ratio, live)) == 2.0
 
 
-def test_the_token_mean_of_nothing_is_nan():
-    assert math.isnan(float(kl_per_token(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))))
+def test_the_token_mean_of_nothing_is_0_as_in_trl():
+    assert float(kl_per_token(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))) == 0
 
 
 # --- the control-variate family -------------------------------------------------------------------

@@ -3,6 +3,7 @@ outcome of sampling.
 """
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.evaluation.compare import Comparisons, compare
 from klrl_edu.exact.posterior import Posterior, posterior
-from klrl_edu.models.contract import sequence_log_probs
+from klrl_edu.models.contract import enumerate_support, sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy, four_sentences_space
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import table_reward, text_reward
+from klrl_edu.problems.rewards import count_reward, table_reward, text_reward
 from klrl_edu.testing import policies, problems
 from tests.exact.dictionaries import INF, assert_close, live_tuples, reward_dict, table_dict
 
@@ -457,3 +458,76 @@ def test_sampled_numbers_at_infinite_kl_coef_are_infinite_and_never_nan():
     )
     assert found.objective == -math.inf
     assert not any(math.isnan(value) for value in found.metrics().values() if value is not None)
+
+
+def test_the_error_of_a_sampled_sample_size_is_that_of_a_reciprocal():
+    target, policy, n = posterior(four_sentences()), four_sentences_policy(), 50
+    seen = compare(policy, target, n=n, draw=seeded_draw(3))
+    draw = seeded_draw(3)
+    policy.sample(n, draw=draw)  # the policy's come first
+    theirs = target.model.sample(n, draw=draw)
+    logs = (sequence_log_probs(model, theirs).detach() for model in (target.model, policy))
+    weights = [
+        math.exp(star - mine) for star, mine in zip(*(x.tolist() for x in logs), strict=True)
+    ]
+    mean, error = statistics.fmean(weights), statistics.stdev(weights) / math.sqrt(n)
+    assert seen.effective_sample_size == pytest.approx(1 / mean, rel=1e-12)
+    # by the delta method: |d(1/m)/dm| = 1/m²
+    assert seen.standard_error["effective_sample_size"] == pytest.approx(error / mean**2, rel=1e-12)
+
+
+# --- what is no number, and what is too small for one ---------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [RecurrentModel, PrefixTable])
+def test_a_policy_of_nan_is_refused_and_gives_no_table(kind, weights):
+    problem = four_sentences()
+    policy = kind(problem.space)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.fill_(weights)
+    with pytest.raises(InputError, match=r"NaN"):
+        compare(policy, posterior(problem))
+    with pytest.raises(InputError, match=r"NaN"):
+        compare(policy, posterior(problem), n=4, draw=seeded_draw(0))
+
+
+def test_each_number_of_a_sampled_comparison_is_refused_or_meant():
+    target, policy = posterior(four_sentences()), four_sentences_policy()
+    for n in (math.nan, INF, -1, 0, 1, True, 2.0, 1e30, 1j, "2"):
+        with pytest.raises(InputError, match=r"n = .* must be a whole number of at least 2"):
+            compare(policy, target, n=n, draw=seeded_draw(0))
+
+
+@pytest.mark.parametrize("log_mass", [-700.0, -744.0, -800.0, -1e300])
+def test_a_forbidden_sequence_costs_everything_however_little_mass_it_has(log_mass):
+    space = SequenceTable.from_texts({"a": 0.5, "b": 0.5}).space
+    prior = SequenceTable.from_texts({"a": 0.5, "b": 0.5})
+    hard = Problem(prior, table_reward({"a": 1.0, "b": -INF}, space), 1.0)
+    faint = SequenceTable(space, prior.tokens, torch.tensor([0.0, log_mass], dtype=torch.float64))
+    seen = compare(faint, posterior(hard))
+    assert (seen.expected_reward, seen.objective) == (-INF, -INF)
+    assert (seen.objective_gap, seen.reverse_kl) == (INF, INF)
+    little = "too little for a float" if log_mass < -750 else f"{math.exp(log_mass):.3g} of the pol"
+    assert little in seen.summary
+
+
+@pytest.mark.parametrize("mass", [4e-18, 1e-300, 1e-3])
+def test_a_total_variation_of_almost_nothing_keeps_its_digits(mass):
+    space = SequenceTable.from_texts({"a": 0.5, "b": 0.5}).space
+
+    def with_rest_on_a(p):
+        logs = torch.tensor([math.log1p(-p), math.log(p)], dtype=torch.float64)
+        return SequenceTable(space, space.encode(["a", "b"]), logs)
+
+    # at λ = inf the posterior is the prior
+    target = posterior(Problem(with_rest_on_a(2 * mass), count_reward("a", space), INF))
+    seen = compare(with_rest_on_a(mass), target)
+    assert seen.total_variation == pytest.approx(mass, rel=1e-12, abs=0)
+
+
+def test_an_exact_table_that_sums_to_one_says_nothing_of_the_evidence():
+    target = posterior(four_sentences())
+    assert compare(enumerate_support(target.model), target).log_evidence_error is None
+    assert compare(target.model, target).log_evidence_error is None

@@ -1,5 +1,6 @@
 """Histories, strict JSON, and files that are whole or absent."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -8,6 +9,8 @@ import json
 import math
 import os
 import pickle
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import torch
 from klrl_edu.core.errors import CheckpointError
 from klrl_edu.evaluation.records import (
     History,
+    RecordLines,
     json_line,
     jsonable,
     load_checkpoint,
@@ -197,6 +201,50 @@ def test_jsonable_copies_and_does_not_change_its_input():
     assert record == {"loss": math.inf}
 
 
+@contextlib.contextmanager
+def files_end_at(size):
+    """No file grows past `size` bytes, as on a full disk."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_cuts_no_record_in_two_and_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines, wrote = RecordLines(path), []
+
+    def fill_the_disk():
+        for step in range(100):
+            lines.write({"step": step, "loss": 1 / 3})
+            wrote.append(step)
+
+    with files_end_at(1000):
+        with pytest.raises(OSError, match="metrics") as caught:
+            fill_the_disk()
+        assert caught.value.filename == str(path)
+        # every line is whole, and the file's last one is the last that was written
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == wrote
+        assert 10 < len(wrote) < 100
+        assert path.read_bytes().endswith(b"}\n")
+    lines.write({"step": "after", "loss": math.inf})  # room was made
+    lines.close()
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": "after", "loss": "inf"}
+    assert len(path.read_text().splitlines()) == len(wrote) + 1
+
+
+def test_records_are_on_disk_before_the_file_is_closed(tmp_path):
+    lines = RecordLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1, "text": "é"})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"))["text"] == "é"
+    lines.close()
+
+
 # --- histories ------------------------------------------------------------------------------------
 
 
@@ -232,5 +280,9 @@ def test_a_long_history_prints_first_and_last():
     assert lines[2].split()[0] == "1"
     assert lines[-1].split()[0] == "100"
     assert len(lines) < 15
+    for length in range(1, 30):  # whatever the stride, the last step stands there, and once
+        shown = [row[0] for row in History([{"step": n} for n in range(length)])._table()[1]]
+        assert shown[-1] == length - 1
+        assert len(shown) == len(set(shown))
     assert str(History()) == "History: no steps"
     assert "<table>" in History([{"step": 1}])._repr_html_()

@@ -292,10 +292,45 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token():
     assert float(slope[0, 0]) == 0  # dropped there
 
 
-def test_dapo_lets_ratios_rise_further_than_grpo():
-    assert [
-        float(losses._clipped(vector(1.25), vector(1.0), 0.2, high)) for high in (0.2, 0.28)
-    ] == [1.2, 1.25]
+def two_answers(ratio):
+    """Two one-word answers of rewards 1 and 0, each `ratio` times as probable as when drawn."""
+    case = four_sentences_case()
+    batch = whole_batch(case).pick(torch.tensor([0, 3]))
+    first = torch.zeros_like(batch.rewards)
+    first[0, 0] = 1
+    behaviour = (batch.log_probs - math.log(ratio)).detach()
+    return dataclasses.replace(batch, behaviour_log_probs=behaviour, rewards=first)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest", "highest", "won", "lost"),
+    [
+        ("grpo", 0.8, 1.2, sample_score(1, 0), sample_score(0, 1)),
+        ("grpo_without_kl", 0.8, 1.2, sample_score(1, 0), sample_score(0, 1)),
+        ("dapo", 0.8, 1.28, sample_score(1, 0), sample_score(0, 1)),
+        ("gspo", 1 - 3e-4, 1 + 4e-4, sample_score(1, 0), sample_score(0, 1)),
+        ("dr_grpo", 0.8, 1.2, 0.5, -0.5),
+        ("ppo_clip", 0.8, 1.2, 1, 0),  # no baseline, and the reward is that of one token
+    ],
+)
+def test_each_loss_clips_where_it_was_published_to(name, lowest, highest, won, lost):
+    for ratio in (0.5, 0.9999, 1.0001, 1.15, 1.25, 2.0):
+        batch = dataclasses.replace(two_answers(ratio), kl_coef=torch.zeros(2).double())
+        # the answer that won stops at the upper bound, the one that lost at the lower one
+        expected = -(min(ratio, highest) * won + max(ratio, lowest) * lost) / 2
+        value = float(getattr(losses, name)(batch).detach())
+        assert value == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_cispos_weight_ends_at_five_and_has_no_gradient():
+    advantage = torch.tensor([[sample_score(1, 0)], [sample_score(0, 1)]], dtype=torch.float64)
+    for ratio, weight in ((0.1, 0.1), (4.9, 4.9), (5.1, 5.0), (8.0, 5.0)):
+        batch = two_answers(ratio)
+        value = losses.cispo(batch)
+        expected = -weight * (advantage * batch.log_probs.detach()).sum() / 4
+        assert float(value.detach()) == pytest.approx(float(expected), rel=1e-12)
+        (gradient,) = torch.autograd.grad(value, batch.log_probs)
+        assert torch.allclose(gradient, -weight * advantage / 4, rtol=1e-12, atol=0)
 
 
 def test_gspo_takes_the_geometric_mean_of_the_ratios():
