@@ -20,7 +20,6 @@ from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import any_known, check_number
 
 _STEPS = 100_000
 
@@ -70,20 +69,16 @@ def dpo_loss(
     """The population loss of DPO (1), a scalar in nats, with gradient to log_policy [K].
 
     Args:
-        log_prior: [K].
+        log_prior: [K], with mass everywhere.
         preferences: P [K,K].
-        kl_coef: λ > 0 in reward units a nat.
         log_behaviour: the law [K] of each of the two compared outcomes, drawn independently; the
-            prior by default. What it never draws does not count.
-
-    Raises:
-        InputError: λ not positive, or an outcome that is compared and that policy or prior never
-            give.
+            prior by default.
     """
-    check_number(kl_coef, "kl_coef", "a positive number", lambda x: 0 < x < math.inf)
-    ratio, pairs = _compared(log_policy, log_prior, preferences, log_behaviour)
-    margin = kl_coef * ratio
-    return -(pairs * logsigmoid(margin[:, None] - margin)).sum()
+    weights = (log_prior if log_behaviour is None else log_behaviour).exp()
+    margin = kl_coef * (log_policy - log_prior)  # λu
+    log_wins = logsigmoid(margin[:, None] - margin)
+    pairs = weights[:, None] * weights * check_preferences(preferences)
+    return -(pairs * log_wins).sum()
 
 
 @takes_numbers
@@ -96,31 +91,12 @@ def ipo_loss(
 ) -> Tensor:
     """The population loss of IPO (2), a scalar, with gradient to log_policy [K].
 
-    Arguments and errors as in `dpo_loss`; τ > 0 in preference units a nat.
-    """
-    check_number(tau, "tau", "a positive number", lambda x: 0 < x < math.inf)
-    ratio, pairs = _compared(log_policy, log_prior, preferences, log_behaviour)
-    return (pairs * (ratio[:, None] - ratio - 1 / (2 * tau)) ** 2).sum()
-
-
-def _compared(
-    log_policy: Tensor, log_prior: Tensor, preferences: Tensor, log_behaviour: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """u [K], 0 for what is never drawn, and the probability [K,K] of drawing i and j and of i
-    winning.
+    Arguments as in `dpo_loss`; τ in preference units a nat.
     """
     weights = (log_prior if log_behaviour is None else log_behaviour).exp()
-    drawn, zero = weights > 0, torch.zeros_like(weights)
-    # masked before the difference: −inf − (−inf) would be NaN, in the gradient too
-    ratio = torch.where(drawn, log_policy, zero) - torch.where(drawn, log_prior, zero)
-    if any_known(~torch.isfinite(ratio)):
-        i = int((~torch.isfinite(ratio)).nonzero()[0])
-        raise InputError(
-            f"outcome {i} is compared, and log_policy[{i}] = {float(log_policy[i])},"
-            f" log_prior[{i}] = {float(log_prior[i])}: both need mass there; leave it out, or give"
-            " log_behaviour without it."
-        )
-    return ratio, weights[:, None] * weights * check_preferences(preferences)
+    ratio = log_policy - log_prior  # u
+    pairs = weights[:, None] * weights * check_preferences(preferences)
+    return (pairs * (ratio[:, None] - ratio - 1 / (2 * tau)) ** 2).sum()
 
 
 @takes_numbers

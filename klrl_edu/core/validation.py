@@ -149,6 +149,13 @@ def check_same_space(left: Any, right: Any, what: str) -> None:
         )
 
 
+def check_some(values: Tensor) -> Tensor:
+    """The values [N] of a batch that holds a sequence: the mean of nothing is no number."""
+    if values.numel() == 0:
+        raise InputError("the batch holds no sequence, so there is no mean; give at least one.")
+    return values
+
+
 def any_known(condition: Tensor) -> bool | None:
     """Whether a condition [...] holds anywhere; None inside `torch.func.vmap`.
 

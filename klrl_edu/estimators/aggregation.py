@@ -13,13 +13,11 @@ and agree with it up to a constant where all lengths are equal. Liu et al. (2025
 al. (2025), DAPO.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import check_count, check_number, check_some
+from klrl_edu.core.validation import check_count, check_some
 
 
 @takes_numbers
@@ -37,9 +35,7 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
 
     Source: Liu et al. (2025), Dr. GRPO.
     """
-    tokens = values.shape[-1] if length is None else check_count(length, "length")
-    # a whole number may be larger than any float
-    constant = check_number(tokens, "length", "a number of tokens", math.isfinite)
+    constant = values.shape[-1] if length is None else check_count(length, "length")
     return check_some(_sums(values, live)).mean() / constant
 
 

@@ -27,7 +27,7 @@ OWN = {
     for name, function in FUNCTIONS.items()
     if function.__module__ in {module.__name__ for module in MODULES}
 }
-HOSTILE = (NAN, INF, -INF, -1, 0, True, 1.5, 1e30, 10**400, 1j, "1", vector(1.0, 2.0))
+HOSTILE = (NAN, INF, -INF, -1, 0, True, 1.5, 1e30, 1j, "1", vector(1.0, 2.0))
 # what has a meaning, and so a value; everything else of HOSTILE is refused
 MEANT = {
     "bound": (INF, 0, 1.5, 1e30),
