@@ -74,12 +74,11 @@ def centred(values: Tensor, group: Tensor) -> Tensor:
 
 @takes_numbers
 def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> Tensor:
-    """(R − mean)/(std + ε) in each group, with the population std (divided by n): [N] and group [N]
-    -> [N], without unit.
+    """(R − mean)/(std + ε) in each group, with the population std (divided by n).
 
-    Dividing by a std that contains R changes the direction: with rewards 0 and 1 of mean p and ε =
-    0, E[A s] = E_{k~Bin(n,p)}[√(k/n (1 − k/n))] ∇p/(p(1 − p)), which as n → ∞ ascends 2 arcsin √p.
-    Equal rewards give 0, never 0/0.
+    [N] and group [N] -> [N], without unit. Dividing by a std that contains R changes the direction:
+    with rewards 0 and 1 of mean p and ε = 0, E[A s] = E_{k~Bin(n,p)}[√(k/n (1 − k/n))] ∇p/(p(1 −
+    p)), which as n → ∞ ascends 2 arcsin √p. Equal rewards give 0, never 0/0.
 
     Raises:
         InputError: a group of one, a reward that is not finite, or ε below 0.
@@ -91,11 +90,11 @@ def population_z_score(values: Tensor, group: Tensor, epsilon: float = 0.0) -> T
 
 @takes_numbers
 def sample_z_score(values: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """(R − mean)/(std + ε) in each group, with the sample std (divided by n − 1): [N] and group [N]
-    -> [N], without unit.
+    """(R − mean)/(std + ε) in each group, with the sample std (divided by n − 1).
 
-    What TRL (ε = 1e-4) and verl (ε = 1e-6) compute: √((n − 1)/n) times `population_z_score` for ε =
-    0, and less where ε is not small beside the std. Equal rewards give 0.
+    [N] and group [N] -> [N], without unit. What TRL (ε = 1e-4) and verl (ε = 1e-6) compute: √((n −
+    1)/n) times `population_z_score` for ε = 0, and less where ε is not small beside the std. Equal
+    rewards give 0.
 
     Raises:
         InputError: a group of one, a reward that is not finite, or ε below 0.
@@ -186,24 +185,27 @@ def gae(
 
 @takes_numbers
 def fdpg_reverse_kl(log_ratio: Tensor) -> Tensor:
-    """−f' = −(log t + 1), f = t log t, of log t = log π/p [...]: the reward of KL(π‖p). Constants
-    are baselines, so p need not be normalised.
+    """−f' = −(log t + 1), f = t log t, of log t = log π/p [...]: the reward of KL(π‖p).
+
+    Constants are baselines, so p need not be normalised.
     """
     return -(log_ratio + 1)
 
 
 @takes_numbers
 def fdpg_forward_kl(log_ratio: Tensor) -> Tensor:
-    """−f' = 1/t, f = −log t, of log t = log π/p [...]: the reward p/π of KL(p‖π), which is DPG
-    (Khalifa et al., 2021). Needs p normalised.
+    """−f' = 1/t, f = −log t, of log t = log π/p [...]: the reward p/π of KL(p‖π).
+
+    This is DPG (Khalifa et al., 2021); it needs p normalised.
     """
     return torch.exp(-log_ratio)
 
 
 @takes_numbers
 def fdpg_total_variation(log_ratio: Tensor) -> Tensor:
-    """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p), which
-    only says whether π has too much.
+    """−f' = −½ sign(log t), f = ½|t − 1|, of log t = log π/p [...]: the reward of TV(π, p).
+
+    It only says whether π has too much.
     """
     # the sign of NaN is 0 to torch
     return torch.where(torch.isnan(log_ratio), log_ratio, -torch.sign(log_ratio) / 2)

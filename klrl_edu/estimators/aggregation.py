@@ -22,16 +22,18 @@ from klrl_edu.core.validation import check_count, check_some
 
 @takes_numbers
 def seq_mean_token_sum(values: Tensor, live: Tensor) -> Tensor:
-    """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar. A mean over sequences, so unbiased for
-    the sequence's expected sum E_π Σ_t x_t.
+    """(1/N) Σ_i Σ_t x_it: values and live [N,T] -> scalar.
+
+    A mean over sequences, so unbiased for the sequence's expected sum E_π Σ_t x_t.
     """
     return check_some(_sums(values, live)).mean()
 
 
 @takes_numbers
 def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Tensor:
-    """(1/NL) Σ_i Σ_t x_it with a constant L, by default T: values and live [N,T] -> scalar. Its
-    mean is 1/L of the sum's, whatever the lengths.
+    """(1/NL) Σ_i Σ_t x_it with a constant L, by default T: values and live [N,T] -> scalar.
+
+    Its mean is 1/L of the sum's, whatever the lengths.
 
     Source: Liu et al. (2025), Dr. GRPO.
     """
@@ -41,8 +43,9 @@ def fixed_length(values: Tensor, live: Tensor, length: int | None = None) -> Ten
 
 @takes_numbers
 def seq_mean_token_mean(values: Tensor, live: Tensor) -> Tensor:
-    """(1/N) Σ_i (1/L_i) Σ_t x_it: values and live [N,T] -> scalar. Its mean is E_π[Σ_t x_t/L], in
-    which a token of a long sequence counts less.
+    """(1/N) Σ_i (1/L_i) Σ_t x_it: values and live [N,T] -> scalar, of mean E_π[Σ_t x_t/L].
+
+    A token of a long sequence counts less there.
 
     Source: GRPO, Shao et al. (2024), eq. 3.
     """

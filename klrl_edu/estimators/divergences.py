@@ -31,8 +31,9 @@ def forward_kl(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def forward_kl_nonnegative(log_ratio: Tensor) -> Tensor:
-    """KL(q‖π) by f = t − 1 − log t: w log w − w + 1 ≥ 0 [...], what k3 is to k1; unbiased, exact to
-    the last digits near u = 0, 1 where q = 0.
+    """KL(q‖π) by f = t − 1 − log t: w log w − w + 1 ≥ 0 [...], what k3 is to k1.
+
+    Unbiased, exact to the last digits near u = 0, and 1 where q = 0.
     """
     zero = torch.zeros_like(log_ratio)
     # w (e^u − 1 − u) keeps the digits near u = 0 and overflows for large u; 1 − (1 + u) w does the
@@ -56,8 +57,9 @@ def chi_squared(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def reverse_chi_squared(log_ratio: Tensor) -> Tensor:
-    """½χ²(q‖π) = ½E_π(w − 1)² by ½(e^{−u} − 1)² [...]: unbiased; twice it is the variance of an
-    importance weight w.
+    """½χ²(q‖π) = ½E_π(w − 1)² by ½(e^{−u} − 1)² [...]: unbiased.
+
+    Twice it is the variance of an importance weight w.
     """
     return torch.expm1(-log_ratio).square() / 2
 

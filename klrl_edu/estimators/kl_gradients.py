@@ -1,5 +1,4 @@
-"""Surrogates whose gradient estimates that of a KL: scalars to minimise, of which only the gradient
-is meant.
+"""Surrogates whose gradient estimates that of a KL: scalars of which only the gradient is meant.
 
     ∇E_π[k] = E_π[k s] + E_π[∇k],    s = ∇log π(y) = Σ_t s_t                                     (1)
     E_π[u s] = ∇KL(π‖q),   E_π[∇u] = 0;    E_π[∇k2] = ∇KL(π‖q);    E_π[∇k3] = ∇KL(q‖π),
@@ -34,8 +33,9 @@ from klrl_edu.estimators.kl_values import clamped_k3, k2, k3, per_token_kl
 
 @takes_numbers
 def reward_k1(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean sg(u) log π, two [N,T] -> scalar: unbiased for ∇KL(π‖q). REINFORCE on −u. Variance
-    E[u²‖s‖²] − ‖∇KL‖², over N.
+    """mean sg(u) log π, two [N,T] -> scalar: unbiased for ∇KL(π‖q), REINFORCE on −u.
+
+    Variance E[u²‖s‖²] − ‖∇KL‖², over N.
 
     Source: Ziegler et al. (2019), eq. 2, where u stands in the reward of PPO; (2).
     """
@@ -57,11 +57,10 @@ def reward_k1_to_go(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 def reward_rao_blackwell_to_go(
     log_probs: Tensor, prior_log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
 ) -> Tensor:
-    """mean Σ_t sg(u_t + Σ_{t'>t} KL_t') log π_t, [N,T] and [N,T,V] twice -> scalar: unbiased for
-    ∇KL(π‖q) by (3).
+    """mean Σ_t sg(u_t + Σ_{t'>t} KL_t') log π_t, [N,T] and [N,T,V] twice -> scalar.
 
-    The sampled u_t is kept for the token itself: KL_t depends on the prefix alone, so E[KL_t s_t] =
-    0 and it would carry no signal there.
+    Unbiased for ∇KL(π‖q) by (3). The sampled u_t is kept for the token itself: KL_t depends on the
+    prefix alone, so E[KL_t s_t] = 0 and it would carry no signal there.
     """
     ahead = to_go(per_token_kl(log_dists, prior_log_dists).detach())  # Σ_{t'≥t} KL_t'
     later = torch.cat([ahead[..., 1:], torch.zeros_like(ahead[..., :1])], -1)  # without t itself
@@ -71,8 +70,7 @@ def reward_rao_blackwell_to_go(
 
 @takes_numbers
 def reward_full_kl(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """mean sg(Σ_t KL_t) log π, the exact per-token KL put into the reward, [N,T] and [N,T,V] twice
-    -> scalar.
+    """mean sg(Σ_t KL_t) log π, [N,T] and [N,T,V] twice -> scalar: the exact KL_t in the reward.
 
     A trap: it follows ∇KL(π‖q) − E_π Σ_t ∇KL_t, the second term of (3) alone, which is 0 for
     sequences of one token.
@@ -226,8 +224,9 @@ def reward_and_loss_k3(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
 @takes_numbers
 def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t [sg(Σ_{t'≥t} k3(u_t')) log π_t + k3(u_t)], two [N,T] -> scalar: unbiased for
-    ∇KL(π‖q), as E[k3(u_t)|y_<t] = KL_t.
+    """mean Σ_t [sg(Σ_{t'≥t} k3(u_t')) log π_t + k3(u_t)], two [N,T] -> scalar.
+
+    Unbiased for ∇KL(π‖q), as E[k3(u_t)|y_<t] = KL_t.
     """
     values = k3(log_probs - prior_log_probs)
     return check_some((to_go(values.detach()) * log_probs + values).sum(-1)).mean()
@@ -235,10 +234,9 @@ def reward_and_loss_k3_token(log_probs: Tensor, prior_log_probs: Tensor) -> Tens
 
 @takes_numbers
 def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor) -> Tensor:
-    """mean Σ_t [KL_t + sg(Σ_{t'>t} KL_t') log π_t], [N,T] and [N,T,V] twice -> scalar: unbiased for
-    ∇KL(π‖q), the right side of (3).
+    """mean Σ_t [KL_t + sg(Σ_{t'>t} KL_t') log π_t], [N,T] and [N,T,V] twice -> scalar.
 
-    Source: Amini et al. (2025).
+    Unbiased for ∇KL(π‖q), the right side of (3). Source: Amini et al. (2025).
     """
     divergence = per_token_kl(log_dists, prior_log_dists)
     later = to_go(divergence.detach()) - divergence.detach()
@@ -250,8 +248,9 @@ def rao_blackwell_to_go(log_probs: Tensor, log_dists: Tensor, prior_log_dists: T
 
 @takes_numbers
 def straight_through_k2(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """mean Σ_t of k3(u_t) in value and u_t²/2 in gradient (verl's `k3+`), two [N,T] -> scalar:
-    unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t).
+    """mean Σ_t of k3(u_t) in value and u_t²/2 in gradient (verl's `k3+`), two [N,T] -> scalar.
+
+    Unbiased for the per-token E_π Σ_t ∇KL(π_t‖q_t).
     """
     log_ratio = log_probs - prior_log_probs
     forward, backward = k3(log_ratio).detach(), k2(log_ratio)
@@ -278,10 +277,10 @@ def live_ratio_k3_token(
 def live_ratio_k3_prefix(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean Σ_t ρ_≤t k3(u_t) with the gradient of the cumulative ratio, three [N,T] -> scalar:
-    unbiased for ∇KL(π‖q), on- and off-policy.
+    """mean Σ_t ρ_≤t k3(u_t) with the gradient of the cumulative ratio, three [N,T] -> scalar.
 
-    What `live_ratio_k3_token` leaves out is in the ratios of earlier tokens.
+    Unbiased for ∇KL(π‖q), on- and off-policy. What `live_ratio_k3_token` leaves out is in the
+    ratios of earlier tokens.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))
     return check_some((ratio * k3(log_probs - prior_log_probs)).sum(-1)).mean()
@@ -291,8 +290,9 @@ def live_ratio_k3_prefix(
 def live_ratio_k3(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean ρ k3(u) of the sequence with the ratio's gradient, three [N,T] -> scalar: unbiased for
-    ∇KL(π‖q), on- and off-policy; gradient ρ u s.
+    """mean ρ k3(u) of the sequence with the ratio's gradient, three [N,T] -> scalar.
+
+    Unbiased for ∇KL(π‖q), on- and off-policy; the gradient is ρ u s.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1))
     return check_some(ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
@@ -302,11 +302,10 @@ def live_ratio_k3(
 def detached_ratio_k3_token(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean Σ_t sg(ρ_t) k3(u_t), three [N,T] -> scalar: unbiased on-policy for the per-token
-    *forward* E_π Σ_t ∇KL(q_t‖π_t).
+    """mean Σ_t sg(ρ_t) k3(u_t), three [N,T] -> scalar: on-policy a *forward* KL per token.
 
-    A detached ratio moves the samples from μ to π and no more; on-policy it is `loss_k3_token`.
-    Off-policy the same over prefixes from μ.
+    Unbiased for E_π Σ_t ∇KL(q_t‖π_t). A detached ratio moves the samples from μ to π and no more;
+    on-policy it is `loss_k3_token`. Off-policy the same over prefixes from μ.
     Source: NeMo-RL's `use_on_policy_kl_approximation`.
     """
     ratio = torch.exp(log_probs - behaviour_log_probs).detach()
@@ -317,8 +316,9 @@ def detached_ratio_k3_token(
 def detached_ratio_k3(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean sg(ρ) k3(u) of the sequence, three [N,T] -> scalar: unbiased for ∇KL(q‖π), the *forward*
-    KL, on- and off-policy.
+    """mean sg(ρ) k3(u) of the sequence, three [N,T] -> scalar: unbiased for ∇KL(q‖π).
+
+    That is the *forward* KL, on- and off-policy.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1)).detach()
     return check_some(ratio * k3((log_probs - prior_log_probs).sum(-1))).mean()
@@ -340,8 +340,9 @@ def off_policy_unweighted(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 def off_policy_token(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean Σ_t sg(ρ_t u_t) log π_t, three [N,T] -> scalar: follows E_{prefixes of μ} Σ_t
-    ∇KL(π_t‖q_t), on-policy the per-token reverse KL.
+    """mean Σ_t sg(ρ_t u_t) log π_t, three [N,T] -> scalar: a per-token KL on μ's prefixes.
+
+    Follows E_{prefixes of μ} Σ_t ∇KL(π_t‖q_t), on-policy the per-token reverse KL.
     """
     ratio = torch.exp(log_probs - behaviour_log_probs)
     penalty = (ratio * (log_probs - prior_log_probs)).detach()
@@ -352,8 +353,9 @@ def off_policy_token(
 def off_policy_prefix(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean Σ_t sg(Σ_{t'≥t} ρ_≤t' u_t') log π_t, three [N,T] -> scalar: unbiased for ∇KL(π‖q) where
-    π's support lies in μ's; by (3).
+    """mean Σ_t sg(Σ_{t'≥t} ρ_≤t' u_t') log π_t, three [N,T] -> scalar: unbiased for ∇KL(π‖q).
+
+    By (3), where π's support lies in μ's.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).cumsum(-1))  # ρ_≤t
     penalty = (ratio * (log_probs - prior_log_probs)).detach()
@@ -364,8 +366,9 @@ def off_policy_prefix(
 def off_policy_sequence(
     log_probs: Tensor, prior_log_probs: Tensor, behaviour_log_probs: Tensor
 ) -> Tensor:
-    """mean sg(ρ u) log π, three [N,T] -> scalar: unbiased for ∇KL(π‖q) where π's support lies in
-    μ's. Variance E_π[ρ u²‖s‖²] − ‖∇KL‖², over N.
+    """mean sg(ρ u) log π, three [N,T] -> scalar: unbiased for ∇KL(π‖q).
+
+    Where π's support lies in μ's. Variance E_π[ρ u²‖s‖²] − ‖∇KL‖², over N.
     """
     ratio = torch.exp((log_probs - behaviour_log_probs).sum(-1))
     log_ratio = (log_probs - prior_log_probs).sum(-1)

@@ -44,13 +44,12 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def k3(log_ratio: Tensor) -> Tensor:
-    """e^{−u} − 1 + u ≥ 0 [...]: unbiased where q's support lies in π's; exact to the last digits
-    near u = 0. Schulman (2020).
+    """e^{−u} − 1 + u ≥ 0 [...]: unbiased where q's support lies in π's. Schulman (2020).
 
-    Its variance is Var_π(u) + χ²(q‖π) − 2[KL(π‖q) + KL(q‖π)]: below k1's only while χ²(q‖π) is less
-    than twice the symmetric KL. At u = −inf (π = 0, never sampled) and u = +inf (q = 0, KL
-    infinite) it is +inf. Where e^{−u} overflows it is +inf with a RuntimeWarning that gives its log
-    (none inside `torch.func.vmap`).
+    Exact to the last digits near u = 0. Its variance is Var_π(u) + χ²(q‖π) − 2[KL(π‖q) + KL(q‖π)]:
+    below k1's only while χ²(q‖π) is less than twice the symmetric KL. At u = −inf (π = 0, never
+    sampled) and u = +inf (q = 0, KL infinite) it is +inf. Where e^{−u} overflows it is +inf with a
+    RuntimeWarning that gives its log (none inside `torch.func.vmap`).
     """
     values = logspace.expm1_minus_identity(-log_ratio)
     overflow = torch.isinf(values) & torch.isfinite(log_ratio)
@@ -67,11 +66,11 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 @takes_numbers
 def control_variate(log_ratio: Tensor, coefficient: float | Tensor) -> Tensor:
-    """k_c = u + c(e^{−u} − 1) [...] of (2): unbiased for every constant c where q's support lies in
-    π's, as E_π[e^{−u}] = 1.
+    """k_c = u + c(e^{−u} − 1) [...] of (2): unbiased for every constant c.
 
-    c = 0 is k1 and c = 1 is k3. Variance Var(u) − 2c[KL(π‖q) + KL(q‖π)] + c²χ²(q‖π), least at
-    `best_coefficient`. May be negative for c ≠ 1. At u = −inf the exponential decides.
+    Where q's support lies in π's, as then E_π[e^{−u}] = 1. c = 0 is k1 and c = 1 is k3. Variance
+    Var(u) − 2c[KL(π‖q) + KL(q‖π)] + c²χ²(q‖π), least at `best_coefficient`. May be negative for c ≠
+    1. At u = −inf the exponential decides.
 
     Raises:
         InputError: a coefficient that is not a finite number.
@@ -89,11 +88,10 @@ def control_variate(log_ratio: Tensor, coefficient: float | Tensor) -> Tensor:
 
 @takes_numbers
 def best_coefficient(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
-    """c* = −Cov_π(u, w)/Var_π(w), w = e^{−u}, from the log-probabilities [..., K] of every outcome
-    under π and q -> [...].
+    """c* = −Cov_π(u, w)/Var_π(w), w = e^{−u}: log-probabilities [..., K] twice -> [...].
 
-    It is (2) where π covers q, as then E_π[w] = 1 and E_π[uw] = −KL(q‖π). NaN where π = q, when
-    every c has variance 0.
+    From those of every outcome under π and q. It is (2) where π covers q, as then E_π[w] = 1 and
+    E_π[uw] = −KL(q‖π). NaN where π = q, when every c has variance 0.
     """
     drawn = log_probs > -torch.inf
     # −inf − (−inf) is NaN; any number does where π has no mass
@@ -106,11 +104,10 @@ def best_coefficient(log_probs: Tensor, prior_log_probs: Tensor) -> Tensor:
 
 @takes_numbers
 def fitted_coefficient(log_ratio: Tensor) -> Tensor:
-    """c* fitted to samples, −Σ(u − ū)(w − w̄)/Σ(w − w̄)², w = e^{−u}: u [n] -> scalar; 1 (k3) where
-    all u are equal.
+    """c* fitted to samples, −Σ(u − ū)(w − w̄)/Σ(w − w̄)², w = e^{−u}: u [n] -> scalar.
 
-    Used on the samples it was fitted to it makes `control_variate` biased, at order 1/n; fit it on
-    others.
+    1 (k3) where all u are equal. Used on the samples it was fitted to it makes `control_variate`
+    biased, at order 1/n; fit it on others.
 
     Raises:
         InputError: no samples, or a log-ratio that is not finite.
@@ -164,11 +161,10 @@ def clamped_k1(log_ratio: Tensor, bound: float) -> Tensor:
 
 @takes_numbers
 def clamped_k3(log_ratio: Tensor, bound: float = 10.0) -> Tensor:
-    """min(k3, b) [...], as verl's `low_var_kl`, NeMo-RL and others clamp the output: biased
-    downwards by E[(k3 − b)₊].
+    """min(k3, b) [...], as verl's `low_var_kl`, NeMo-RL and others clamp the output.
 
-    Beyond b the gradient is 0, just where π is furthest below q: at b = 10 from q/π = 13.6 on. A
-    token that the policy has lost is not pulled back.
+    Biased downwards by E[(k3 − b)₊]. Beyond b the gradient is 0, just where π is furthest below q:
+    at b = 10 from q/π = 13.6 on. A token that the policy has lost is not pulled back.
 
     Raises:
         InputError: a bound below 0.
@@ -293,10 +289,10 @@ def off_policy_sequence(
 def off_policy_rao_blackwell(
     log_probs: Tensor, behaviour_log_probs: Tensor, log_dists: Tensor, prior_log_dists: Tensor
 ) -> Tensor:
-    """Σ_t ρ_<t KL_t: log-probabilities [N,T] twice, distributions [N,T,V] twice -> [N] in nats;
-    unbiased where π's support lies in μ's.
+    """Σ_t ρ_<t KL_t: log-probabilities [N,T] twice, distributions [N,T,V] twice -> [N] in nats.
 
-    KL_t depends on the prefix alone, so the token's own ratio is not needed.
+    Unbiased where π's support lies in μ's. KL_t depends on the prefix alone, so the token's own
+    ratio is not needed.
     """
     log_ratio = log_probs - behaviour_log_probs
     none_yet = torch.zeros_like(log_ratio[..., :1])

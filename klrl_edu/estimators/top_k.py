@@ -29,11 +29,10 @@ def top_k_truncated(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tenso
 def top_k_tail_sampled(
     log_dists: Tensor, prior_log_dists: Tensor, tokens: Tensor, k: int
 ) -> Tensor:
-    """The first sum of (1) plus log π/q of the sampled token if it lies in the tail: [N,T,V] twice,
-    tokens [N,T] -> [N,T] in nats.
+    """The first sum of (1) plus log π/q of the sampled token if it lies in the tail.
 
-    Unbiased for KL_t: E[1{y∉S} u(y)] is the second sum. k = 0 is k1 and k = V the full KL_t; given
-    the prefix its variance is that of 1{y∉S} u(y).
+    [N,T,V] twice, tokens [N,T] -> [N,T] in nats. Unbiased for KL_t: E[1{y∉S} u(y)] is the second
+    sum. k = 0 is k1 and k = V the full KL_t; given the prefix its variance is that of 1{y∉S} u(y).
     """
     chosen = _largest(log_dists, k)
     known = _known_part(log_dists, prior_log_dists, chosen)
@@ -45,11 +44,10 @@ def top_k_tail_sampled(
 
 @takes_numbers
 def top_k_tail_bucket(log_dists: Tensor, prior_log_dists: Tensor, k: int) -> Tensor:
-    """The KL of the distributions that put all the tail into one bucket: [N,T,V] twice -> [N,T] in
-    nats.
+    """The KL of the distributions that put all the tail into one bucket.
 
-    Biased downwards (a coarser view: data processing inequality), between 0 and KL_t, and equal to
-    KL_t where π/q is constant over the tail.
+    [N,T,V] twice -> [N,T] in nats. Biased downwards (a coarser view: data processing inequality),
+    between 0 and KL_t, and equal to KL_t where π/q is constant over the tail.
     """
     chosen = _largest(log_dists, k)  # of π: q's bucket holds the same tokens
     coarse, prior_coarse = _with_bucket(log_dists, chosen), _with_bucket(prior_log_dists, chosen)

@@ -138,9 +138,7 @@ def jsonable(value: Any) -> Any:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: to a temporary neighbour first, then renamed over the old
-    one.
-    """
+    """Writes a file whole or not at all: to a temporary neighbour, renamed over the old one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as out:

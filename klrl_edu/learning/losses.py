@@ -111,8 +111,9 @@ def rloo(batch: Batch) -> Tensor:
 
 
 def group_mean(batch: Batch) -> Tensor:
-    """REINFORCE minus the mean of the whole group, the sequence included: the expected gradient is
-    −(G − 1)/G · ∇J.
+    """REINFORCE minus the mean of the whole group: its gradient expects −(G − 1)/G · ∇J.
+
+    The mean holds the sequence itself, which the factor comes from.
 
     Args:
         batch: as for `rloo`; at G = 1 the loss is 0.
@@ -129,8 +130,9 @@ def group_mean(batch: Batch) -> Tensor:
 
 
 def z_score(batch: Batch) -> Tensor:
-    """REINFORCE on the reward's z-score in its group (population std, no ε), without KL: GRPO's
-    gradient in its simplest form.
+    """REINFORCE on the reward's z-score in its group (population std, no ε), without KL.
+
+    GRPO's gradient in its simplest form.
 
     Args:
         batch: as for `rloo`; λ is not used.
@@ -153,8 +155,9 @@ def z_score(batch: Batch) -> Tensor:
 def ppo_clip(
     batch: Batch, values: Tensor | float = 0.0, *, clip: float = 0.2, decay: float = 1.0
 ) -> Tensor:
-    """PPO with the KL penalty in each token's reward and given values: unbiased for −∇J on-policy
-    with decay = 1, whatever the values.
+    """PPO with the KL penalty in each token's reward and given values.
+
+    Unbiased for −∇J on-policy with decay = 1, whatever the values.
 
     Args:
         batch: `log_probs` [N,T] with gradient, `behaviour_log_probs` and `rewards` [N,T].
@@ -190,8 +193,9 @@ def ppo_clip(
 
 
 def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
-    """GRPO as published and as TRL's loss_type="grpo": z-scored reward, per-token clipping, mean
-    over each sequence's tokens, k3 in the loss.
+    """GRPO as published and as TRL's loss_type="grpo".
+
+    Z-scored reward, per-token clipping, mean over each sequence's tokens, k3 in the loss.
 
     Args:
         batch: `log_probs` [N,T] with gradient, `prior_log_probs`, `behaviour_log_probs`, `rewards`
@@ -238,8 +242,9 @@ def grpo_without_kl(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -
 
 
 def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
-    """GRPO done right: the reward minus the group's mean, no std, and a fixed length: the expected
-    gradient on-policy is −(G − 1)/(GT) · ∇E[r].
+    """GRPO done right: the reward minus the group's mean, no std, and a fixed length.
+
+    The expected gradient on-policy is −(G − 1)/(GT) · ∇E[r].
 
     Args:
         batch: as for `grpo`; λ and the prior are not used, so λ = 0 is the objective.
@@ -261,8 +266,9 @@ def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
 def dapo(
     batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.28, epsilon: float = 1e-4
 ) -> Tensor:
-    """DAPO's loss: GRPO without KL, with a higher upper clip and the mean over all tokens of the
-    batch (its dynamic sampling is the sampler's).
+    """DAPO's loss: GRPO without KL, with a higher upper clip and the mean over the batch's tokens.
+
+    Its dynamic sampling is the sampler's.
 
     Args:
         batch: as for `grpo`; λ and the prior are not used.
@@ -311,8 +317,9 @@ def gspo(
 
 
 def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Tensor:
-    """CISPO: REINFORCE with the token ratio as a weight, clipped from above and without gradient,
-    so that no token is dropped.
+    """CISPO: REINFORCE with the token ratio as a weight, clipped from above and without gradient.
+
+    So no token is dropped.
 
     Args:
         batch: as for `grpo`; λ and the prior are not used.

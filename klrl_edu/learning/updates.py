@@ -95,8 +95,9 @@ def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
 
 
 def refuse_unheld(value: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Refuses a loss that reaches a trainable tensor which no optimiser holds, by a walk of its
-    graph: a lambda around a module with parameters, say, which nothing else could see.
+    """Refuses a loss that reaches a trainable tensor which no optimiser holds.
+
+    By a walk of its graph: a lambda around a module, say, hides its parameters from all else.
     """
     held = {id(parameter) for parameter in parameters}
     seen, waiting = set(), [value.grad_fn]
@@ -139,8 +140,9 @@ class LastGoodWeights:
 
     @torch.no_grad()
     def check(self, step: int) -> None:
-        """Raises DivergedError, with the kept weights back in place, if update `step` broke the
-        policy or left a NaN or an infinity among the weights.
+        """Raises DivergedError if update `step` broke the policy or left weights not finite.
+
+        The kept weights are back in place then.
         """
         if self.tried is None:
             return
@@ -150,8 +152,9 @@ class LastGoodWeights:
 
     @torch.no_grad()
     def check_jump(self, step: int) -> None:
-        """Raises DivergedError, with the kept weights back in place, if update `step` moved one of
-        the policy's weights so far that the policy is lost, finite though it is.
+        """Raises DivergedError if update `step` moved a weight of the policy too far to come back.
+
+        The policy is lost then, finite though it is; the kept weights are back in place.
         """
         self.check(step)
         own = {id(parameter) for parameter in self.policy.parameters()}
