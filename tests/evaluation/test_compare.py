@@ -16,6 +16,7 @@ from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.evaluation.compare import Comparisons, compare
+from klrl_edu.exact import support_sums
 from klrl_edu.exact.posterior import Posterior, posterior
 from klrl_edu.models.contract import enumerate_support, sequence_log_probs
 from klrl_edu.models.recurrent import RecurrentModel
@@ -531,3 +532,12 @@ def test_an_exact_table_that_sums_to_one_says_nothing_of_the_evidence():
     target = posterior(four_sentences())
     assert compare(enumerate_support(target.model), target).log_evidence_error is None
     assert compare(target.model, target).log_evidence_error is None
+
+
+def test_a_total_variation_is_taken_from_the_side_that_rounding_leaves_alone():
+    # the normaliser's rounding, 1e-16, stands on the large outcome of q
+    log_p = torch.tensor([0.0, math.log(4e-18)], dtype=torch.float64)
+    log_q = torch.tensor([-1.2e-16, math.log(8e-18)], dtype=torch.float64)
+    for one, other in ((log_p, log_q), (log_q, log_p)):
+        assert float(support_sums._total_variation(one, other)) == pytest.approx(4e-18, rel=1e-12)
+    assert float(support_sums._total_variation(log_p, log_p)) == 0
