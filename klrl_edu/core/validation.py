@@ -89,13 +89,6 @@ def brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def check_some(values: Tensor) -> Tensor:
-    """The values [N] of a batch that holds a sequence: the mean of nothing is no number."""
-    if values.numel() == 0:
-        raise InputError("the batch holds no sequence, so there is no mean; give at least one.")
-    return values
-
-
 def check_probabilities(
     probs: Sequence[float] | Tensor, name: str = "probs", *, normalize: bool = False
 ) -> Tensor:

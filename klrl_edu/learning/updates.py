@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from klrl_edu.core.errors import DivergedError, InputError
 from klrl_edu.core.validation import check_number
 from klrl_edu.learning.batches import Batch, Loss
-from klrl_edu.models.contract import LanguageModel
+from klrl_edu.models.contract import LanguageModel, token_log_probs
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 _TRIED = 16  # sequences, one a group, on which an update is tried
@@ -175,7 +175,7 @@ class LastGoodWeights:
         assert self.tried is not None
         try:
             return bool(torch.isnan(token_log_probs(self.policy, *self.tried)).any())
-        except InputError:  # it gave these sequences before, so now it is the policy that is broken
+        except InputError:  # it gave these sequences before: now the policy is broken
             return True
 
     def _take_back(self, step: int, what: str) -> NoReturn:
