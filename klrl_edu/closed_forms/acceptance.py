@@ -9,7 +9,8 @@
     its exact mean, by every multiset of draws                                                   (4)
 
 Eikema et al. (2022) for (2); Liu (1996), Theorem 2.1, for (3). K outcomes; log q in nats, rewards
-in reward units.
+in reward units. Every function raises InputError where log q [K] is not normalised, or a reward
+that counts is NaN or +inf.
 """
 
 import math
@@ -18,12 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.closed_forms.soft_maximum import scaled_advantage
+from klrl_edu.closed_forms.tilt import tilt, tilt_log_ratio
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.multisets import count_multisets, multisets
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.outcomes import check_outcomes
+from klrl_edu.core.validation import check_count, check_number
 
 MAX_MULTISETS = 1_000_000
 
@@ -41,11 +44,11 @@ def rejection_acceptance(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> 
     """The probability (1) that a draw from q is accepted: the mean of e^{(r − max r)/λ} under q.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
     """
+    check_outcomes(log_prior, rewards)
     # max π*/q is e^{max r/λ}/Z, the inverse of (1)
-    log_star = tilt(log_prior, rewards, kl_coef).log_posterior
-    return math.exp(-float(_log_weights(log_prior, log_star).amax()))
+    return math.exp(-float(tilt_log_ratio(log_prior, rewards, kl_coef).amax()))
 
 
 @takes_numbers
@@ -55,21 +58,26 @@ def quasi_rejection(
     """What quasi-rejection (2) draws from, and its cost.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
         log_beta: log β in nats; from max r/λ on it is rejection, and exact.
 
     Raises:
-        InputError: β not positive and finite.
+        InputError: β not positive and finite, or λ = 0.
     """
-    if not math.isfinite(log_beta):
-        raise InputError(f"log_beta = {log_beta!r} must be finite.")
-    tilted = tilt(log_prior, rewards, kl_coef)
-    log_unnormalised = tilted.log_posterior + tilted.log_evidence  # log P
-    capped = torch.minimum(log_unnormalised, log_prior + log_beta)
+    check_outcomes(log_prior, rewards)
+    log_beta = check_number(log_beta, "log_beta", "finite", math.isfinite)
+    if kl_coef == 0:
+        raise InputError("kl_coef = 0 makes e^{r/λ} 0 or infinite: no β caps it; give λ above 0.")
+    log_star = tilt(log_prior, rewards, kl_coef).log_posterior
+    best = rewards[log_prior > -math.inf].amax()
+    advantage = scaled_advantage(rewards, best, kl_coef)
+    # log P/βq of the best; below 0 nothing is capped, and it is taken out of the acceptance alone
+    ceiling = best / kl_coef - log_beta
+    capped = log_prior + (advantage + ceiling.clamp(min=0)).clamp(max=0)
     log_mass = logspace.logsumexp(capped)
     log_probs = capped - log_mass
-    acceptance = math.exp(float(log_mass) - log_beta)
-    distance = float((log_probs.exp() - tilted.log_posterior.exp()).abs().sum()) / 2
+    acceptance = math.exp(float(log_mass + ceiling.clamp(max=0)))
+    distance = float((log_probs.exp() - log_star.exp()).abs().sum()) / 2
     return QuasiRejection(log_probs, acceptance, distance)
 
 
@@ -80,9 +88,10 @@ def metropolis_matrix(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Ten
     From an outcome without posterior mass every proposal is accepted.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
     """
-    log_a = _log_weights(log_prior, tilt(log_prior, rewards, kl_coef).log_posterior)
+    check_outcomes(log_prior, rewards)
+    log_a = tilt_log_ratio(log_prior, rewards, kl_coef)
     log_ratio = log_a[None, :] - log_a[:, None]  # log a′/a, NaN where both are 0
     leaves_nothing = (log_a == -math.inf)[:, None]
     accept = torch.where(leaves_nothing, 0.0, log_ratio).clamp(max=0.0).exp()
@@ -97,9 +106,11 @@ def metropolis_second_eigenvalue(log_prior: Tensor, rewards: Tensor, kl_coef: fl
     """The rate 1 − 1/max a of (3) at which the chain forgets its start.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
     """
-    return 1 - rejection_acceptance(log_prior, rewards, kl_coef)
+    check_outcomes(log_prior, rewards)
+    # 1 − e^{−max log a}, which keeps its digits where nearly all is accepted
+    return -math.expm1(-float(tilt_log_ratio(log_prior, rewards, kl_coef).amax())) + 0.0
 
 
 @takes_numbers
@@ -107,11 +118,11 @@ def effective_sample_size(log_prior: Tensor, rewards: Tensor, kl_coef: float) ->
     """The effective sample size a draw, in the limit of many: 1/E_q[(π*/q)²] in (0, 1].
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
     """
-    log_star = tilt(log_prior, rewards, kl_coef).log_posterior
-    covered = log_star > -math.inf
-    return math.exp(-float(logspace.logsumexp(2 * log_star[covered] - log_prior[covered])))
+    check_outcomes(log_prior, rewards)
+    log_ratio = tilt_log_ratio(log_prior, rewards, kl_coef)
+    return math.exp(-float(logspace.logsumexp(log_prior + 2 * log_ratio)))
 
 
 @takes_numbers
@@ -123,7 +134,7 @@ def importance_sampling_mean(
     Less E_π*[f] it is the estimator's bias.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior, rewards: [K]; the prior normalised.
         values: f [K].
         n: draws.
 
@@ -133,8 +144,10 @@ def importance_sampling_mean(
             does not exist.
     """
     check_count(n, "n")
+    check_outcomes(log_prior, rewards)
     supported = log_prior > -math.inf
-    log_w = _log_weights(log_prior, tilt(log_prior, rewards, kl_coef).log_posterior)
+    _check_values(values, supported)
+    log_w = tilt_log_ratio(log_prior, rewards, kl_coef)
     if bool((log_w[supported] == -math.inf).any()):
         raise InputError(
             "a supported outcome has no weight (reward -inf, or λ = 0): n draws may all be such,"
@@ -152,7 +165,14 @@ def importance_sampling_mean(
     return float(log_p.exp() @ estimates)
 
 
-def _log_weights(log_prior: Tensor, log_star: Tensor) -> Tensor:
-    """log a = log π*/q [K], −inf where π* is 0."""
-    safe_prior = torch.where(log_prior > -math.inf, log_prior, 0.0)
-    return torch.where(log_star > -math.inf, log_star - safe_prior, -math.inf)
+def _check_values(values: Tensor, supported: Tensor) -> None:
+    if values.shape != supported.shape:
+        raise InputError(
+            f"values has shape {list(values.shape)}; expected {list(supported.shape)}."
+        )
+    bad = supported & ~torch.isfinite(values)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise InputError(
+            f"values[{index}] = {float(values[index])} where the prior has mass; give a number."
+        )

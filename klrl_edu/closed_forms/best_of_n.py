@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import SUM_TOLERANCE, check_count
+from klrl_edu.core.outcomes import check_outcomes
+from klrl_edu.core.validation import check_count
 
 
 class BestOfN(NamedTuple):
@@ -54,7 +54,7 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
             reward where it has mass.
     """
     check_count(n, "n")
-    _check(log_prior, rewards)
+    check_outcomes(log_prior, rewards)
     supported = log_prior > -math.inf
     log_q, r = log_prior[supported], rewards[supported]
     _, level = torch.unique(r, return_inverse=True)  # in rising order
@@ -81,26 +81,6 @@ def kl_bound(n: int) -> float:
     """log n − (n − 1)/n in nats, which KL(π_n‖q) never exceeds; n is a whole number ≥ 1."""
     check_count(n, "n")
     return math.log(n) - (n - 1) / n
-
-
-def _check(log_prior: Tensor, rewards: Tensor) -> None:
-    if log_prior.ndim != 1 or rewards.shape != log_prior.shape:
-        raise InputError(
-            f"log_prior {list(log_prior.shape)} and rewards {list(rewards.shape)} must both be [K]."
-        )
-    total = float(log_prior.exp().sum())
-    if not abs(total - 1) <= SUM_TOLERANCE:  # also NaN
-        raise InputError(
-            f"exp(log_prior) sums to {total:.12g}, not 1; normalise it, e.g. with"
-            " torch.log_softmax."
-        )
-    bad = (log_prior > -math.inf) & (torch.isnan(rewards) | (rewards == math.inf))
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise InputError(
-            f"rewards[{index}] = {float(rewards[index])} where the prior has mass; give a number,"
-            " or -inf for the worst."
-        )
 
 
 def _cumulative(log_level: Tensor) -> tuple[Tensor, Tensor]:

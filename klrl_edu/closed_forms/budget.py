@@ -17,11 +17,12 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import Tilted, tilt
+from klrl_edu.closed_forms.tilt import tilt, tilt_log_ratio
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import check_count, check_kl_coef
+from klrl_edu.core.outcomes import check_outcomes
+from klrl_edu.core.validation import check_count, check_kl_coef, check_number
 
 
 class Frontier(NamedTuple):
@@ -45,26 +46,58 @@ def frontier(log_prior: Tensor, rewards: Tensor, kl_coefs: Sequence[float]) -> F
     """E[r] and KL of the posterior at each of M λs: no policy lies above the curve they trace.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior: [K], normalised; rewards: [K].
         kl_coefs: M values of λ.
+
+    Raises:
+        InputError: vectors that are no law and its rewards, or a λ below 0.
     """
+    check_outcomes(log_prior, rewards)
     rows = []
     for kl_coef in kl_coefs:
         tilted = tilt(log_prior, rewards, kl_coef)
-        mean, kl = _mean(tilted, rewards), _kl(log_prior, tilted)
-        rows.append((kl_coef, mean, kl, float(tilted.value)))
+        mean = float(logspace.expectation(tilted.log_posterior, rewards))
+        rows.append((kl_coef, mean, _kl(log_prior, rewards, kl_coef), float(tilted.value)))
     columns = zip(*rows, strict=True)
     return Frontier(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
-def _mean(tilted: Tilted, rewards: Tensor) -> float:
-    """E_{π*}[r]."""
-    return float(logspace.expectation(tilted.log_posterior, rewards))
-
-
-def _kl(log_prior: Tensor, tilted: Tilted) -> float:
+def _kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
     """KL(π*‖q)."""
-    return float(logspace.kl_divergence(tilted.log_posterior, log_prior))
+    return float(logspace.kl_of_tilt(log_prior, tilt_log_ratio(log_prior, rewards, kl_coef)))
+
+
+def _gain(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> float:
+    """E_{π*}[r] − E_q[r] of finite rewards, as Σ q (e^u − 1)(r − E_q[r]): no digits are lost."""
+    log_ratio = tilt_log_ratio(log_prior, rewards, kl_coef)
+    # q (e^u − 1), and π* − q where e^u alone may overflow
+    near = log_ratio < 1
+    shift = log_prior.exp() * torch.expm1(torch.where(near, log_ratio, 0.0))
+    moved = torch.where(near, shift, (log_prior + log_ratio).exp() - log_prior.exp())
+    return float((moved * (rewards - log_prior.exp().dot(rewards))).sum())
+
+
+class _Allowed(NamedTuple):
+    """What may happen, as a law of its own.
+
+    Attributes:
+        log_prior: log q(·|r > −inf) [A] in nats.
+        rewards: [A] in reward units.
+        least_kl: −log q(r > −inf) in nats, which what is forbidden costs at any λ.
+    """
+
+    log_prior: Tensor
+    rewards: Tensor
+    least_kl: float
+
+
+def _allowed(log_prior: Tensor, rewards: Tensor) -> _Allowed:
+    """The outcomes with prior mass and a finite reward."""
+    least = -float(
+        tilt(log_prior, torch.where(rewards > -math.inf, 0.0, rewards), 1.0).log_evidence
+    )
+    allowed = (log_prior > -math.inf) & (rewards > -math.inf)
+    return _Allowed(logspace.log_normalize(log_prior[allowed]), rewards[allowed], least + 0.0)
 
 
 @takes_numbers
@@ -72,19 +105,19 @@ def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> flo
     """The λ at which KL(π*‖q) = budget; inf at a budget of 0 where nothing is forbidden.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior: [K], normalised; rewards: [K].
         budget: in nats.
 
     Raises:
-        InputError: a budget below what forbidden outcomes cost at any λ, or from −log q(argmax r)
-            on, which only λ = 0 attains.
+        InputError: vectors that are no law and its rewards; a budget below what forbidden outcomes
+            cost at any λ, or from −log q(argmax r) on, which only λ = 0 attains.
     """
-    # the KL left at λ = inf, where π* is q without what is forbidden: 0, not its rounding, if
-    # nothing is
-    forbidden = bool(((log_prior > -math.inf) & (rewards == -math.inf)).any())
-    least = _kl(log_prior, tilt(log_prior, rewards, math.inf)) if forbidden else 0.0
-    most = _kl(log_prior, tilt(log_prior, rewards, 0.0))
-    if not least <= budget < math.inf or math.isnan(budget):
+    check_outcomes(log_prior, rewards)
+    budget = check_number(budget, "budget", "a number of nats", lambda x: x == x)
+    allowed = _allowed(log_prior, rewards)
+    least = allowed.least_kl  # the KL left at λ = inf, where π* is q without what is forbidden
+    most = _kl(log_prior, rewards, 0.0)
+    if not budget >= least:
         raise InputError(
             f"budget = {budget!r} is below {least:.12g} nats, the least that the rewards leave;"
             f" give one from {least:.12g} to {most:.12g}."
@@ -94,7 +127,9 @@ def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> flo
             f"budget = {budget!r} nats is above the most attainable, −log q(argmax r) ="
             f" {most:.12g}; λ = 0 already reaches that."
         )
-    return _solve(log_prior, rewards, budget, least, most, lambda tilted: _kl(log_prior, tilted))
+    if budget == most:
+        return 0.0
+    return _solve(allowed, budget - least, _kl)
 
 
 @takes_numbers
@@ -102,47 +137,46 @@ def kl_coef_for_reward(log_prior: Tensor, rewards: Tensor, target: float) -> flo
     """The λ at which E_{π*}[r] = target.
 
     Args:
-        log_prior, rewards: [K].
+        log_prior: [K], normalised; rewards: [K].
         target: in reward units.
 
     Raises:
-        InputError: a target outside [E_q[r | not forbidden], max r]; the message has the range.
+        InputError: vectors that are no law and its rewards; a target outside
+            [E_q[r | not forbidden], max r]; the message has the range.
     """
-    least = _mean(tilt(log_prior, rewards, math.inf), rewards)
-    most = _mean(tilt(log_prior, rewards, 0.0), rewards)
+    check_outcomes(log_prior, rewards)
+    target = check_number(target, "target", "a number of reward units", lambda x: x == x)
+    allowed = _allowed(log_prior, rewards)
+    least, most = float(allowed.log_prior.exp().dot(allowed.rewards)), float(allowed.rewards.max())
     if not least <= target <= most:
         raise InputError(
             f"target = {target!r} is outside the attainable range [{least:.12g}, {most:.12g}] of"
             " E[r]."
         )
-    return _solve(log_prior, rewards, target, least, most, lambda tilted: _mean(tilted, rewards))
+    if target == most:
+        return 0.0
+    return _solve(allowed, target - least, _gain)
 
 
 def _solve(
-    log_prior: Tensor,
-    rewards: Tensor,
-    target: float,
-    least: float,
-    most: float,
-    measure: Callable[[Tilted], float],
+    allowed: _Allowed, target: float, measure: Callable[[Tensor, Tensor, float], float]
 ) -> float:
-    """The λ of a quantity that falls from `most` at λ = 0 to `least` at λ = inf.
+    """The λ at which a quantity that falls to 0 at λ = inf is `target`.
 
     Found by bracketing log λ, from the scale of the rewards on.
     """
-    if target == least:
+    if target == 0:
         return math.inf
-    if target == most:
-        return 0.0
-    spread = _spread(log_prior, rewards)
+    log_prior, rewards, _ = allowed
+    spread = _spread(rewards)
 
     def excess(log_scale: float) -> float:
-        return measure(tilt(log_prior, rewards, spread * math.exp(log_scale))) - target
+        return measure(log_prior, rewards, spread * math.exp(log_scale)) - target
 
     low, high = -1.0, 1.0
     while excess(low) < 0:
         low *= 2
-        if spread * math.exp(low) == 0 or low < -1400:
+        if low < -1400 or spread * math.exp(low) == 0:
             return 0.0  # nearer to the limit than a float λ can say
     while excess(high) > 0:
         high *= 2
@@ -152,11 +186,10 @@ def _solve(
     return spread * math.exp(log_scale)
 
 
-def _spread(log_prior: Tensor, rewards: Tensor) -> float:
-    """The scale of λ: the range of the rewards that count."""
-    counted = rewards[(log_prior > -math.inf) & (rewards > -math.inf)]
+def _spread(rewards: Tensor) -> float:
+    """The scale of λ: the range of the rewards."""
     # halved first: rewards at both ends of the range of floats would overflow
-    return float(counted.amax() / 2 - counted.amin() / 2) * 2 or 1.0
+    return float(rewards.amax() / 2 - rewards.amin() / 2) * 2 or 1.0
 
 
 def mirror_descent_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Tensor:

@@ -154,15 +154,37 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int = -1) -> Tensor:
     # where both have mass: p (e^d − 1 − d)
     both = ~dead_p & ~dead_q
     safe_p, safe_q = torch.where(both, log_p, zero), torch.where(both, log_q, zero)
-    d = safe_q - safe_p
-    close = d < 1  # p·e^d = q; for larger d the product form would overflow where p underflows
-    near = torch.exp(safe_p) * expm1_minus_identity(torch.where(close, d, zero))
-    far = torch.exp(safe_q) - torch.exp(safe_p) * (1 + d)
-    terms = torch.where(both, torch.where(close, near, far), zero)
+    terms = torch.where(both, _kl_terms(safe_p, safe_q, safe_q - safe_p), zero)
     # where p alone is zero: q{p = 0}; where q alone is: inf; where both are: 0
     q_alone = torch.exp(torch.where(dead_q, zero, log_q))
     terms = terms + torch.where(dead_p & ~dead_q, q_alone, zero)
     return torch.where(dead_q & ~dead_p, torch.full_like(terms, math.inf), terms).sum(dim)
+
+
+def kl_of_tilt(log_q: Tensor, log_ratio: Tensor, dim: int = -1) -> Tensor:
+    """KL(p‖q) in nats along `dim` of p = q e^u, from u itself.
+
+    log p − log q would have lost the digits of a small u, and those of KL ≈ ½ E_q[u²] with them.
+
+    Args:
+        log_q: normalised [..., K]; log_ratio: u = log p/q, −inf where p = 0.
+    """
+    log_q, log_ratio = torch.broadcast_tensors(log_q, log_ratio)
+    zero = torch.zeros((), dtype=log_q.dtype, device=log_q.device)
+    dead_p, dead_q = log_ratio == -math.inf, log_q == -math.inf
+    both = ~dead_p & ~dead_q
+    safe_q, safe_u = torch.where(both, log_q, zero), torch.where(both, log_ratio, zero)
+    terms = torch.where(both, _kl_terms(safe_q + safe_u, safe_q, -safe_u), zero)
+    q_alone = torch.exp(torch.where(dead_q, zero, log_q))
+    return (terms + torch.where(dead_p & ~dead_q, q_alone, zero)).sum(dim)
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor, d: Tensor) -> Tensor:
+    """p (e^d − 1 − d) of finite log p, log q and d = log q − log p."""
+    close = d < 1  # p·e^d = q; for larger d the product form would overflow where p underflows
+    near = torch.exp(log_p) * expm1_minus_identity(torch.where(close, d, torch.zeros_like(d)))
+    far = torch.exp(log_q) - torch.exp(log_p) * (1 + d)
+    return torch.where(close, near, far)
 
 
 def _kl_away_from_zero(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor | None:

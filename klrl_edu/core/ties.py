@@ -1,6 +1,6 @@
 """Which returns tie at λ = 0: one rule for every method.
 
-    a return is a sum of rewards, known to ± slack;  fl(a + b) adds ε(|a| + |b|) to it, ε = 2⁻⁵²  (1)
+    a return is a sum of rewards, known to ± slack;  a + b adds ε(|a| + |b|) to it, ε = 2⁻⁵²     (1)
     y ties with the best  ⇔  r(y) + slack(y) ≥ max_y' [r(y') − slack(y')]                        (2)
 
 Decimal rewards are rounded to binary ones (.1 + .2 + .3 and .3 + .2 + .1 differ in their last bit),

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import scaled_advantage
-from klrl_edu.core import logspace
+from klrl_edu.closed_forms.soft_maximum import soft_gains, soft_maximum
+from klrl_edu.core import logspace, ties
 from klrl_edu.core.errors import InfeasibleError
+from klrl_edu.core.groups import Rows
 from klrl_edu.exact.forward_backward import Messages
 from klrl_edu.exact.lattice import Lattice
 
@@ -28,15 +29,16 @@ class PosteriorChain:
     Attributes:
         lattice: prior times automaton.
         messages: β on it.
-        best_return: the highest return in reach of the start, in reward units.
-        log_start: log π*(c) [C] of the first context, up to a constant.
-        log_mass: log Z less best_return/λ, the logsumexp of `log_start`.
+        anchor: a return in reach of the start, in reward units, and at λ = 0 the best; 0 where the
+            messages are numbers, which hold the rewards themselves.
+        start_log_ratio: log π*(c)/q(c) [C] of the first context in nats.
+        log_mass: log Z less anchor/λ.
     """
 
     lattice: Lattice
     messages: Messages
-    best_return: Tensor
-    log_start: Tensor
+    anchor: Tensor
+    start_log_ratio: Tensor
     log_mass: Tensor
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> "PosteriorChain":
@@ -44,8 +46,13 @@ class PosteriorChain:
         parts: dict[str, Tensor | None] = self.messages._asdict()
         given = {name: fn(part) for name, part in parts.items() if part is not None}
         messages = self.messages._replace(**given)
-        numbers = (fn(part) for part in (self.best_return, self.log_start, self.log_mass))
+        numbers = (fn(part) for part in (self.anchor, self.start_log_ratio, self.log_mass))
         return PosteriorChain(self.lattice.moved(fn), messages, *numbers)
+
+    @property
+    def log_start(self) -> Tensor:
+        """log π*(c) [C] of the first context in nats."""
+        return self.lattice.log_initial + self.start_log_ratio
 
     def start_pair(self) -> int:
         """The pair where every sequence starts, if contexts are not hidden."""
@@ -53,62 +60,98 @@ class PosteriorChain:
 
     # --- the conditionals ---
 
-    def edges(self, t: int, context: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What each column of rows (c,s) [M] leads to at position t < L, both [M,V].
+    def edges(self, t: int, context: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each column of rows (c,s) [M] leads to at position t < L, all [M,V].
 
         Returns:
-            the reward of the column, with the best return ahead where messages are logarithms, in
-            reward units; and log q(v|c) + log β ahead in nats, −inf where the reward is.
+            the reward of the column, with the anchor ahead where messages are logarithms, in reward
+            units; ℓ, the log-message ahead, in nats; and the slack of the reward at λ = 0.
         """
         lattice, messages = self.lattice, self.messages
         after = lattice.next_pair[context * lattice.states + state]
         reward = lattice.word_rewards[state]
-        log_q = lattice.log_emission[context]
         ahead = messages.log_ahead[t + 1].reshape(-1)[after]
-        if messages.best_ahead is not None:
-            reward = reward + messages.best_ahead[t + 1].reshape(-1)[after]
-        if lattice.space.eos:
+        slack = torch.zeros_like(ahead)
+        if messages.anchor_ahead is not None and messages.slack_ahead is not None:
+            anchor = messages.anchor_ahead[t + 1].reshape(-1)[after]
+            slack = messages.slack_ahead[t + 1].reshape(-1)[after]
+            if lattice.kl_coef == 0:
+                slack = slack + ties.addition_slack(reward, anchor)
+            reward = reward + anchor
+        if lattice.space.eos:  # nothing follows EOS: log 1
             reward = torch.cat([reward, lattice.final_rewards[state, None]], -1)
-            ahead = torch.nn.functional.pad(ahead, (0, 1))  # nothing follows EOS: log 1
-        return reward, torch.where(reward > -math.inf, log_q + ahead, -math.inf)
+            ahead, slack = (torch.nn.functional.pad(part, (0, 1)) for part in (ahead, slack))
+        return reward, ahead, slack
 
     def log_weights(self, t: int, context: Tensor, state: Tensor) -> Tensor:
         """The logs of (1)'s right side [M,V] for rows (c,s) [M] at t < L, up to a constant a row.
 
         A dead row is −inf throughout.
         """
-        reward, log_q = self.edges(t, context, state)
-        return _lifted(log_q, reward, self.lattice.kl_coef)
+        return self.lattice.log_emission[context] + self._gains(t, context, state)
+
+    def _gains(self, t: int, context: Tensor, state: Tensor) -> Tensor:
+        """log p_t/q [M,V] for rows (c,s) [M], up to a constant a row."""
+        log_q = self.lattice.log_emission[context]
+        return self._gains_of(log_q, *self.edges(t, context, state))
+
+    def _gains_of(self, log_q: Tensor, reward: Tensor, ahead: Tensor, slack: Tensor) -> Tensor:
+        """log π*/q of columns [M,V] up to a constant a row: r/λ + ℓ, less an anchor."""
+        kl_coef = self.lattice.kl_coef
+        if self.messages.anchor is None:  # r/λ is moderate, and λ no limit
+            return reward / kl_coef + ahead
+        return soft_gains(Rows(), log_q, reward, ahead, kl_coef, slack).log_gain
 
     def word_log_weights(self, t: int) -> Tensor:
         """(1) for every pair: log-weights [C·S,V]."""
+        gains = self._word_gains(t)
+        shape = (self.lattice.contexts, self.lattice.states, -1)
+        return (self.lattice.log_emission[:, None] + gains.view(shape)).view(len(gains), -1)
+
+    def word_log_ratio(self, t: int) -> Tensor:
+        """log p_t/q of every pair [C·S,V] in nats; NaN where nothing is in reach."""
+        gains = self._word_gains(t)
+        return gains - Rows().log_mean_exp(self.lattice.pair_emission(), gains)[:, None]
+
+    def _word_gains(self, t: int) -> Tensor:
+        """`_gains` of every pair."""
         lattice = self.lattice
         one_future = bool((lattice.successor == lattice.successor[:1]).all())
-        if self.messages.best is None and one_future:
-            return self._bigram_log_weights(t)
+        if self.messages.anchor is None and one_future:
+            return self._bigram_gains(t)
         pair = torch.arange(lattice.pairs, device=lattice.successor.device)
-        return self.log_weights(t, pair // lattice.states, pair % lattice.states)
+        return self._gains(t, pair // lattice.states, pair % lattice.states)
 
-    def _bigram_log_weights(self, t: int) -> Tensor:
-        """The fast path of `word_log_weights` where the next context is the last word.
+    def _bigram_gains(self, t: int) -> Tensor:
+        """The fast path of `_word_gains` where the next context is the last word.
 
         What lies ahead of a word is then the same from every context: [S,V], once for all.
         """
-        lattice = self.lattice
-        beta = self.messages.log_ahead[t + 1].reshape(-1)[lattice.next_pair[: lattice.states]]
-        ahead = beta + lattice.word_rewards / lattice.kl_coef
-        if lattice.space.eos:
-            ahead = torch.cat([ahead, lattice.final_rewards[:, None] / lattice.kl_coef], -1)
-        return (lattice.log_emission[:, None] + ahead).view(lattice.pairs, -1)
+        first = torch.arange(self.lattice.states, device=self.lattice.successor.device)
+        gains = self._gains(t, torch.zeros_like(first), first)
+        return gains.expand(self.lattice.contexts, -1, -1).reshape(self.lattice.pairs, -1)
 
     def hidden_log_weights(self, t: int) -> Tensor:
         """(2) before position t for every pair: log-weights [C·S,C]."""
-        lattice, messages = self.lattice, self.messages
-        assert lattice.log_transition is not None
-        log_q = lattice.log_transition[:, None] + messages.log_mass[t].T  # [c, s, c']
-        if messages.best is not None:
-            log_q = _lifted(log_q, messages.best[t].T.expand_as(log_q), lattice.kl_coef)
-        return log_q.reshape(-1, lattice.contexts)
+        assert self.lattice.log_transition is not None
+        log_q = self.lattice.log_transition.repeat_interleave(self.lattice.states, 0)
+        return log_q + self._hidden_gains(t, log_q)
+
+    def hidden_log_ratio(self, t: int) -> Tensor:
+        """log of (2) over the prior's law, for every pair [C·S,C] in nats; NaN where dead."""
+        assert self.lattice.log_transition is not None
+        log_q = self.lattice.log_transition.repeat_interleave(self.lattice.states, 0)
+        gains = self._hidden_gains(t, log_q)
+        return gains - Rows().log_mean_exp(log_q, gains)[:, None]
+
+    def _hidden_gains(self, t: int, log_q: Tensor) -> Tensor:
+        """log of (2) over the prior's law [C·S,C], up to a constant a row."""
+        messages, contexts = self.messages, self.lattice.contexts
+        ahead, anchor, slack = (
+            torch.zeros_like(log_q) if part is None else part[t].T.repeat(contexts, 1)
+            for part in (messages.log_mass, messages.anchor, messages.slack)
+        )
+        return self._gains_of(log_q, anchor, ahead, slack)
 
     def hidden_word_log_weights(self, t: int, log_filtered: Tensor, state: Tensor) -> Tensor:
         """(1) where a row's context is known by its law alone: log-weights [N,V].
@@ -119,12 +162,11 @@ class PosteriorChain:
         """
         n, contexts = log_filtered.shape
         every = torch.arange(contexts, device=state.device)
-        reward, log_q = self.edges(t, every.repeat(n), state.repeat_interleave(contexts))
-        reward = reward.view(n, contexts, -1)
-        log_q = log_q.view(n, contexts, -1) + log_filtered[:, :, None]
-        # one best reward for a whole row: its contexts are summed
-        lifted = _lifted(log_q, reward, self.lattice.kl_coef, (1, 2))
-        return logspace.logsumexp(lifted, 1)
+        log_q = self.lattice.log_emission + log_filtered[:, :, None]
+        edges = self.edges(t, every.repeat(n), state.repeat_interleave(contexts))
+        # one anchor for a whole row: its contexts are summed
+        gains = self._gains_of(log_q.view(n, -1), *(part.view(n, -1) for part in edges))
+        return logspace.logsumexp(log_q + gains.view_as(log_q), 1)
 
     # --- where it stands ---
 
@@ -166,27 +208,17 @@ def posterior_chain(lattice: Lattice, messages: Messages) -> PosteriorChain:
         InfeasibleError: no sequence with prior mass satisfies the reward's constraint.
     """
     mass = messages.log_mass[0, :, lattice.start]
-    best = torch.zeros_like(mass)  # of messages that are numbers, which hold the rewards
-    if messages.best is not None:
-        best = messages.best[0, :, lattice.start]
-    allowed = (lattice.log_initial > -math.inf) & (mass > -math.inf)
-    if not bool(allowed.any()):
+    # messages that are numbers hold the rewards
+    anchor, slack = (
+        torch.zeros_like(mass) if part is None else part[0, :, lattice.start]
+        for part in (messages.anchor, messages.slack)
+    )
+    start = soft_maximum(Rows(), lattice.log_initial, anchor, mass, lattice.kl_coef, slack)
+    if not bool(start.log_mass > -math.inf):
         raise InfeasibleError(
             f"no sequence of {lattice.space!r} with prior mass satisfies {lattice.text!r}: the"
             " posterior is empty. Relax it."
         )
-    best_return = best[allowed].amax()
-    reachable = torch.where(allowed, best, -math.inf)
-    advantage = scaled_advantage(reachable, best_return, lattice.kl_coef)
-    log_start = lattice.log_initial + mass + advantage  # [C]
-    return PosteriorChain(lattice, messages, best_return, log_start, logspace.logsumexp(log_start))
-
-
-def _lifted(
-    log_q: Tensor, reward: Tensor, kl_coef: float, dim: int | tuple[int, ...] = -1
-) -> Tensor:
-    """log q + (r − m)/λ, m the best reward along `dim` that has mass; −inf where q has none."""
-    reward = torch.where(log_q > -math.inf, reward, -math.inf)
-    best = reward.amax(dim, keepdim=True)
-    best = torch.where(best > -math.inf, best, 0.0)  # a row without mass: any m will do
-    return log_q + scaled_advantage(reward, best, kl_coef)
+    return PosteriorChain(
+        lattice, messages, start.anchor, start.log_gain - start.log_mass, start.log_mass
+    )

@@ -129,11 +129,10 @@ def kl_to_prior(chain: PosteriorChain) -> Tensor:
     """KL(π*‖q) in nats, a scalar, by (2)."""
     lattice = chain.lattice
     log_q = lattice.pair_emission()
-    steps = _along(chain, lambda log_p: logspace.kl_divergence(log_p, log_q))
+    steps = _along(chain, lambda t, _: logspace.kl_of_tilt(log_q, chain.word_log_ratio(t)))
     if not lattice.hidden:
         return steps
-    start = logspace.kl_divergence(logspace.log_normalize(chain.log_start), lattice.log_initial)
-    return start + steps
+    return logspace.kl_of_tilt(lattice.log_initial, chain.start_log_ratio) + steps
 
 
 def entropy(chain: PosteriorChain) -> Tensor:
@@ -148,18 +147,18 @@ def entropy(chain: PosteriorChain) -> Tensor:
             "the entropy of a posterior over a hidden Markov prior has no exact sum; estimate"
             " −E log π* from its exact samples."
         )
-    return _along(chain, logspace.entropy)
+    return _along(chain, lambda t, log_table: logspace.entropy(log_table))
 
 
-def _along(chain: PosteriorChain, gain: Callable[[Tensor], Tensor]) -> Tensor:
-    """E Σ_t gain_t of where π* stands, a scalar, gain: log p_t [C·S,V] -> [C·S].
+def _along(chain: PosteriorChain, gain: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """E Σ_t gain_t of where π* stands, a scalar, gain: t, log p_t [C·S,V] -> [C·S].
 
     The divergences of hidden steps from the prior are added where there are any.
     """
     lattice = chain.lattice
     total = chain.log_mass.new_zeros(())
     for t, prob, log_table in chain.occupancy():
-        total = total + mean_where_reached(prob, gain(log_table))
+        total = total + mean_where_reached(prob, gain(t, log_table))
         if lattice.hidden and t + 1 < lattice.words:
             moved = chain.after_word(prob, log_table)
             total = total + mean_where_reached(moved, _hidden_divergence(chain, t + 1))
@@ -170,11 +169,8 @@ def _hidden_divergence(chain: PosteriorChain, t: int) -> Tensor:
     """KL of the step of a hidden context before position t from the prior's: [C·S]."""
     lattice = chain.lattice
     assert lattice.log_transition is not None
-    law = logspace.log_normalize_alive(chain.hidden_log_weights(t))
     prior = lattice.log_transition.repeat_interleave(lattice.states, 0)
-    # a dead pair is never reached; without mass on either side its KL is 0
-    alive = (law > -math.inf).any(-1, keepdim=True)
-    return logspace.kl_divergence(law, torch.where(alive, prior, -math.inf))
+    return logspace.kl_of_tilt(prior, chain.hidden_log_ratio(t))
 
 
 def mean_where_reached(prob: Tensor, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The prior's support, enumerated: every supported sequence with its prior and its rewards.
 
 K supported sequences of T tokens; logs in nats, rewards in reward units. The posterior over them is
-`closed_forms.tilt`.
+`closed_forms.tilt`, with the ties of `core.ties` at λ = 0.
 """
 
 import math
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from klrl_edu.closed_forms.tilt import Tilted, tilt
+from klrl_edu.core import ties
 from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.models.contract import MAX_SEQUENCES, enumerate_support
@@ -36,6 +38,13 @@ class Support:
     def rewards(self) -> Tensor:
         """The reward r(y) of each sequence [K] in reward units."""
         return self.token_rewards.sum(-1)
+
+    def tilted(self, kl_coef: float) -> Tilted:
+        """The posterior on the support; returns that rounding alone may have split tie at λ = 0."""
+        rewards = self.rewards
+        if kl_coef == 0:
+            rewards = ties.level_ties(*ties.summed(self.token_rewards))
+        return tilt(self.log_prior, rewards, kl_coef)
 
 
 def problem_support(problem: Problem, max_sequences: int = MAX_SEQUENCES) -> Support:

@@ -8,8 +8,12 @@
 Rabiner (1989). The lattice and its letters are those of `lattice.py`. All logs in nats.
 
 Two ways to compute the messages, with the same answer: as numbers, one matrix product a step, where
-a bound shows that nothing can underflow; otherwise as logarithms beside the best return still in
-reach (as in `soft_bellman`), for any reward and any λ ≥ 0.
+a bound shows that nothing can underflow; otherwise as logarithms beside a return still in reach (as
+in `soft_bellman`), for any reward and any λ ≥ 0. Near the prior β is near 1, and the numbers are
+those of β − 1, which obey the same recursion:
+
+    β_L − 1 = expm1(f/λ),
+    β_t − 1 = q(EOS|c) expm1(f/λ) + Σ_k q(k|c) [expm1(w/λ) + e^{w/λ} E(β_{t+1} − 1)]             (3)
 """
 
 import math
@@ -19,26 +23,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import scaled_advantage
-from klrl_edu.core import logspace
+from klrl_edu.closed_forms.soft_maximum import SoftMaximum, soft_maximum
+from klrl_edu.core import logspace, ties
+from klrl_edu.core.groups import Rows
 from klrl_edu.exact.lattice import Lattice
 
 _MODERATE = 1e3  # T·max|r|/λ up to here rounds to 1e-13 nats when written into the messages
 _SAFE = 1e-290  # the smallest product that a message made of numbers may contain
 _RESCALE_EVERY = 16
+_FEW = 64.0  # T·max|r|/λ up to here leaves β − 1 far from overflow
+_WELL_ABOVE_ZERO = 0.5  # |log β| from here on keeps its digits in β
+_TINY = 1e-290
 
 
 class Messages(NamedTuple):
     """log β_t(c,s) [L+1,C,S], and what lies ahead of a word: log E_{c'} β_t(c',s) [L+1,C,S].
 
-    Where `best` and `best_ahead` are given, every β is e^{best/λ} times these: `best` is the
-    highest return in reach, in reward units.
+    Where `anchor` and `anchor_ahead` are given, every β is e^{anchor/λ} times these: a return in
+    reach, in reward units, and at λ = 0 the best, which rounding may have moved by `slack`.
     """
 
     log_mass: Tensor
     log_ahead: Tensor
-    best: Tensor | None = None
-    best_ahead: Tensor | None = None
+    anchor: Tensor | None = None
+    anchor_ahead: Tensor | None = None
+    slack: Tensor | None = None
+    slack_ahead: Tensor | None = None
 
 
 def backward(lattice: Lattice) -> Messages:
@@ -86,11 +96,45 @@ def _backward_in_numbers(lattice: Lattice) -> Messages | None:
     if _may_underflow(lattice, emission, stacked, word_weight, final_weight):
         return None
     log_shift = torch.tensor(shifts, dtype=torch.float64, device=stacked.device)[:, None, None]
+    beta = stacked.mT.contiguous()
+    mixed = beta if lattice.log_transition is None else lattice.log_transition.exp() @ beta
+    # in place where β is not needed again: the largest tensor of all
+    log_mass = (beta.log_() if mixed is beta else beta.log()).add_(log_shift)
+    excess = _excess_in_numbers(lattice, emission) if _is_near_prior(lattice, log_mass) else None
+    log_mass = _refined(log_mass, excess)
     if lattice.log_transition is None:
-        log_mass = stacked.mT.contiguous().log_().add_(log_shift)
         return Messages(log_mass, log_mass)
-    mixed = torch.matmul(lattice.log_transition.exp(), stacked.mT)
-    return Messages(stacked.mT.log() + log_shift, mixed.log() + log_shift)
+    if excess is not None:  # the mean of β − 1 is that of β, less 1
+        excess = lattice.log_transition.exp() @ excess
+    return Messages(log_mass, _refined(mixed.log() + log_shift, excess))
+
+
+def _is_near_prior(lattice: Lattice, log_mass: Tensor) -> bool:
+    """Whether log Z is so near 0 that β itself has lost digits, and β − 1 is in range."""
+    log_evidence = logspace.logsumexp(lattice.log_initial + log_mass[0, :, lattice.start])
+    in_range = (lattice.words + 1) * _largest(lattice) <= _FEW * lattice.kl_coef
+    return in_range and abs(float(log_evidence)) < _WELL_ABOVE_ZERO
+
+
+def _excess_in_numbers(lattice: Lattice, emission: Tensor) -> Tensor:
+    """β − 1 by (3): [L+1,C,S]."""
+    word, final = lattice.word_rewards / lattice.kl_coef, lattice.final_rewards / lattice.kl_coef
+    by_word, by_eos = emission[:, : word.shape[1]], emission[:, word.shape[1] :]
+    pull = _pull_in_numbers(lattice, by_word, word.exp())
+    earned = torch.expm1(word) @ by_word.T + torch.expm1(final)[:, None] * by_eos.sum(-1)
+    excess = torch.expm1(final)[:, None].expand(-1, lattice.contexts).contiguous()
+    listed = [excess]
+    for _ in range(lattice.words):
+        excess = earned + pull(excess)
+        listed.append(excess)
+    return torch.stack(listed[::-1]).mT
+
+
+def _refined(log_mass: Tensor, excess: Tensor | None) -> Tensor:
+    """log β, from β − 1 where that is near 0."""
+    if excess is None:
+        return log_mass
+    return torch.where(log_mass.abs() < _WELL_ABOVE_ZERO, torch.log1p(excess), log_mass)
 
 
 def _plain_weights(lattice: Lattice) -> tuple[Tensor, Tensor, float, float] | None:
@@ -98,18 +142,25 @@ def _plain_weights(lattice: Lattice) -> tuple[Tensor, Tensor, float, float] | No
 
     None where λ is a limit, or an exponent is large.
     """
-    rewards = torch.cat([lattice.word_rewards.reshape(-1), lattice.final_rewards])
-    finite = rewards[rewards > -math.inf]
-    largest = float(finite.abs().amax()) if len(finite) else 0.0
+    largest = _largest(lattice)
     if not 0 < lattice.kl_coef < math.inf:
         return None
     if not (lattice.words + 1) * largest <= _MODERATE * lattice.kl_coef:
         return None
+    if largest > 0 and largest / lattice.kl_coef < _TINY:
+        return None  # r/λ itself has lost its digits, where r has not
     word, final = lattice.word_rewards / lattice.kl_coef, lattice.final_rewards / lattice.kl_coef
     word_top, final_top = float(word.amax()), float(final.amax())
     if word_top == -math.inf or final_top == -math.inf:
         return None
     return (word - word_top).exp(), (final - final_top).exp(), word_top, final_top
+
+
+def _largest(lattice: Lattice) -> float:
+    """The largest |reward| of an edge that is allowed, in reward units; 0 if there is none."""
+    rewards = torch.cat([lattice.word_rewards.reshape(-1), lattice.final_rewards])
+    finite = rewards[rewards > -math.inf]
+    return float(finite.abs().amax()) if len(finite) else 0.0
 
 
 def _pull_in_numbers(
@@ -193,53 +244,53 @@ def _least(values: Tensor) -> float:
 
 
 def _backward_in_logs(lattice: Lattice) -> Messages:
-    """(1) with each β as e^{m/λ}·e^ℓ, ℓ ≤ 0: finite for any reward, at any λ and in its limits."""
-    best = lattice.final_rewards.expand(lattice.contexts, -1)
-    mass = torch.where(best > -math.inf, 0.0, -math.inf)
-    bests, masses, bests_ahead, masses_ahead = [best], [mass], [], []
+    """(1) with each β as e^{m/λ}·e^ℓ: finite for any reward, at any λ and in its limits."""
+    anchor = lattice.final_rewards.expand(lattice.contexts, -1)
+    mass = torch.where(anchor > -math.inf, torch.zeros_like(anchor), -math.inf)
+    here = _Node(anchor, mass, torch.zeros_like(anchor))
+    nodes, nodes_ahead = [here], []
     for step in range(lattice.words + 1):
-        best_ahead, mass_ahead = _mix_in_logs(lattice, best, mass)
-        bests_ahead.append(best_ahead)
-        masses_ahead.append(mass_ahead)
+        ahead = _mix_in_logs(lattice, here)
+        nodes_ahead.append(ahead)
         if step == lattice.words:
             break
-        reward, log_q = _edges_in_logs(lattice, best_ahead, mass_ahead)
-        best = reward.amax(-1)
-        advantage = scaled_advantage(reward, best[..., None], lattice.kl_coef)
-        mass = logspace.logsumexp(log_q + advantage)
-        # −inf, not NaN, where there is no way on
-        mass = torch.where(best > -math.inf, mass, -math.inf)
-        bests.append(best)
-        masses.append(mass)
-    stacks = (torch.stack(part[::-1]) for part in (masses, masses_ahead, bests, bests_ahead))
-    return Messages(*stacks)
+        here = _Node(*_step_in_logs(lattice, ahead)[:3])
+        nodes.append(here)
+    at, ahead = (
+        _Node(*(torch.stack(part[::-1]) for part in zip(*listed, strict=True)))
+        for listed in (nodes, nodes_ahead)
+    )
+    anchors, slacks = (at.anchor, ahead.anchor), (at.slack, ahead.slack)
+    return Messages(at.log_mass, ahead.log_mass, *anchors, *slacks)
 
 
-def _mix_in_logs(lattice: Lattice, best: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of β(c',s) over the next context c' given c [C,S], as (m, ℓ)."""
+class _Node(NamedTuple):
+    """β [C,S] as m and ℓ, and how far rounding may have moved m."""
+
+    anchor: Tensor
+    log_mass: Tensor
+    slack: Tensor
+
+
+def _mix_in_logs(lattice: Lattice, here: _Node) -> _Node:
+    """The mean of β(c',s) over the next context c' given c."""
     if lattice.log_transition is None:
-        return best, mass
+        return here
     log_q = lattice.log_transition[:, :, None]  # [c, c', s]
-    reward = torch.where(log_q > -math.inf, best, -math.inf)
-    top = reward.amax(1)
-    advantage = scaled_advantage(reward, top[:, None], lattice.kl_coef)
-    return top, logspace.logsumexp(log_q + advantage + mass, 1)
+    mixed = soft_maximum(Rows(1), log_q, here.anchor, here.log_mass, lattice.kl_coef, here.slack)
+    return _Node(*mixed[:3])
 
 
-def _edges_in_logs(
-    lattice: Lattice, best_ahead: Tensor, mass_ahead: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What each column v of each (c,s) leads to: the best return, and log q(v|c) + ℓ ahead.
-
-    Both are [C,S,V], and −inf where either is.
-    """
+def _step_in_logs(lattice: Lattice, ahead: _Node) -> SoftMaximum:
+    """The step of (1): the soft maximum over the columns v of each (c,s)."""
     context, state = lattice.successor[:, None, :], lattice.next_state
-    reward = lattice.word_rewards + best_ahead[context, state]
-    log_q = lattice.log_emission[:, None, : state.shape[1]] + mass_ahead[context, state]
-    if lattice.space.eos:
+    anchor, log_mass, slack = (part[context, state] for part in ahead)
+    reward = lattice.word_rewards + anchor  # [C,S,V]
+    if lattice.kl_coef == 0:
+        slack = slack + ties.addition_slack(lattice.word_rewards, anchor)
+    log_q = lattice.log_emission[:, None].expand(-1, lattice.states, -1)
+    if lattice.space.eos:  # nothing follows EOS: the final reward, log 1
         final = lattice.final_rewards[None, :, None].expand(lattice.contexts, -1, 1)
-        log_end = lattice.log_emission[:, None, -1:].expand(-1, lattice.states, 1)
         reward = torch.cat([reward, final], -1)
-        log_q = torch.cat([log_q, log_end], -1)
-    possible = (reward > -math.inf) & (log_q > -math.inf)
-    return torch.where(possible, reward, -math.inf), torch.where(possible, log_q, -math.inf)
+        log_mass, slack = (torch.nn.functional.pad(part, (0, 1)) for part in (log_mass, slack))
+    return soft_maximum(Rows(-1), log_q, reward, log_mass, lattice.kl_coef, slack)

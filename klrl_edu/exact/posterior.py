@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.closed_forms.soft_maximum import soft_log_evidence, soft_value
 from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
@@ -67,8 +67,7 @@ class Posterior:
         Raises:
             InputError: the support was not enumerated.
         """
-        support = self.enumerated()
-        return tilt(support.log_prior, support.rewards, self.problem.kl_coef).log_posterior
+        return self.enumerated().tilted(self.problem.kl_coef).log_posterior
 
     def enumerated(self) -> Support:
         """The support, or an error where there is none."""
@@ -167,9 +166,9 @@ def posterior(
     if method == "forward_backward":
         return _by_forward_backward(problem)
     support = problem_support(problem, max_sequences)
-    tilted = tilt(support.log_prior, support.rewards, problem.kl_coef)
     if method == "soft_bellman":
         return _by_soft_bellman(problem, support)
+    tilted = support.tilted(problem.kl_coef)
     model = SequenceTable(problem.space, support.tokens, tilted.log_posterior)
     model.for_prompt(problem.prompt)
     return Posterior(problem, model, tilted.value, tilted.log_evidence, "enumeration", support)
@@ -188,14 +187,8 @@ def _choose(problem: Problem, max_sequences: int) -> Method:
 def _by_forward_backward(problem: Problem) -> Posterior:
     lattice = build_lattice(problem)
     model = StructuredPosterior(lattice, backward(lattice)).for_prompt(problem.prompt)
-    if problem.kl_coef == math.inf:  # value is E_q[r], which a forbidden sequence makes −inf
-        if model.forbids():
-            value = model.log_mass.new_tensor(-math.inf)
-        else:
-            value = model.reward_moments()[0]
-        return Posterior(problem, model, value, model.log_mass, "forward_backward")
-    value = model.best_return + problem.kl_coef * model.log_mass
-    log_evidence = _log_evidence(model.best_return, model.log_mass, problem.kl_coef)
+    value = soft_value(model.anchor, model.log_mass, problem.kl_coef)
+    log_evidence = soft_log_evidence(model.anchor, model.log_mass, problem.kl_coef)
     return Posterior(problem, model, value, log_evidence, "forward_backward")
 
 
@@ -263,12 +256,5 @@ def _by_soft_bellman(problem: Problem, support: Support) -> Posterior:
     logits[trie.parent, trie.token] = values.log_policy
     model = PrefixTable(problem.space, support.tokens, logits).for_prompt(problem.prompt)
     value = values.state_values[0]
-    log_evidence = _log_evidence(values.best_return, values.log_mass, problem.kl_coef)
+    log_evidence = soft_log_evidence(values.anchor, values.log_mass, problem.kl_coef)
     return Posterior(problem, model, value, log_evidence, "soft_bellman", support)
-
-
-def _log_evidence(best_return: Tensor, log_mass: Tensor, kl_coef: float) -> Tensor:
-    """log Z = m/λ + ℓ, from the best return m and the log-mass ℓ, with its limit at λ = 0."""
-    if kl_coef == 0:
-        return log_mass if best_return == 0 else torch.sign(best_return) * math.inf
-    return best_return / kl_coef + log_mass

@@ -4,8 +4,8 @@
     π*(a|s) = q(a|s) e^{(Q(s,a) − V(s))/λ}                                                       (1)
     V(∅) = λ log Z                                                                               (2)
 
-Each V is carried as m + λℓ: m the best return still in reach, ℓ ≤ 0 the log-mass left, so that (1)
-stays finite for any λ > 0 and its limit λ = 0 needs no other code. Todorov (2006); Levine (2018),
+Each V is carried as m + λℓ, a soft maximum of those ahead (`closed_forms/soft_maximum.py`), so that
+(1) keeps its digits at any λ > 0, and its limits need no other code. Todorov (2006); Levine (2018),
 §2; Korbak et al. (2022). Nodes s and edges (s,a) are those of the support's trie; values in reward
 units.
 """
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import scaled_advantage
-from klrl_edu.core import logspace
+from klrl_edu.closed_forms.soft_maximum import soft_maximum, soft_value
+from klrl_edu.core import logspace, ties
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.groups import Segments
 from klrl_edu.core.tries import PrefixTrie
 from klrl_edu.core.validation import check_kl_coef
 from klrl_edu.exact.enumeration import Support
@@ -35,7 +36,7 @@ class SoftValues(NamedTuple):
         log_policy: log π*(a|s) [E] in nats; uniform over a node's edges where no continuation is
             feasible.
         log_mass: ℓ at the root in nats: log Z = m/λ + ℓ.
-        best_return: m at the root in reward units.
+        anchor: m at the root in reward units: the best return at λ = 0.
     """
 
     trie: PrefixTrie
@@ -44,7 +45,7 @@ class SoftValues(NamedTuple):
     log_prior: Tensor
     log_policy: Tensor
     log_mass: Tensor
-    best_return: Tensor
+    anchor: Tensor
 
 
 def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
@@ -53,48 +54,54 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     Args:
         support: the prior's sequences with `token_rewards` [K,T]; a whole-sequence reward stands on
             the last live token.
-        kl_coef: λ ≥ 0; 0 and inf by their limits, where ties at λ = 0 are exact equalities of
-            summed token rewards (summed from the end, where enumeration sums from the start:
-            rewards that are not exact in binary may tie in one and not in the other).
+        kl_coef: λ ≥ 0; 0 and inf by their limits, with the ties of `core/ties.py` at 0.
 
     Raises:
         InputError: the rewards [K,T] are not causal.
     """
     check_kl_coef(kl_coef)
     trie = support.trie
-    log_prior = edge_log_prior(support)
-    reward = edge_rewards(support)
-    # V = m + λℓ of each node, and E_q of what follows, which is V at λ = inf
-    best = reward.new_full((trie.nodes,), -math.inf)
-    mass = reward.new_full((trie.nodes,), -math.inf)
-    mean = reward.new_zeros(trie.nodes)
-    # the same for Q of each edge, where ℓ holds log q(a|s) too
-    edge_best, edge_mass, edge_mean = reward.clone(), log_prior.clone(), reward.clone()
-    depths = list(zip(trie.depth_edges, trie.depth_edges[1:], strict=False))
-    for first, last in reversed(depths):
-        edges, child = slice(first, last), trie.child[first:last]
-        # Q = r + V(sa); nothing follows the last token
-        inner = child >= 0
-        edge_best[edges] += torch.where(inner, best[child], 0)
-        edge_mass[edges] += torch.where(inner, mass[child], 0)
-        edge_mean[edges] += torch.where(inner, mean[child], 0)
-        # V = λ log Σ_a q e^{Q/λ}, with the best Q of each node taken out
-        parent = trie.parent[edges]
-        best = best.scatter_reduce(0, parent, edge_best[edges], "amax")
-        lifted = edge_mass[edges] + scaled_advantage(edge_best[edges], best[parent], kl_coef)
-        nodes = torch.unique(parent)
-        mass[nodes] = logspace.segment_logsumexp(lifted, parent, trie.nodes)[nodes]
-        mean = mean.index_add(0, parent, logspace.mul_exp(edge_mean[edges], log_prior[edges]))
-    lifted = edge_mass + scaled_advantage(edge_best, best[trie.parent], kl_coef)
-    log_policy = _normalise_edges(lifted, trie)
-    if kl_coef == math.inf:
-        state_values, action_values = mean, edge_mean
-    else:
-        # without mass m is −inf already, and 0·(−inf) at λ = 0 would be NaN
-        state_values = best + torch.where(mass == -math.inf, 0, kl_coef * mass)
-        log_after = edge_mass - log_prior
-        action_values = edge_best + torch.where(edge_mass == -math.inf, 0, kl_coef * log_after)
-    return SoftValues(trie, state_values, action_values, log_prior, log_policy, mass[0], best[0])
+    log_prior, rewards = edge_log_prior(support), edge_rewards(support)
+    ahead = _Values(*(rewards.new_zeros(0) for _ in range(3)))
+    state_values, action_values, log_policy = [], [], []
+    depths = zip(trie.depth_edges, trie.depth_edges[1:], strict=False)
+    # no edge is that deep where every sequence has ended before
+    for first, last in reversed([(first, last) for first, last in depths if first < last]):
+        log_q, reward = log_prior[first:last], rewards[first:last]
+        q_values = _action_values(reward, trie.child[first:last], ahead, kl_coef)
+        # the nodes of one depth are numbered one after the other, and each has an edge
+        parent = trie.parent[first:last] - trie.parent[first]
+        groups = Segments(parent, int(parent[-1]) + 1)
+        best = soft_maximum(groups, log_q, *q_values[:2], kl_coef, q_values.slack)
+        ahead = _Values(*best[:3])
+        state_values.append(soft_value(ahead.anchor, ahead.log_mass, kl_coef))
+        action_values.append(soft_value(q_values.anchor, q_values.log_mass, kl_coef))
+        log_policy.append(_normalise(log_q + best.log_gain, groups))
+    depth_first = (torch.cat(part[::-1]) for part in (state_values, action_values, log_policy))
+    values, actions, policy = depth_first
+    root = ahead.log_mass[0], ahead.anchor[0]
+    return SoftValues(trie, values, actions, log_prior, policy, *root)
+
+
+class _Values(NamedTuple):
+    """V or Q of one depth's nodes or edges: m and ℓ, and how far rounding may have moved m."""
+
+    anchor: Tensor
+    log_mass: Tensor
+    slack: Tensor
+
+
+def _action_values(reward: Tensor, child: Tensor, ahead: _Values, kl_coef: float) -> _Values:
+    """Q = r + V(sa) of one depth's edges, from V of the next depth's nodes; 0 follows the end."""
+    inner = child >= 0
+    if not bool(inner.any()):
+        return _Values(reward, torch.zeros_like(reward), torch.zeros_like(reward))
+    # the children of one depth are numbered one after the other too
+    place = (child - child[inner][0]).clamp(min=0)
+    anchor, log_mass, slack = (torch.where(inner, part[place], 0) for part in ahead)
+    if kl_coef == 0:
+        slack = slack + ties.addition_slack(reward, anchor)
+    return _Values(reward + anchor, log_mass, slack)
 
 
 def edge_log_prior(support: Support) -> Tensor:
@@ -103,7 +110,7 @@ def edge_log_prior(support: Support) -> Tensor:
     on_path = trie.edge_of >= 0
     spread = support.log_prior[:, None].expand_as(trie.edge_of)[on_path]
     log_mass = logspace.segment_logsumexp(spread, trie.edge_of[on_path], len(trie.key))
-    return _normalise_edges(log_mass, trie)
+    return _normalise(log_mass, Segments(trie.parent, trie.nodes))
 
 
 def edge_rewards(support: Support) -> Tensor:
@@ -124,10 +131,10 @@ def edge_rewards(support: Support) -> Tensor:
     return rewards
 
 
-def _normalise_edges(log_mass: Tensor, trie: PrefixTrie) -> Tensor:
-    """Edge log-masses [E] normalised over the edges of each node; uniform where a node has none."""
-    total = logspace.segment_logsumexp(log_mass, trie.parent, trie.nodes)
+def _normalise(log_mass: Tensor, groups: Segments) -> Tensor:
+    """Log-masses [E] normalised over each group; uniform where a group has none."""
+    total = groups.logsumexp(log_mass)
     dead = total == -math.inf
-    log_mass = torch.where(dead[trie.parent], torch.zeros_like(log_mass), log_mass)
-    count = (trie.first_edge[1:] - trie.first_edge[:-1]).double()
-    return log_mass - torch.where(dead, torch.log(count), total)[trie.parent]
+    log_mass = torch.where(groups.spread(dead), torch.zeros_like(log_mass), log_mass)
+    count = groups.sum(torch.ones_like(log_mass))
+    return log_mass - groups.spread(torch.where(dead, torch.log(count), total))

@@ -80,16 +80,16 @@ class StructuredPosterior(LanguageModel):
         return self.chain.lattice.hidden
 
     @property
-    def best_return(self) -> Tensor:
-        """The highest return of a sequence with prior mass, a scalar in reward units.
+    def anchor(self) -> Tensor:
+        """A return in reach, a scalar in reward units, and the best one at λ = 0.
 
         It is 0 where the messages are numbers, which hold the rewards themselves.
         """
-        return self.chain.best_return
+        return self.chain.anchor
 
     @property
     def log_mass(self) -> Tensor:
-        """log Z less best_return/λ, a scalar in nats."""
+        """log Z less anchor/λ, a scalar in nats."""
         return self.chain.log_mass
 
     # --- as a language model ---
