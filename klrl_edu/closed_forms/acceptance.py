@@ -26,7 +26,7 @@ from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.multisets import count_multisets, multisets
 from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.outcomes import check_outcomes
-from klrl_edu.core.validation import check_count, check_number
+from klrl_edu.core.validation import check_count, check_kl_coef, check_number
 
 MAX_MULTISETS = 1_000_000
 
@@ -66,6 +66,7 @@ def quasi_rejection(
     """
     check_outcomes(log_prior, rewards)
     log_beta = check_number(log_beta, "log_beta", "finite", math.isfinite)
+    kl_coef = check_kl_coef(kl_coef)
     if kl_coef == 0:
         raise InputError("kl_coef = 0 makes e^{r/λ} 0 or infinite: no β caps it; give λ above 0.")
     log_star = tilt(log_prior, rewards, kl_coef).log_posterior

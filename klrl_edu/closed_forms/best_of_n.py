@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.outcomes import check_outcomes
 from klrl_edu.core.validation import check_count
+
+_MOST_DRAWS = 10**300  # a float holds it
 
 
 class BestOfN(NamedTuple):
@@ -53,7 +56,7 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
         InputError: n < 1, shapes that differ, a prior that does not sum to one, or a NaN or +inf
             reward where it has mass.
     """
-    check_count(n, "n")
+    _check_draws(n)
     check_outcomes(log_prior, rewards)
     supported = log_prior > -math.inf
     log_q, r = log_prior[supported], rewards[supported]
@@ -63,7 +66,7 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
     # log F₋/F, from the level's share of F where that is the smaller part
     share = (log_level - log_up_to).clamp(max=0)
     log_rest = torch.where(share < -math.log(2), logspace.log1mexp(share), log_below - log_up_to)
-    log_gain = n * log_up_to + logspace.log1mexp(n * log_rest.clamp(max=0))  # (2)
+    log_gain = float(n) * log_up_to + logspace.log1mexp(float(n) * log_rest.clamp(max=0))  # (2)
     log_pi = torch.full_like(log_prior, -math.inf)
     log_pi[supported] = log_q - log_level[level] + log_gain[level]
     if bool((r == -math.inf).any()):
@@ -79,8 +82,14 @@ def best_of_n(log_prior: Tensor, rewards: Tensor, n: int) -> BestOfN:
 
 def kl_bound(n: int) -> float:
     """log n − (n − 1)/n in nats, which KL(π_n‖q) never exceeds; n is a whole number ≥ 1."""
-    check_count(n, "n")
+    _check_draws(n)
     return math.log(n) - (n - 1) / n
+
+
+def _check_draws(n: int) -> None:
+    check_count(n, "n")
+    if n > _MOST_DRAWS:
+        raise InputError(f"n is about 2^{n.bit_length()}; give at most 1e300 draws.")
 
 
 def _cumulative(log_level: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ K outcomes; log q in nats (−inf is zero mass), rewards in reward units (−inf
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from klrl_edu.closed_forms.tilt import tilt, tilt_log_ratio
 from klrl_edu.core import logspace
-from klrl_edu.core.errors import InputError
+from klrl_edu.core.arguments import describe
+from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.core.outcomes import check_outcomes
 from klrl_edu.core.validation import check_count, check_kl_coef, check_number
+
+MAX_STEPS = 10_000_000
 
 
 class Frontier(NamedTuple):
@@ -53,10 +56,15 @@ def frontier(log_prior: Tensor, rewards: Tensor, kl_coefs: Sequence[float]) -> F
         InputError: vectors that are no law and its rewards, or a λ below 0.
     """
     check_outcomes(log_prior, rewards)
-    rows = []
-    for kl_coef in kl_coefs:
+    if not isinstance(kl_coefs, Iterable):
+        raise InputError(f"kl_coefs is {describe(kl_coefs)}; expected a list of numbers.")
+    allowed, rows = _allowed(log_prior, rewards), []
+    for kl_coef in map(check_kl_coef, kl_coefs):
         tilted = tilt(log_prior, rewards, kl_coef)
-        mean = float(logspace.expectation(tilted.log_posterior, rewards))
+        if _spread(allowed.rewards) <= kl_coef:  # E_q[r] and what λ adds to it, however little
+            mean = allowed.mean() + _gain(*allowed[:2], kl_coef)
+        else:
+            mean = float(logspace.expectation(tilted.log_posterior, rewards))
         rows.append((kl_coef, mean, _kl(log_prior, rewards, kl_coef), float(tilted.value)))
     columns = zip(*rows, strict=True)
     return Frontier(*(torch.tensor(column, dtype=torch.float64) for column in columns))
@@ -90,6 +98,10 @@ class _Allowed(NamedTuple):
     rewards: Tensor
     least_kl: float
 
+    def mean(self) -> float:
+        """E_q[r | r > −inf]."""
+        return float(self.log_prior.exp().dot(self.rewards))
+
 
 def _allowed(log_prior: Tensor, rewards: Tensor) -> _Allowed:
     """The outcomes with prior mass and a finite reward."""
@@ -97,7 +109,8 @@ def _allowed(log_prior: Tensor, rewards: Tensor) -> _Allowed:
         tilt(log_prior, torch.where(rewards > -math.inf, 0.0, rewards), 1.0).log_evidence
     )
     allowed = (log_prior > -math.inf) & (rewards > -math.inf)
-    return _Allowed(logspace.log_normalize(log_prior[allowed]), rewards[allowed], least + 0.0)
+    log_q, r = log_prior[allowed].double(), rewards[allowed].double()
+    return _Allowed(logspace.log_normalize(log_q), r, least + 0.0)  # + 0.0: no −0
 
 
 @takes_numbers
@@ -147,7 +160,7 @@ def kl_coef_for_reward(log_prior: Tensor, rewards: Tensor, target: float) -> flo
     check_outcomes(log_prior, rewards)
     target = check_number(target, "target", "a number of reward units", lambda x: x == x)
     allowed = _allowed(log_prior, rewards)
-    least, most = float(allowed.log_prior.exp().dot(allowed.rewards)), float(allowed.rewards.max())
+    least, most = allowed.mean(), float(allowed.rewards.max())
     if not least <= target <= most:
         raise InputError(
             f"target = {target!r} is outside the attainable range [{least:.12g}, {most:.12g}] of"
@@ -192,6 +205,12 @@ def _spread(rewards: Tensor) -> float:
     return float(rewards.amax() / 2 - rewards.amin() / 2) * 2 or 1.0
 
 
+def _check_steps(steps: int) -> None:
+    check_count(steps, "steps", 0)
+    if steps > MAX_STEPS:
+        raise TooLargeError(f"steps = {steps:.6g} make a path of more than {MAX_STEPS:,} points.")
+
+
 def mirror_descent_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Tensor:
     """λ_t for t = 0 … steps by (3): [steps + 1], inf at t = 0 (the prior).
 
@@ -204,13 +223,12 @@ def mirror_descent_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Ten
     Raises:
         InputError: ηλ > 1, where the path oscillates around π* and leaves the family.
     """
-    check_kl_coef(kl_coef)
-    check_count(steps, "steps", 0)
-    if not 0 < step_size < math.inf or not step_size * kl_coef <= 1:
-        raise InputError(
-            f"step_size = {step_size!r} must be positive with step_size · kl_coef ≤ 1 (kl_coef ="
-            f" {kl_coef:g})."
-        )
+    kl_coef = check_kl_coef(kl_coef)
+    _check_steps(steps)
+    rule = f"positive with step_size · kl_coef ≤ 1 (kl_coef = {kl_coef:g})"
+    step_size = check_number(
+        step_size, "step_size", rule, lambda x: 0 < x < math.inf and x * kl_coef <= 1
+    )
     t = torch.arange(steps + 1, dtype=torch.float64)
     if kl_coef == 0:
         return 1 / (step_size * t)
@@ -227,10 +245,10 @@ def proximal_kl_coefs(kl_coef: float, step_size: float, steps: int) -> Tensor:
     Raises:
         InputError: λ or η not positive.
     """
-    check_count(steps, "steps", 0)
-    if not (0 < kl_coef < math.inf and 0 < step_size < math.inf):
-        raise InputError(
-            f"kl_coef = {kl_coef!r} and step_size = {step_size!r} must be positive numbers."
-        )
+    _check_steps(steps)
+    kl_coef, step_size = (
+        check_number(value, name, "a positive number", lambda x: 0 < x < math.inf)
+        for name, value in (("kl_coef", kl_coef), ("step_size", step_size))
+    )
     t = torch.arange(steps + 1, dtype=torch.float64)
     return kl_coef / -torch.expm1(-t * math.log1p(step_size * kl_coef))

@@ -20,7 +20,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from klrl_edu.core import logspace
-from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.numbers import as_numbers, takes_numbers
 
 
 class EstimatorMoments(NamedTuple):
@@ -41,35 +42,56 @@ class EstimatorMoments(NamedTuple):
         return self.variance.sqrt() / self.kl
 
 
+def _checked(kl: float | Tensor) -> Tensor:
+    """A KL as a tensor [...].
+
+    Raises:
+        InputError: a KL below 0, infinite or no number.
+    """
+    given = as_numbers(kl, "kl")
+    if isinstance(kl, bool):
+        raise InputError(f"kl = {kl!r} must be a number of nats.")
+    d = given.to(torch.float64)
+    if not bool(((d >= 0) & (d < math.inf)).all()):
+        raise InputError(f"kl = {kl!r} must be finite and at least 0, in nats.")
+    return d
+
+
 def k1(kl: float | Tensor) -> EstimatorMoments:
     """The moments of u at d = `kl` [...]: std/d = √(2/d), without bound as d → 0."""
-    d = torch.as_tensor(kl, dtype=torch.float64)
+    d = _checked(kl)
     return EstimatorMoments(d, d, 2 * d)
 
 
 def k2(kl: float | Tensor) -> EstimatorMoments:
     """The moments of u²/2 at d = `kl` [...]: relative bias d/2, std/d = √(2 + 2d)."""
-    d = torch.as_tensor(kl, dtype=torch.float64)
+    d = _checked(kl)
     return EstimatorMoments(d, d + d.square() / 2, 2 * d.square() * (1 + d))
 
 
 def k3(kl: float | Tensor) -> EstimatorMoments:
     """The moments of w − 1 + u at d = `kl` [...]: std/d → √2 as d → 0, and grows as e^d/d."""
-    d = torch.as_tensor(kl, dtype=torch.float64)
+    d = _checked(kl)
     return EstimatorMoments(d, d, logspace.expm1_minus_identity(2 * d))
 
 
 @takes_numbers
 def control_variate(kl: float | Tensor, coefficient: float | Tensor) -> EstimatorMoments:
     """The moments (2) of u + c(w − 1) at d = `kl` [...] and c = `coefficient` [...]."""
-    d = torch.as_tensor(kl, dtype=torch.float64)
-    return EstimatorMoments(d, d, 2 * d - 4 * coefficient * d + coefficient**2 * torch.expm1(2 * d))
+    d = _checked(kl)
+    c = torch.as_tensor(coefficient, dtype=torch.float64)
+    if not bool(torch.isfinite(c).all()):
+        raise InputError(f"coefficient = {coefficient!r} must be a finite number.")
+    # e^{2d} may overflow, and 0·inf is 0 here
+    squared = torch.where(c == 0, 0.0, c**2 * torch.expm1(2 * d))
+    return EstimatorMoments(d, d, 2 * d - 4 * c * d + squared)
 
 
 def best_coefficient(kl: float | Tensor) -> Tensor:
-    """The c* of least variance (2) at d = `kl` [...] > 0: near 1 (k3) for small d, falling to 0."""
-    d = torch.as_tensor(kl, dtype=torch.float64)
-    return 2 * d / torch.expm1(2 * d)
+    """The c* of least variance (2) at d = `kl` [...]: near 1 (k3) for small d, falling to 0."""
+    d = _checked(kl)
+    safe = torch.where(d > 0, d, 1.0)
+    return torch.where(d > 0, 2 * safe / torch.expm1(2 * safe), 1.0)  # 1 is the limit at 0
 
 
 def crossing() -> float:

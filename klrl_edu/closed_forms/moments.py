@@ -17,6 +17,7 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.outcomes import check_law
 
 _STEPS, _TOLERANCE = 200, 1e-13
 # a target nearer than this to the edge of what is attainable needs infinite coefficients
@@ -37,7 +38,7 @@ def match_moments(log_prior: Tensor, features: Tensor, targets: Tensor) -> Momen
     """The distribution (1) nearest to q whose features have the means μ.
 
     Args:
-        log_prior: [K]; −inf is zero mass.
+        log_prior: [K], normalised; −inf is zero mass.
         features: φ [K,D]; targets: μ [D].
 
     Where features are linearly dependent under q, β is the one of least norm.
@@ -47,6 +48,7 @@ def match_moments(log_prior: Tensor, features: Tensor, targets: Tensor) -> Momen
             what is attainable; the message has the range of each feature and the distance.
         InputError: shapes that do not fit, or values that are not finite.
     """
+    check_law(log_prior, "log_prior")
     fits = features.ndim == 2 and len(features) == len(log_prior)
     if not fits or targets.shape != features.shape[1:]:
         raise InputError(

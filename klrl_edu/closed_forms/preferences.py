@@ -20,21 +20,46 @@ from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.numbers import takes_numbers
+from klrl_edu.core.outcomes import check_law
+from klrl_edu.core.validation import check_kl_coef, check_number
 
 _STEPS = 100_000
 
 
+_POSITIVE = "a positive number"
+_LEAST_TOLERANCE = 1e-15  # probabilities are not known more exactly
+
+
 class Equilibrium(NamedTuple):
-    """log π [K] in nats of the equilibrium, its duality gap, and the iterations that it took."""
+    """log π [K] in nats of the equilibrium, its duality gap, and the iterations that it took.
+
+    Attributes:
+        residual: ½ Σ |π − best response to π|, which is 0 at the fixed point (3).
+    """
 
     log_probs: Tensor
     duality_gap: float
     iterations: int
+    residual: float
+
+
+def _is_positive(x: float) -> bool:
+    return 0 < x < math.inf
 
 
 @takes_numbers
 def bradley_terry(rewards: Tensor) -> Tensor:
-    """The probabilities P(i ≻ j) = σ(r_i − r_j) [K,K] that i is preferred, for rewards [K]."""
+    """The probabilities P(i ≻ j) = σ(r_i − r_j) [K,K] that i is preferred, for rewards [K].
+
+    Raises:
+        InputError: rewards that are no finite numbers [K].
+    """
+    if rewards.ndim != 1:
+        raise InputError(f"rewards has shape {list(rewards.shape)}; expected [K].")
+    bad = ~torch.isfinite(rewards)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise InputError(f"rewards[{index}] = {float(rewards[index])} must be a finite number.")
     return torch.sigmoid(rewards[:, None] - rewards[None, :])
 
 
@@ -69,16 +94,18 @@ def dpo_loss(
     """The population loss of DPO (1), a scalar in nats, with gradient to log_policy [K].
 
     Args:
-        log_prior: [K], with mass everywhere.
+        log_prior: [K], normalised.
         preferences: P [K,K].
+        kl_coef: λ > 0.
         log_behaviour: the law [K] of each of the two compared outcomes, drawn independently; the
-            prior by default.
+            prior by default. It has no mass where the prior has none.
+
+    Raises:
+        InputError: λ not positive and finite, laws that are none, a matrix that is no preference.
     """
-    weights = (log_prior if log_behaviour is None else log_behaviour).exp()
-    margin = kl_coef * (log_policy - log_prior)  # λu
-    log_wins = logsigmoid(margin[:, None] - margin)
-    pairs = weights[:, None] * weights * check_preferences(preferences)
-    return -(pairs * log_wins).sum()
+    kl_coef = check_number(kl_coef, "kl_coef", _POSITIVE, _is_positive)
+    log_wins = logsigmoid(kl_coef * _margins(log_policy, log_prior))  # of λΔu
+    return -_mean_over_pairs(log_wins, log_prior, log_behaviour, preferences)
 
 
 @takes_numbers
@@ -91,12 +118,68 @@ def ipo_loss(
 ) -> Tensor:
     """The population loss of IPO (2), a scalar, with gradient to log_policy [K].
 
-    Arguments as in `dpo_loss`; τ in preference units a nat.
+    Arguments and errors as in `dpo_loss`; τ > 0 in preference units a nat.
     """
-    weights = (log_prior if log_behaviour is None else log_behaviour).exp()
-    ratio = log_policy - log_prior  # u
-    pairs = weights[:, None] * weights * check_preferences(preferences)
-    return (pairs * (ratio[:, None] - ratio - 1 / (2 * tau)) ** 2).sum()
+    tau = check_number(tau, "tau", _POSITIVE, _is_positive)
+    losses = (_margins(log_policy, log_prior) - 1 / (2 * tau)) ** 2
+    return _mean_over_pairs(losses, log_prior, log_behaviour, preferences)
+
+
+def _margins(log_policy: Tensor, log_prior: Tensor) -> Tensor:
+    """Δu = u_i − u_j [K,K] of u = log π/q, 0 on the diagonal and off the prior's support."""
+    check_law(log_prior, "log_prior")
+    if log_policy.shape != log_prior.shape:
+        raise InputError(
+            f"log_policy has shape {list(log_policy.shape)}; expected {list(log_prior.shape)}."
+        )
+    bad = ~(log_policy < math.inf)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise InputError(
+            f"log_policy[{index}] = {float(log_policy[index])}; give the log of a probability."
+        )
+    supported = log_prior > -math.inf
+    ratio = torch.where(supported, log_policy, 0.0) - torch.where(supported, log_prior, 0.0)
+    # two outcomes that the policy rules out are level: −inf less −inf is no number
+    ruled_out = ratio == -math.inf
+    level = ruled_out[:, None] & ruled_out
+    return torch.where(level, 0.0, ratio[:, None] - torch.where(level, 0.0, ratio))
+
+
+def _mean_over_pairs(
+    losses: Tensor, log_prior: Tensor, log_behaviour: Tensor | None, preferences: Tensor
+) -> Tensor:
+    """Σ_ij μ_i μ_j P(i ≻ j) loss_ij; a pair that never comes does not count."""
+    behaviour = _behaviour(log_prior, log_behaviour)
+    stray = (behaviour > 0) & (log_prior == -math.inf)
+    if bool(stray.any()):
+        index = int(stray.nonzero()[0])
+        raise InputError(
+            f"log_behaviour[{index}] has mass where the prior has none, and log π/q is infinite."
+        )
+    weights = behaviour[:, None] * behaviour * _of_size(preferences, len(behaviour))
+    return (weights * torch.where(weights > 0, losses, 0.0)).sum()
+
+
+def _behaviour(log_prior: Tensor, log_behaviour: Tensor | None) -> Tensor:
+    """μ [K], the prior by default."""
+    if log_behaviour is None:
+        return log_prior.exp()
+    check_law(log_behaviour, "log_behaviour")
+    if log_behaviour.shape != log_prior.shape:
+        raise InputError(
+            f"log_behaviour has shape {list(log_behaviour.shape)}; expected"
+            f" {list(log_prior.shape)}."
+        )
+    return log_behaviour.exp()
+
+
+def _of_size(preferences: Tensor, outcomes: int) -> Tensor:
+    """Checked preferences between as many outcomes as the prior has."""
+    if len(check_preferences(preferences)) != outcomes:
+        shape = list(preferences.shape)
+        raise InputError(f"preferences has shape {shape}; expected [{outcomes}, {outcomes}].")
+    return preferences
 
 
 @takes_numbers
@@ -106,10 +189,11 @@ def ipo_optimum(
     """log π [K] ∝ q e^{p(y ≻ μ)/τ} (2): the posterior of the reward p(y ≻ μ) = Σ_j μ_j P(y ≻ j).
 
     Raises:
-        InputError: a matrix that is no preference.
+        InputError: τ < 0, laws that are none, a matrix that is no preference.
     """
-    behaviour = (log_prior if log_behaviour is None else log_behaviour).exp()
-    return tilt(log_prior, check_preferences(preferences) @ behaviour, tau).log_posterior
+    check_law(log_prior, "log_prior")
+    tau, behaviour = check_kl_coef(tau, "tau"), _behaviour(log_prior, log_behaviour)
+    return tilt(log_prior, _of_size(preferences, len(log_prior)) @ behaviour, tau).log_posterior
 
 
 @takes_numbers
@@ -121,8 +205,14 @@ def duality_gap(log_policy: Tensor, log_prior: Tensor, preferences: Tensor, tau:
         2(τ log Σ q e^{P(y ≻ π)/τ} + τKL(π‖q) − ½) = 2τKL(π‖best response),
 
     the game being symmetric with P(π ≻ π) = ½.
+
+    Raises:
+        InputError: τ not positive and finite, laws that are none, a matrix that is no preference.
     """
-    best = tilt(log_prior, check_preferences(preferences) @ log_policy.exp(), tau)
+    tau = check_number(tau, "tau", _POSITIVE, _is_positive)
+    check_law(log_prior, "log_prior")
+    check_law(log_policy, "log_policy")
+    best = tilt(log_prior, _of_size(preferences, len(log_prior)) @ log_policy.exp(), tau)
     return 2 * tau * logspace.kl_divergence(log_policy, best.log_posterior)
 
 
@@ -134,26 +224,33 @@ def nash_equilibrium(
 
     By damped mirror steps, log π ← (1 − ητ) log π + η(P(y ≻ π) + τ log q).
 
+    Args:
+        tolerance: bounds the residual ½ Σ |π − best response to π|. The gap is quadratic in it, and
+            would be met while π still misses its digits.
+
     Raises:
-        InputError: τ not positive, a matrix that is no preference, or no convergence (raise τ).
+        InputError: τ or the tolerance not positive, a matrix that is no preference, or no
+            convergence (raise τ).
     """
-    if not 0 < tau < math.inf:
-        raise InputError(
-            f"tau = {tau!r} must be a positive number; without regularisation the equilibrium need"
-            " not be unique."
-        )
-    check_preferences(preferences)
-    log_policy = log_prior.clone()
+    rule = "a positive number; without regularisation the equilibrium need not be unique"
+    tau = check_number(tau, "tau", rule, _is_positive)
+    rule = f"from {_LEAST_TOLERANCE:g} to 1, in probability; float64 knows no smaller residual"
+    tolerance = check_number(tolerance, "tolerance", rule, lambda x: _LEAST_TOLERANCE <= x <= 1)
+    check_law(log_prior, "log_prior")
+    supported = log_prior > -math.inf
+    log_q = log_prior[supported]
+    wins = _of_size(preferences, len(log_prior))[supported][:, supported]
+    log_policy = log_q.clone()
     step = min(1.0, tau) / (tau * (1 + 1 / tau))  # ητ, small enough for a game that cycles
     for iteration in range(_STEPS):
-        gap = float(duality_gap(log_policy, log_prior, preferences, tau))
-        if gap <= tolerance:
-            return Equilibrium(log_policy, gap, iteration)
-        target = tilt(log_prior, preferences @ log_policy.exp(), tau).log_posterior
-        mixed = (1 - step) * log_policy + step * target
-        mixed = torch.where(log_prior > -math.inf, mixed, -math.inf)
-        log_policy = logspace.log_normalize(torch.where(torch.isnan(mixed), -math.inf, mixed))
+        response = tilt(log_q, wins @ log_policy.exp(), tau).log_posterior
+        residual = float((response.exp() - log_policy.exp()).abs().sum()) / 2
+        if residual <= tolerance:
+            whole = torch.full_like(log_prior, -math.inf).masked_scatter(supported, log_policy)
+            gap = float(duality_gap(log_policy, log_q, wins, tau))
+            return Equilibrium(whole, gap, iteration, residual)
+        log_policy = logspace.log_normalize((1 - step) * log_policy + step * response)
     raise InputError(
-        f"the equilibrium at tau = {tau:g} was not reached: duality gap {gap:.3g} after {_STEPS:,}"
-        " steps; raise tau or tolerance."
+        f"the equilibrium at tau = {tau:g} was not reached: residual {residual:.3g} after"
+        f" {_STEPS:,} steps; raise tau or tolerance."
     )

@@ -12,7 +12,8 @@
 
 ν is the multiplier of Σπ = 1: one root in one variable. Wang et al. (2023), f-DPO, Table 1 for the
 derivatives; Huang et al. (2024), χPO, for KL + χ². K outcomes; log q in nats, rewards and ν in
-reward units.
+reward units. Every function raises InputError where log q [K] is not normalised, or a reward that
+counts is NaN or +inf.
 """
 
 import math
@@ -21,13 +22,19 @@ from typing import NamedTuple
 
 import torch
 from scipy.optimize import brentq
-from scipy.special import lambertw
 from torch import Tensor
 
+from klrl_edu.closed_forms.soft_maximum import scaled_advantage
 from klrl_edu.closed_forms.tilt import tilt
+from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError, InputError
+from klrl_edu.core.groups import Rows
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.core.validation import check_kl_coef
+from klrl_edu.core.outcomes import check_outcomes
+from klrl_edu.core.validation import check_kl_coef, check_number
+
+# from either start the error of Newton's method halves at first, and then squares
+_NEWTON_STEPS = 12
 
 
 class Optimum(NamedTuple):
@@ -47,13 +54,16 @@ class Optimum(NamedTuple):
 class _Divergence(NamedTuple):
     """What (1) needs of f, all as functions of vectors.
 
+    They are centred at t = 1, where the optimum lies near the prior: log t and f are small there,
+    and keep their digits.
+
     Attributes:
-        log_ratio: log t at x = (r − ν)/λ [K], −inf where t = 0.
-        generator: f(t) at log t [K].
-        ceiling: the x at which t becomes infinite (the largest x allowed is below it); inf where
+        log_ratio: log t at y = (r − ν)/λ − f'(1) [K]: 0 at 0, and −inf where t = 0.
+        generator: f(t) − f'(1)(t − 1) ≥ 0 at log t [K], whose mean under q is D_f too.
+        ceiling: the y at which t becomes infinite (the largest y allowed is below it); inf where
             there is none.
-        at_zero: f(0), infinite where zero mass is not allowed.
-        at_one: f'(1), the x at which t = 1.
+        at_zero: the generator at t = 0, infinite where zero mass is not allowed.
+        at_one: f'(1).
     """
 
     log_ratio: Callable[[Tensor], Tensor]
@@ -66,6 +76,7 @@ class _Divergence(NamedTuple):
 @takes_numbers
 def reverse_kl(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """The posterior π* ∝ q e^{r/λ}: log_prior and rewards [K] -> Optimum; ν = λ log Z."""
+    check_outcomes(log_prior, rewards)
     tilted = tilt(log_prior, rewards, kl_coef)
     return Optimum(tilted.log_posterior, float(tilted.value), float(tilted.value))
 
@@ -111,10 +122,8 @@ def alpha_divergence(
     Raises:
         InputError: α outside (0, 1).
     """
-    if not 0 < alpha < 1:
-        raise InputError(
-            f"alpha = {alpha!r} must lie between 0 and 1; its ends are forward_kl and reverse_kl."
-        )
+    rule = "between 0 and 1; its ends are forward_kl and reverse_kl"
+    alpha = check_number(alpha, "alpha", rule, lambda x: 0 < x < 1)
     return _optimum(_alpha(alpha), log_prior, rewards, kl_coef)
 
 
@@ -149,9 +158,7 @@ def optimum(divergence: str, log_prior: Tensor, rewards: Tensor, kl_coef: float)
         InputError: no such name; the message lists them.
     """
     if divergence not in DIVERGENCES:
-        raise InputError(
-            f"divergence = {divergence!r} is not known; choose from {', '.join(DIVERGENCES)}."
-        )
+        raise _unknown(divergence)
     return DIVERGENCES[divergence](log_prior, rewards, kl_coef)
 
 
@@ -162,28 +169,32 @@ def density_ratio(divergence: str, x: Tensor) -> Tensor:
     The divergence is given by its name; α = ½.
 
     Raises:
-        InputError: no such name.
+        InputError: no such name, or an x at which t is infinite or no number.
     """
-    shapes = {
-        "forward_kl": _FORWARD,
-        "chi_squared": _CHI_SQUARED,
-        "kl_plus_chi_squared": _KL_CHI_SQUARED,
-        "alpha": _alpha(0.5),
-        "jensen_shannon": _JENSEN_SHANNON,
-        "squared_hellinger": _HELLINGER,
-    }
+    if divergence not in DIVERGENCES:
+        raise _unknown(divergence)
     if divergence == "reverse_kl":
         return x.exp()
-    if divergence not in shapes:
+    f = _SHAPES[divergence]
+    bad = ~(x - f.at_one < f.ceiling)
+    if bool(bad.any()):
+        value = float(x[bad].reshape(-1)[0])
         raise InputError(
-            f"divergence = {divergence!r} is not known; choose from {', '.join(DIVERGENCES)}."
+            f"x holds {value!r}, where π/q of {divergence} is infinite or no number; give x below"
+            f" {f.ceiling + f.at_one:.12g}."
         )
-    return shapes[divergence].log_ratio(x).exp()
+    return f.log_ratio(x - f.at_one).exp()
+
+
+def _unknown(divergence: str) -> InputError:
+    known = ", ".join(DIVERGENCES)
+    return InputError(f"divergence = {divergence!r} is not known; choose from {known}.")
 
 
 def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Optimum:
     """(1) with ν by bracketing: Σ_k q_k t((r_k − ν)/λ) falls in ν from above 1 to below 1."""
-    check_kl_coef(kl_coef)
+    kl_coef = check_kl_coef(kl_coef)
+    check_outcomes(log_prior, rewards)
     if kl_coef == 0 or kl_coef == math.inf:
         # the limits do not depend on f: q on argmax r, where ties keep q's proportions, and q
         tilted = tilt(log_prior, rewards, kl_coef)
@@ -203,40 +214,47 @@ def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float)
             " zero mass: no policy is finite."
         )
     log_q, top = log_prior[feasible], rewards[feasible].amax()
-    below = (rewards[feasible] - top) / kl_coef  # (r − max r)/λ ≤ 0
+    below = scaled_advantage(rewards[feasible], top, kl_coef)  # (r − max r)/λ ≤ 0
+    nothing = torch.full_like(log_prior, -math.inf)
 
     def excess(shift: float) -> float:
-        """Σπ − 1 at ν = max r + λ·shift; below e^700, which the search has no use for."""
-        log_total = float(torch.logsumexp(log_q + f.log_ratio(below - shift), 0))
+        """Σπ − 1 at ν = max r + λ(shift − f'(1)); below e^700, which the search has no use for."""
+        log_t = nothing.masked_scatter(feasible, f.log_ratio(below - shift))
+        log_total = float(Rows().log_mean_exp(log_prior, log_t))
         return math.expm1(min(700.0, log_total))
 
-    low, high = _bracket(f, excess)
+    low, high = _bracket(f, excess, -float(below.amin()))
     shift = low
     if low != high:
-        shift = float(brentq(excess, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=1000))
+        shift = float(brentq(excess, low, high, xtol=1e-300, rtol=8.9e-16, maxiter=2000))
     log_t = f.log_ratio(below - shift)
-    log_pi = torch.full_like(log_prior, -math.inf)
     # normalised once more: the root is exact to rounding only
-    log_pi[feasible] = log_q + log_t - torch.logsumexp(log_q + log_t, 0)
+    log_pi = nothing.masked_scatter(feasible, log_q + log_t - torch.logsumexp(log_q + log_t, 0))
     # D_f: over what is feasible, and f(0) for what the reward forbids (inf · 0 is 0)
-    penalty = float((log_q.exp() * f.generator(log_pi[feasible] - log_q)).sum())
+    penalty = float((log_q.exp() * f.generator(log_t)).sum())
     forbidden_mass = float(log_prior[forbidden].exp().sum())
     penalty += f.at_zero * forbidden_mass if forbidden_mass else 0.0
     mean = float((log_pi[feasible].exp() * rewards[feasible]).sum())
-    return Optimum(log_pi, float(top) + kl_coef * shift, mean - kl_coef * penalty)
+    normaliser = float(top) + kl_coef * (shift - f.at_one)
+    return Optimum(log_pi, normaliser, mean - kl_coef * penalty)
 
 
-def _bracket(f: _Divergence, excess: Callable[[float], float]) -> tuple[float, float]:
-    """Shifts (ν − max r)/λ with a sum above and below 1.
+def _bracket(
+    f: _Divergence, excess: Callable[[float], float], spread: float
+) -> tuple[float, float]:
+    """Shifts (ν − max r)/λ + f'(1) with a sum above and below 1.
 
-    At shift = −f'(1) every t ≤ 1 (the best has t = 1), so the sum is at most 1; going down, the
-    best alone reaches t = 1/q(argmax), and the sum 1. Where t has a pole the shift stays above it.
+    At shift = 0 every t ≤ 1 (the best has t = 1), so the sum is at most 1; going down, the best
+    alone reaches t = 1/q(argmax), and the sum 1. Where t has a pole the shift stays above it.
+
+    Args:
+        spread: (max r − min r)/λ; no shift need be lower where nothing is forbidden.
     """
-    high = -f.at_one
+    high = 0.0
     if excess(high) >= 0:
         return high, high
     # down, in steps that double, until the sum is above 1 or a pole is passed
-    width = 1e-3
+    width = min(1e-3, spread) or 1e-3
     low = high - width
     while low > -f.ceiling and excess(low) < 0:
         width *= 2
@@ -249,15 +267,12 @@ def _bracket(f: _Divergence, excess: Callable[[float], float]) -> tuple[float, f
     return low, high
 
 
-def _log_w(x: Tensor) -> Tensor:
-    """log W₀(e^x): by scipy where e^x is a number, else by Newton on w + log w = x."""
-    small = torch.from_numpy(lambertw(x.clamp(max=500.0).exp().numpy()).real).log()
-    small = torch.where(x < -30, x - x.clamp(max=0).exp(), small)  # W₀(z) = z − z² + …
-    large = x.clamp(min=500.0)
-    w = large - large.log()
-    for _ in range(8):
-        w = w - (w + w.log() - large) / (1 + 1 / w)
-    return torch.where(x > 500, w.log(), small)
+def _log_w(y: Tensor) -> Tensor:
+    """log W₀(e^{1+y}): v of e^v − 1 + v = y, by Newton's method from above, where it only falls."""
+    v = torch.minimum(y / 2, torch.log1p(y.clamp(min=0)).where(y > 0, y / 2))
+    for _ in range(_NEWTON_STEPS):
+        v = v - (torch.expm1(v) + v - y) / (torch.exp(v) + 1)
+    return v
 
 
 def _t_log_t(log_t: Tensor) -> Tensor:
@@ -270,21 +285,41 @@ def _half_square(log_t: Tensor) -> Tensor:
     return torch.expm1(log_t) ** 2 / 2
 
 
+def _kl_generator(log_t: Tensor) -> Tensor:
+    """t log t − t + 1, to full relative accuracy near t = 1; 1 at t = 0."""
+    near = log_t.abs() < 0.5
+    small = torch.where(near, log_t, 0.0)
+    direct = _t_log_t(log_t) - torch.expm1(log_t)
+    return torch.where(near, small.exp() * logspace.expm1_minus_identity(-small), direct)
+
+
 def _js_generator(log_t: Tensor) -> Tensor:
-    """½[t log t − (1+t) log((1+t)/2)], by m log m at the middle m = (1+t)/2."""
-    log_middle = torch.logaddexp(log_t, torch.zeros_like(log_t)) - math.log(2)
-    return (_t_log_t(log_t) - 2 * _t_log_t(log_middle)) / 2
+    """½[t log t − (1+t) log((1+t)/2)], as ½KL(t‖m) + ½KL(1‖m) with the middle m = (1+t)/2."""
+    log_middle = torch.log1p(torch.expm1(log_t) / 2)
+    to_middle = log_middle.exp() * _kl_generator(log_t - log_middle)
+    return (to_middle + logspace.expm1_minus_identity(log_middle)) / 2
+
+
+def _js_log_ratio(y: Tensor) -> Tensor:
+    """−log(2e^{−2y} − 1)."""
+    far = y < -20
+    near = -torch.log1p(2 * torch.expm1(-2 * y.clamp(min=-20)))
+    # where e^{−2y} alone might overflow
+    return torch.where(far, 2 * y - torch.log(2 - torch.exp(2 * y.clamp(max=0))), near)
 
 
 def _alpha(alpha: float) -> _Divergence:
     """The α-divergence, 0 < α < 1."""
 
     def generator(log_t: Tensor) -> Tensor:
-        above = torch.exp(alpha * log_t) - alpha * log_t.exp() - (1 - alpha)
-        return above / (alpha * (alpha - 1))
+        dead = log_t == -math.inf
+        safe = torch.where(dead, 0.0, log_t)
+        by_alpha = logspace.expm1_minus_identity(alpha * safe)
+        above = by_alpha - alpha * logspace.expm1_minus_identity(safe)
+        return torch.where(dead, 1 / alpha, above / (alpha * (alpha - 1)))
 
     return _Divergence(
-        log_ratio=lambda x: torch.log1p(-(1 - alpha) * x) / (alpha - 1),
+        log_ratio=lambda y: torch.log1p(-(1 - alpha) * y) / (alpha - 1),
         generator=generator,
         ceiling=1 / (1 - alpha),
         at_zero=1 / alpha,
@@ -293,14 +328,14 @@ def _alpha(alpha: float) -> _Divergence:
 
 
 _FORWARD = _Divergence(
-    log_ratio=lambda x: -torch.log(-x),
-    generator=lambda log_t: -log_t,
-    ceiling=0.0,
+    log_ratio=lambda y: -torch.log1p(-y),
+    generator=logspace.expm1_minus_identity,
+    ceiling=1.0,
     at_zero=math.inf,
     at_one=-1.0,
 )
 _CHI_SQUARED = _Divergence(
-    log_ratio=lambda x: torch.log((1 + x).clamp(min=0)),
+    log_ratio=lambda y: torch.log1p(y.clamp(min=-1)),
     generator=_half_square,
     ceiling=math.inf,
     at_zero=0.5,
@@ -308,22 +343,30 @@ _CHI_SQUARED = _Divergence(
 )
 _KL_CHI_SQUARED = _Divergence(
     log_ratio=_log_w,
-    generator=lambda log_t: _t_log_t(log_t) + _half_square(log_t),
+    generator=lambda log_t: _kl_generator(log_t) + _half_square(log_t),
     ceiling=math.inf,
-    at_zero=0.5,
+    at_zero=1.5,
     at_one=1.0,
 )
 _JENSEN_SHANNON = _Divergence(
-    log_ratio=lambda x: -torch.log(torch.expm1(math.log(2) - 2 * x)),
+    log_ratio=_js_log_ratio,
     generator=_js_generator,
     ceiling=math.log(2) / 2,
     at_zero=math.log(2) / 2,
     at_one=0.0,
 )
 _HELLINGER = _Divergence(
-    log_ratio=lambda x: -2 * torch.log1p(-2 * x),
+    log_ratio=lambda y: -2 * torch.log1p(-2 * y),
     generator=lambda log_t: torch.expm1(log_t / 2) ** 2 / 2,
     ceiling=0.5,
     at_zero=0.5,
     at_one=0.0,
 )
+_SHAPES = {
+    "forward_kl": _FORWARD,
+    "chi_squared": _CHI_SQUARED,
+    "kl_plus_chi_squared": _KL_CHI_SQUARED,
+    "alpha": _alpha(0.5),
+    "jensen_shannon": _JENSEN_SHANNON,
+    "squared_hellinger": _HELLINGER,
+}

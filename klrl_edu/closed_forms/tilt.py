@@ -82,6 +82,8 @@ def tilt_log_ratio(log_prior: Tensor, rewards: Tensor, kl_coef: float) -> Tensor
 
     Arguments and errors as in `tilt`.
     """
+    kl_coef = check_kl_coef(kl_coef)
+    check_shapes(log_prior, rewards)
     _, advantage, log_mass = _centred(log_prior, rewards, kl_coef)
     return advantage - log_mass
 

@@ -17,6 +17,7 @@ from klrl_edu.closed_forms.soft_maximum import soft_log_evidence, soft_value
 from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
+from klrl_edu.core.validation import check_count
 from klrl_edu.core.weighted import WeightedSequences
 from klrl_edu.exact.enumeration import Support, not_enumerated, problem_support
 from klrl_edu.exact.forward_backward import backward
@@ -94,6 +95,8 @@ class Posterior:
 
     def rows(self, count: int | None = None) -> list[tuple[str, float, float, float]]:
         """(text, prior, reward, posterior) of the `count` most probable sequences; None: all."""
+        if count is not None:
+            check_count(count, "count", 0)
         support, log_probs = self.enumerated(), self.log_probs
         order = torch.argsort(log_probs, descending=True, stable=True)[:count]
         texts = self.problem.space.decode(support.tokens[order])
@@ -118,6 +121,7 @@ class Posterior:
 
     def text(self, count: int = _SHOWN) -> str:
         """The value, log Z and the `count` most probable sequences as plain text."""
+        check_count(count, "count", 0)
         head = (
             f"posterior at kl_coef = {self.problem.kl_coef:g} by {self.method}:"
             f" log Z = {float(self.log_evidence):.12g} nats,"
@@ -161,6 +165,7 @@ def posterior(
     check_arguments("posterior(problem)", problem=(problem, Problem))
     if method not in METHODS:
         raise InputError(f"method = {method!r} is not known; choose from {', '.join(METHODS)}.")
+    check_count(max_sequences, "max_sequences")
     if method == "auto":
         method = _choose(problem, max_sequences)
     if method == "forward_backward":

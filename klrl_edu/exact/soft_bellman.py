@@ -59,7 +59,7 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     Raises:
         InputError: the rewards [K,T] are not causal.
     """
-    check_kl_coef(kl_coef)
+    kl_coef = check_kl_coef(kl_coef)
     trie = support.trie
     log_prior, rewards = edge_log_prior(support), edge_rewards(support)
     ahead = _Values(*(rewards.new_zeros(0) for _ in range(3)))

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 
@@ -85,6 +86,30 @@ def test_the_ends_of_the_ranges_are_the_limits():
     assert kl_coef_for_reward(Q, R, float(Q.exp() @ R)) > 1e6
     hard = torch.tensor([1.0, -INF, 0.0, 2.0], dtype=torch.float64)
     assert kl_coef_for_budget(Q, hard, -math.log(0.7) + 1e-15) > 1e6
+
+
+@pytest.mark.parametrize("kl_coef", [3.0, 1e4, 1e10, 1e50, 1e140])
+def test_a_small_budget_or_gain_has_its_large_coefficient(kl_coef):
+    # two even outcomes of reward ±1: E[r] = tanh(1/λ), KL = tanh(1/λ)/λ − log cosh(1/λ)
+    log_q = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    rewards = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    with mpmath.workdps(400):
+        x = 1 / mpmath.mpf(kl_coef)
+        mean, kl = mpmath.tanh(x), x * mpmath.tanh(x) - mpmath.log(mpmath.cosh(x))
+    assert kl_coef_for_reward(log_q, rewards, float(mean)) == pytest.approx(kl_coef, rel=1e-12)
+    assert kl_coef_for_budget(log_q, rewards, float(kl)) == pytest.approx(kl_coef, rel=1e-12)
+    point = frontier(log_q, rewards, [kl_coef])
+    assert float(point.expected_reward[0]) == pytest.approx(float(mean), rel=1e-12, abs=0)
+    assert float(point.kl[0]) == pytest.approx(float(kl), rel=1e-12, abs=0)
+
+
+def test_a_budget_counts_from_what_is_forbidden():
+    hard = torch.tensor([1.0, -INF, 0.0, 2.0], dtype=torch.float64)
+    for kl_coef in (0.5, 1e5):
+        kl = float(frontier(Q, hard, [kl_coef]).kl[0])
+        assert kl_coef_for_budget(Q, hard, kl) == pytest.approx(kl_coef, rel=1e-4)
+    mean = float(frontier(Q, hard, [2.0]).expected_reward[0])
+    assert kl_coef_for_reward(Q, hard, mean) == pytest.approx(2.0, rel=1e-12)
 
 
 @pytest.mark.parametrize(

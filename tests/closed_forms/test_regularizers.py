@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from klrl_edu.closed_forms import regularizers
-from klrl_edu.closed_forms.regularizers import DIVERGENCES, alpha_divergence, optimum
+from klrl_edu.closed_forms.regularizers import DIVERGENCES, alpha_divergence, density_ratio, optimum
 from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core.errors import InfeasibleError, InputError
 from tests.closed_forms.vectors import Q, R, random_problem
@@ -128,6 +128,48 @@ def test_alpha_runs_from_forward_to_reverse_kl():
     torch.testing.assert_close(
         alpha_divergence(Q, R, 1.0, 1 - 1e-7).log_probs, reverse, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "curvature"),  # f''(1)
+    [
+        ("reverse_kl", 1),
+        ("forward_kl", 1),
+        ("chi_squared", 1),
+        ("kl_plus_chi_squared", 2),
+        ("alpha", 1),
+        ("jensen_shannon", 0.25),
+        ("squared_hellinger", 0.25),
+    ],
+)
+@pytest.mark.parametrize("kl_coef", [1e8, 1e16, 1e100])
+def test_near_the_prior_every_optimum_keeps_its_digits(name, curvature, kl_coef):
+    # two even outcomes of reward ±1: E_q[r] = 0, and the objective is Var_q(r)/2λf''(1) + O(λ⁻³)
+    log_q = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    found = optimum(name, log_q, torch.tensor([1.0, -1.0], dtype=torch.float64), kl_coef)
+    expected = 1 / (2 * kl_coef * curvature)
+    # pi itself is known to 1e-16, and E_π[r] with it; the rest of the objective is λ·D_f
+    assert found.objective == pytest.approx(expected, rel=1e-12, abs=3e-16)
+    shifted = optimum(name, log_q, torch.tensor([3.0, 1.0], dtype=torch.float64), kl_coef)
+    assert shifted.objective == pytest.approx(2 + expected, rel=1e-15)
+
+
+def test_rare_outcomes_keep_their_digits():
+    # a reward on one outcome in 1e13: 1 + that is 1, to a float
+    log_q = torch.tensor([1e-13, 1 - 1e-13], dtype=torch.float64).log()
+    rewards = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    chi = optimum("chi_squared", log_q, rewards, 1.0)
+    assert chi.objective == pytest.approx(1e-13 + 0.5e-13, rel=1e-12)
+
+
+def test_a_ratio_that_is_no_number_is_refused():
+    for name, x in (("forward_kl", 0.1), ("squared_hellinger", 0.5), ("alpha", math.nan)):
+        with pytest.raises(InputError, match=r"x holds"):
+            density_ratio(name, torch.tensor([-1.0, x], dtype=torch.float64))
+    at_one = {"forward_kl": -1.0, "kl_plus_chi_squared": 1.0}
+    for name in DIVERGENCES:
+        x = torch.tensor([at_one.get(name, 0.0)], dtype=torch.float64)
+        assert float(density_ratio(name, x)) == pytest.approx(1, abs=1e-15)
 
 
 def test_unknown_names_and_bad_parameters_are_named():

@@ -9,13 +9,14 @@ from klrl_edu.core.errors import InfeasibleError, InputError
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.posterior import Posterior, feasible_prior, looked_up, posterior
 from klrl_edu.models.contract import conditional_log_probs, enumerate_support
+from klrl_edu.models.hmm import HiddenMarkovModel
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.table import PrefixTable, SequenceTable
-from klrl_edu.problems.automata import at_least, constraint
+from klrl_edu.problems.automata import at_least, constraint, exactly
 from klrl_edu.problems.examples import four_sentences, surnames
 from klrl_edu.problems.problem import Problem
-from klrl_edu.problems.rewards import count_reward, table_reward, text_reward
+from klrl_edu.problems.rewards import add, count_reward, table_reward, text_reward
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,39 @@ def test_what_was_not_enumerated_is_not_looked_up():
     assert bool((looked_up(target).prior.log_prob(stray) == -math.inf).all())
     with pytest.raises(InputError, match="is nan"):
         looked_up(target).token_rewards(stray)
+
+
+@pytest.mark.parametrize("method", ["enumeration", "soft_bellman", "forward_backward"])
+def test_sums_of_decimals_that_rounding_splits_tie_at_zero(method):
+    """Each order of .1 + .2 + .3 is one of six best texts, whichever way it is added."""
+    space = SequenceSpace(("a", "b", "c"), 3, eos=False)
+    worth = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    letters = add(*(count_reward(word, space, float(worth[k])) for k, word in enumerate("abc")))
+    once = constraint(exactly("a", 1, space) & exactly("b", 1, space) & exactly("c", 1, space))
+    target = posterior(Problem(NGramModel(space, 1), add(letters, once), 0.0), method)
+    orders = space.encode(["a b c", "a c b", "b a c", "b c a", "c a b", "c b a"])
+    assert target.model.log_prob(orders).exp().tolist() == pytest.approx([1 / 6] * 6, abs=1e-15)
+    assert float(target.value) == pytest.approx(0.6, rel=1e-15)
+
+
+@pytest.mark.parametrize("method", ["soft_bellman", "forward_backward"])
+def test_rewards_that_differ_by_more_than_rounding_are_no_tie(method):
+    space = SequenceSpace(("a", "b"), 2, eos=False)
+    reward = add(count_reward("a", space, 0.1), count_reward("b", space, 0.1 + 1e-15))
+    target = posterior(Problem(NGramModel(space, 1), reward, 0.0), method)
+    assert target.model.log_prob(space.encode(["b b"])).exp().tolist() == [1.0]
+
+
+def test_hidden_contexts_tie_as_words_do():
+    space = SequenceSpace(("a", "b", "c"), 3, eos=False)
+    reward = add(
+        *(count_reward(word, space, 0.1 * (k + 1)) for k, word in enumerate("abc")),
+        constraint(exactly("a", 1, space) & exactly("b", 1, space) & exactly("c", 1, space)),
+    )
+    problem = Problem(HiddenMarkovModel.random(space, 2, seed=3), reward, 0.0)
+    hidden, listed = (posterior(problem, method) for method in ("forward_backward", "enumeration"))
+    tokens = listed.enumerated().tokens
+    assert int((listed.log_probs > -math.inf).sum()) == 6
+    torch.testing.assert_close(
+        hidden.model.log_prob(tokens).exp(), listed.log_probs.exp(), rtol=1e-13, atol=1e-15
+    )
