@@ -53,6 +53,28 @@ def test_the_metropolis_chain_keeps_the_posterior_and_has_that_second_eigenvalue
     )
 
 
+@pytest.mark.parametrize("kl_coef", [1e6, 1e15, 1e100])
+def test_a_chain_that_mixes_at_once_keeps_the_digits_of_its_eigenvalue(kl_coef):
+    # 1 − Z e^{−max r/λ} = E_q[max r − r]/λ + O(1/λ²)
+    gap = float(Q.exp() @ (2 - R))
+    found = acceptance.metropolis_second_eigenvalue(Q, R, kl_coef)
+    assert found == pytest.approx(gap / kl_coef, rel=2 / kl_coef + 1e-14, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("log_beta", "acceptance_rate"), [(-1e30, 1.0), (1e30, 0.0), (-40.0, 1.0), (40.0, None)]
+)
+def test_quasi_rejection_at_extreme_bounds_draws_from_the_prior_or_the_posterior(
+    log_beta, acceptance_rate
+):
+    found = acceptance.quasi_rejection(Q, R, 0.5, log_beta)
+    target = Q if log_beta < 0 else tilt(Q, R, 0.5).log_posterior
+    torch.testing.assert_close(found.log_probs, target, rtol=0, atol=1e-15)
+    if acceptance_rate is None:
+        acceptance_rate = math.exp(float(tilt(Q, R, 0.5).log_evidence) - log_beta)
+    assert found.acceptance == pytest.approx(acceptance_rate, rel=1e-13)
+
+
 def test_a_forbidden_outcome_is_left_and_never_entered():
     matrix = acceptance.metropolis_matrix(
         Q, torch.tensor([1.0, -INF, 0.0, 2.0], dtype=torch.float64), 1.0

@@ -19,6 +19,7 @@ from klrl_edu.core.errors import InputError
 from tests.closed_forms.vectors import Q, R, random_problem
 
 CYCLE = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
+ONE_OUT = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64).log()
 UNIFORM = torch.full((3,), -math.log(3), dtype=torch.float64)
 ORDER = torch.tensor([[0.5, 1.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.0, 0.5]], dtype=torch.float64)
 
@@ -90,9 +91,11 @@ def test_the_equilibrium_is_its_own_best_response_and_nobody_beats_it(seed, tau)
     wins = torch.rand(4, 4, generator=generator, dtype=torch.float64)
     preferences = (wins + 1 - wins.T) / 2
     found = nash_equilibrium(Q, preferences, tau)
-    assert found.duality_gap <= 1e-13
+    # the tolerance bounds the policy, and not the gap, which is quadratic in it
+    assert found.residual <= 1e-13
+    assert 0 <= found.duality_gap <= 1e-20
     response = logspace.log_normalize(Q + preferences @ found.log_probs.exp() / tau)
-    torch.testing.assert_close(found.log_probs, response, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.log_probs.exp(), response.exp(), rtol=0, atol=2e-13)
 
     def payoff(one, other):
         kl = [float(logspace.kl_divergence(side, Q)) for side in (one, other)]
@@ -127,12 +130,40 @@ def test_rock_paper_scissors_ends_in_the_middle(tau):
     assert nash_equilibrium(skewed, CYCLE, tau).duality_gap <= 1e-13
 
 
+def test_the_equilibrium_keeps_to_the_priors_support():
+    found = nash_equilibrium(ONE_OUT, bradley_terry(R), 0.5)
+    small = nash_equilibrium(ONE_OUT[:3], bradley_terry(R[:3]), 0.5)
+    assert found.log_probs[3] == -math.inf
+    torch.testing.assert_close(found.log_probs[:3], small.log_probs, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+def test_outcomes_without_prior_mass_do_not_count(loss):
+    policy = Q.clone().requires_grad_()
+    whole = loss(policy, ONE_OUT, bradley_terry(R), 0.7)
+    few = loss(Q[:3], ONE_OUT[:3], bradley_terry(R[:3]), 0.7)
+    assert float(whole.detach()) == pytest.approx(float(few), rel=1e-14)
+    (gradient,) = torch.autograd.grad(whole, policy)
+    assert gradient[3] == 0
+    assert bool(torch.isfinite(gradient).all())
+    # a policy that rules an outcome out loses every comparison with it, without bound
+    assert float(loss(ONE_OUT, Q, bradley_terry(R), 0.7)) == math.inf
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: nash_equilibrium(UNIFORM, CYCLE + 0.1, 1.0), r"preferences\[0, 0\] = 0.6"),
         (lambda: nash_equilibrium(UNIFORM, CYCLE[:2], 1.0), r"expected \[K, K\]"),
         (lambda: nash_equilibrium(UNIFORM, CYCLE, 0.0), "tau = 0.0"),
+        (lambda: nash_equilibrium(UNIFORM, CYCLE, 1.0, 0), "tolerance = 0 must be from 1e-15 to 1"),
+        (lambda: nash_equilibrium(UNIFORM, CYCLE, 1.0, -1.0), "tolerance = -1.0 must be"),
+        (lambda: nash_equilibrium(UNIFORM, CYCLE, 1.0, math.nan), "tolerance = nan must be"),
+        (lambda: nash_equilibrium(UNIFORM, CYCLE, 1.0, 1e-16), "tolerance = 1e-16 must be"),
+        (lambda: dpo_loss(Q, Q, bradley_terry(R), 0.0), "kl_coef = 0.0 must be a positive number"),
+        (lambda: ipo_loss(Q, Q, bradley_terry(R), -1.0), "tau = -1.0 must be a positive number"),
+        (lambda: dpo_loss(Q, ONE_OUT, bradley_terry(R), 1.0, Q), "where the prior has none"),
+        (lambda: duality_gap(UNIFORM, UNIFORM, bradley_terry(R), 1.0), r"expected \[3, 3\]"),
         (lambda: ipo_optimum(UNIFORM, CYCLE * math.nan, 1.0), r"preferences\[0, 0\] = nan"),
     ],
 )
