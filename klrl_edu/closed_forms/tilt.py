@@ -14,12 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.soft_maximum import (
-    find_anchor,
-    scaled_advantage,
-    soft_log_evidence,
-    soft_value,
-)
+from klrl_edu.closed_forms.soft_maximum import find_anchor, soft_log_evidence, soft_value
+from klrl_edu.closed_forms.soft_maximum import scaled_advantage as scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InfeasibleError
 from klrl_edu.core.groups import Rows

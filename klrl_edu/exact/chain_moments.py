@@ -37,9 +37,11 @@ def feature_moments(
         word_features: φ(s,k) [S,K,D], finite; final_features: φ_end(s) [S,D].
 
     Raises:
+        InputError: other shapes, or features that are not finite.
         TooLargeError: the C·S·max(K·D, D²) numbers that this needs are too many.
     """
     lattice, size = chain.lattice, final_features.shape[-1]
+    _check_features(chain, word_features, final_features)
     pairs, words = lattice.next_pair.shape
     needed = pairs * max(pairs, words * size, size * size)
     if needed > MAX_MESSAGES:
@@ -70,6 +72,19 @@ def feature_moments(
     law = logspace.log_normalize_alive(chain.log_start[None]).exp()
     whole = _mixture(law, mean[start][None], covariance[start][None])
     return FeatureMoments(whole.mean[0], whole.covariance[0])
+
+
+def _check_features(chain: PosteriorChain, word: Tensor, final: Tensor) -> None:
+    states, words = chain.lattice.next_state.shape
+    expected = {
+        "word_features": (word, 3, (states, words)),
+        "final_features": (final, 2, (states,)),
+    }
+    for name, (given, ndim, shape) in expected.items():
+        if given.ndim != ndim or given.shape[:-1] != shape or given.shape[-1] != final.shape[-1]:
+            raise InputError(f"{name} has shape {list(given.shape)}; expected {[*shape, 'D']}.")
+        if not bool(torch.isfinite(given).all()):
+            raise InputError(f"{name} hold NaN or an infinity; give finite numbers.")
 
 
 def _over_hidden_contexts(

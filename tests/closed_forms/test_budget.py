@@ -161,6 +161,11 @@ def test_the_proximal_path_solves_its_own_step():
         )
 
 
+def test_paths_of_no_step_stand_at_the_prior():
+    assert mirror_descent_kl_coefs(0.5, 0.1, 0).tolist() == [INF]
+    assert proximal_kl_coefs(0.5, 0.1, 0).tolist() == [INF]
+
+
 def test_the_courses_collapse_without_kl():
     kl_coef = float(mirror_descent_kl_coefs(0.0, 0.1, 200)[-1])
     assert float(tilt(Q, R, kl_coef).log_posterior[3].exp()) == pytest.approx(

@@ -53,6 +53,13 @@ def test_it_attains_the_means_in_the_family_and_no_other_is_nearer(seed, dimensi
     )
 
 
+def test_a_target_that_an_outcome_has_exactly_is_inside():
+    features = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
+    log_q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    found = match_moments(log_q, features, torch.tensor([0.5], dtype=torch.float64))
+    assert float(found.log_probs.exp() @ features[:, 0]) == pytest.approx(0.5, abs=1e-12)
+
+
 def test_dependent_features_get_the_coefficients_of_least_norm():
     found = match_moments(Q, torch.cat([DOG, DOG], 1), torch.tensor([0.5, 0.5]))
     assert found.coefficients.tolist() == pytest.approx([math.log(1.5) / 2] * 2, abs=1e-9)

@@ -154,6 +154,16 @@ def test_near_the_prior_every_optimum_keeps_its_digits(name, curvature, kl_coef)
     assert shifted.objective == pytest.approx(2 + expected, rel=1e-15)
 
 
+def test_the_ratio_of_kl_plus_chi_squared_is_lamberts_w_at_every_size():
+    sizes = [-800.0, -40.0, -1.0, 0.0, 1.0, 1 + 1e-9, 5.0, 600.0, 1e6, 1e300]
+    t = density_ratio("kl_plus_chi_squared", torch.tensor(sizes, dtype=torch.float64)).tolist()
+    for size, ratio in zip(sizes, t, strict=True):
+        if size > -700:  # w + log w = x; the digits of log w are those of w
+            assert ratio + math.log(ratio) == pytest.approx(size, rel=2e-13, abs=1e-14)
+        else:
+            assert ratio == pytest.approx(math.exp(size), rel=1e-12)
+
+
 def test_rare_outcomes_keep_their_digits():
     # a reward on one outcome in 1e13: 1 + that is 1, to a float
     log_q = torch.tensor([1e-13, 1 - 1e-13], dtype=torch.float64).log()
@@ -166,6 +176,8 @@ def test_a_ratio_that_is_no_number_is_refused():
     for name, x in (("forward_kl", 0.1), ("squared_hellinger", 0.5), ("alpha", math.nan)):
         with pytest.raises(InputError, match=r"x holds"):
             density_ratio(name, torch.tensor([-1.0, x], dtype=torch.float64))
+    with pytest.raises(InputError, match="'renyi' is not known"):
+        density_ratio("renyi", R)
     at_one = {"forward_kl": -1.0, "kl_plus_chi_squared": 1.0}
     for name in DIVERGENCES:
         x = torch.tensor([at_one.get(name, 0.0)], dtype=torch.float64)

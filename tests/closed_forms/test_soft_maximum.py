@@ -1,6 +1,7 @@
 """The soft maximum of groups: its digits, its limits, its ties and its gradients."""
 
 import math
+import sys
 
 import mpmath
 import pytest
@@ -65,6 +66,8 @@ def test_rewards_at_both_ends_of_the_floats_have_a_mean():
         1e308 * math.log(math.cosh(1.7)), rel=1e-12
     )
     assert value_of(vector(1.0, 0.0).log(), ends, 1e-300) == 1.7e308
+    most = torch.full((3,), sys.float_info.max, dtype=torch.float64)
+    assert value_of(vector(0.7, 0.2, 0.1).log(), most, INF) == sys.float_info.max
 
 
 def test_at_infinity_forbidden_mass_costs_everything_however_small():

@@ -9,14 +9,16 @@ from klrl_edu.closed_forms.tilt import tilt
 
 
 def test_rewards_at_both_ends_of_the_floats_are_weighed_without_overflow():
-    # (r − m)/λ = (−1.5e308 − 1.5e308)/1e308 = −3, though r − m itself overflows
-    tilted = tilt(
-        torch.tensor([0.5, 0.5], dtype=torch.float64).log(),
-        torch.tensor([1.5e308, -1.5e308], dtype=torch.float64),
-        1e308,
-    )
-    odds = float(tilted.log_posterior[0] - tilted.log_posterior[1])
-    assert odds == pytest.approx(3, rel=1e-12)
+    # (r − m)/λ = (−1.5e308 − 1.5e308)/λ, though r − m itself overflows: about the mean, and about
+    # the best where the rewards span many λ
+    for kl_coef, expected in ((1e308, 3), (3e306, 100)):
+        tilted = tilt(
+            torch.tensor([0.5, 0.5], dtype=torch.float64).log(),
+            torch.tensor([1.5e308, -1.5e308], dtype=torch.float64),
+            kl_coef,
+        )
+        odds = float(tilted.log_posterior[0] - tilted.log_posterior[1])
+        assert odds == pytest.approx(expected, rel=1e-12)
 
 
 def test_many_outcomes_written_over_their_own_sums_are_those_of_a_fresh_softmax():

@@ -25,6 +25,9 @@ def test_a_sum_ties_with_the_number_it_is_meant_to_be():
     totals, slack = ties.summed(torch.tensor([[0.1, 0.2], [0.3, 0.0]], dtype=torch.float64))
     assert totals[0] != totals[1]
     assert ties.level_ties(totals, slack).tolist() == [0.30000000000000004] * 2
+    totals, slack = ties.summed(torch.tensor([[0.1, 0.7], [0.8, 0.0]], dtype=torch.float64))
+    assert totals[0] < totals[1]  # here the sum is the smaller one
+    assert ties.level_ties(totals, slack).tolist() == [0.8] * 2
 
 
 def test_single_rewards_an_ulp_apart_are_no_tie():

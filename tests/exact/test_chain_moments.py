@@ -1,7 +1,11 @@
 """Moments of a lattice's posterior as derivatives of its evidence."""
 
+import math
+
+import pytest
 import torch
 
+from klrl_edu.core.errors import InputError
 from klrl_edu.exact.posterior import posterior
 from tests.exact.lattices import close, random_problem
 
@@ -25,3 +29,17 @@ def test_counts_and_their_covariance_are_derivatives_of_the_evidence():
     moments = model.count_moments(words)
     close(moments.mean, gradient)
     close(moments.covariance, hessian)
+
+
+def test_features_that_are_none_are_named():
+    model = posterior(random_problem("bigram", 0.5, 7), "forward_backward").model
+    states, words = model.lattice.next_state.shape
+    word, final = torch.zeros(states, words, 1).double(), torch.zeros(states, 1).double()
+    for bad_word, bad_final, message in (
+        (word[..., 0], final, "word_features has shape"),
+        (word, final[:, 0], r"(final|word)_features has shape"),
+        (word + math.nan, final, "word_features hold NaN"),
+        (word, final + math.inf, "final_features hold NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.moments(bad_word, bad_final)

@@ -3,6 +3,7 @@ prior and any λ, as numbers and as logarithms.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from klrl_edu.exact.posterior import posterior
 from klrl_edu.exact.structured import StructuredPosterior
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.problems.automata import (
+    AutomatonReward,
     constraint,
     exactly,
 )
 from klrl_edu.problems.problem import Problem
-from tests.exact.lattices import LAMBDAS, both, close, random_problem
+from tests.exact.lattices import INF, LAMBDAS, both, close, random_problem
 
 
 @pytest.mark.parametrize("kl_coef", LAMBDAS)
@@ -47,6 +49,26 @@ def test_huge_rewards_stay_finite(kind, kl_coef):
         if pair is not None:
             close(pair[0].log_prob(pair[1].enumerated().tokens).exp(), pair[1].log_probs.exp())
             assert bool(torch.isfinite(pair[0].anchor))
+
+
+def test_rewards_that_span_what_no_weight_can_are_messages_of_logarithms():
+    space = SequenceSpace(("a", "b"), 2, eos=False)
+    final = torch.tensor([0.0, 450.0], dtype=torch.float64)
+    moves, words = torch.tensor([[0, 1], [0, 1]]), torch.zeros(2, 2, dtype=torch.float64)
+    reward = AutomatonReward(space, moves, 0, words, final, "ends in b")
+    problem = Problem(NGramModel(space, 1), reward, 0.5)
+    assert forward_backward._backward_in_numbers(build_lattice(problem)) is None
+    close(posterior(problem, "forward_backward").log_evidence, 900 - math.log(2))
+
+
+def test_the_largest_reward_and_the_least_entry_pass_over_what_is_none():
+    lattice = build_lattice(random_problem("bigram", 1.0, 7))
+    words = torch.tensor([[0.5, -3.0], [-INF, 0.0]], dtype=torch.float64)
+    some = replace(lattice, word_rewards=words, final_rewards=words[1])
+    assert forward_backward._largest(some) == 3
+    assert forward_backward._largest(replace(some, word_rewards=words[1:] - INF)) == 0
+    assert forward_backward._least(torch.tensor([0.5, 0.0, 0.25])) == 0.25
+    assert forward_backward._least(torch.zeros(2)) == 0
 
 
 def test_messages_of_numbers_give_way_where_they_might_underflow():

@@ -79,6 +79,16 @@ def test_too_many_numbers_are_refused_with_their_count():
         build_lattice(Problem(NGramModel(space, 2), constraint(exactly("w0", 300, space)), 1.0))
 
 
+def test_what_the_prior_cannot_reach_forbids_nothing():
+    # context 0 says a and stays; context 1 says b, which is forbidden, and is never entered
+    space = SequenceSpace(("a", "b"), 3, eos=False)
+    never = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]], dtype=torch.float64)
+    reward = constraint(exactly("b", 0, space))
+    for transition, forbids in ((never, False), (torch.zeros_like(never), True)):
+        prior = HiddenMarkovModel(space, never[0], transition, never)
+        assert build_lattice(Problem(prior, reward, 1.0)).forbids() == forbids
+
+
 def test_a_lattice_moves_with_its_model():
     model = posterior(random_problem("hmm-3", 0.5, 4), "forward_backward").model
     assert isinstance(model.float().double().lattice, Lattice)
