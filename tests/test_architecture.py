@@ -316,6 +316,7 @@ IN_TWO_FILES = {  # the reason -> where -> the names; reference.py, which restat
     },
     STATEMENT: {
         ("closed_forms.acceptance", "theory.sampling"): "rejection_acceptance",
+        ("closed_forms.soft_maximum", "theory.posteriors"): "soft_maximum",
         ("decisions.soft_control", "theory.gradients"): "policy_gradient",
         ("estimators.evidence", "theory.sampling"): "importance_sampling",
     },

@@ -161,6 +161,7 @@ def importance_sampling_mean(
             f"{n} draws of {outcomes} outcomes make {size:,} multisets, more than"
             f" {MAX_MULTISETS:,}; take a smaller n."
         )
+    # the estimate does not see the order of its draws
     draws, log_p = multisets(log_prior, n)
     estimates = (torch.softmax(log_w[draws], -1) * values[draws]).sum(-1)
     return float(log_p.exp() @ estimates)

@@ -128,6 +128,7 @@ def kl_coef_for_budget(log_prior: Tensor, rewards: Tensor, budget: float) -> flo
     check_outcomes(log_prior, rewards)
     budget = check_number(budget, "budget", "a number of nats", lambda x: x == x)
     allowed = _allowed(log_prior, rewards)
+    # measured from `least`, so that a budget just above it keeps its digits
     least = allowed.least_kl  # the KL left at λ = inf, where π* is q without what is forbidden
     most = _kl(log_prior, rewards, 0.0)
     if not budget >= least:
@@ -183,6 +184,7 @@ def _solve(
     log_prior, rewards, _ = allowed
     spread = _spread(rewards)
 
+    # in log λ, as λ may lie hundreds of decades from the rewards
     def excess(log_scale: float) -> float:
         return measure(log_prior, rewards, spread * math.exp(log_scale)) - target
 

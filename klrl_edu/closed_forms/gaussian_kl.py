@@ -96,4 +96,5 @@ def best_coefficient(kl: float | Tensor) -> Tensor:
 
 def crossing() -> float:
     """The KL in nats, 0.628…, at which k3 and k1 have equal variance; above it k3 is the worse."""
+    # the other root is d = 0
     return float(brentq(lambda d: math.expm1(2 * d) - 4 * d, 0.5, 1.0, xtol=1e-15))

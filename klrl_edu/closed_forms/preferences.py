@@ -237,6 +237,7 @@ def nash_equilibrium(
     rule = f"from {_LEAST_TOLERANCE:g} to 1, in probability; float64 knows no smaller residual"
     tolerance = check_number(tolerance, "tolerance", rule, lambda x: _LEAST_TOLERANCE <= x <= 1)
     check_law(log_prior, "log_prior")
+    # off the prior's support nobody ever plays
     supported = log_prior > -math.inf
     log_q = log_prior[supported]
     wins = _of_size(preferences, len(log_prior))[supported][:, supported]
@@ -244,6 +245,7 @@ def nash_equilibrium(
     step = min(1.0, tau) / (tau * (1 + 1 / tau))  # ητ, small enough for a game that cycles
     for iteration in range(_STEPS):
         response = tilt(log_q, wins @ log_policy.exp(), tau).log_posterior
+        # of probabilities: the logs of the rarest outcomes are the last to settle
         residual = float((response.exp() - log_policy.exp()).abs().sum()) / 2
         if residual <= tolerance:
             whole = torch.full_like(log_prior, -math.inf).masked_scatter(supported, log_policy)

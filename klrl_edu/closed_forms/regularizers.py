@@ -223,6 +223,7 @@ def _optimum(f: _Divergence, log_prior: Tensor, rewards: Tensor, kl_coef: float)
         log_total = float(Rows().log_mean_exp(log_prior, log_t))
         return math.expm1(min(700.0, log_total))
 
+    # ν is sought as its distance from the best reward in units of λ: of order 1 at any scale
     low, high = _bracket(f, excess, -float(below.amin()))
     shift = low
     if low != high:
@@ -254,7 +255,7 @@ def _bracket(
     if excess(high) >= 0:
         return high, high
     # down, in steps that double, until the sum is above 1 or a pole is passed
-    width = min(1e-3, spread) or 1e-3
+    width = min(1e-3, spread) or 1e-3  # near the prior the root is of the size of the spread
     low = high - width
     while low > -f.ceiling and excess(low) < 0:
         width *= 2

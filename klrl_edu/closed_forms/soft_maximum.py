@@ -152,4 +152,4 @@ def soft_log_evidence(anchor: Tensor, log_mass: Tensor, kl_coef: float) -> Tenso
     """log Z = m/λ + ℓ in nats; at λ = 0 ±inf, or ℓ where m = 0."""
     if kl_coef == 0:
         return log_mass if anchor == 0 else torch.sign(anchor) * math.inf
-    return anchor / kl_coef + log_mass
+    return anchor / kl_coef + log_mass + 0.0  # −0 would be printed as such

@@ -127,6 +127,7 @@ class PosteriorChain:
 
         What lies ahead of a word is then the same from every context: [S,V], once for all.
         """
+        # the rows of context 0 stand for those of every other
         first = torch.arange(self.lattice.states, device=self.lattice.successor.device)
         gains = self._gains(t, torch.zeros_like(first), first)
         return gains.expand(self.lattice.contexts, -1, -1).reshape(self.lattice.pairs, -1)
@@ -213,6 +214,7 @@ def posterior_chain(lattice: Lattice, messages: Messages) -> PosteriorChain:
         torch.zeros_like(mass) if part is None else part[0, :, lattice.start]
         for part in (messages.anchor, messages.slack)
     )
+    # the first context is one more step: drawn by the prior, and weighed by what lies ahead
     start = soft_maximum(Rows(), lattice.log_initial, anchor, mass, lattice.kl_coef, slack)
     if not bool(start.log_mass > -math.inf):
         raise InfeasibleError(

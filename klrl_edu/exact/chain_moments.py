@@ -56,6 +56,7 @@ def feature_moments(
     for t in reversed(range(lattice.words)):
         if lattice.hidden and t + 1 < lattice.words:
             mean, covariance = _over_hidden_contexts(chain, t + 1, mean, covariance)
+        # a pair that nothing feasible follows has p = 0 throughout, and so moments 0
         p = logspace.log_normalize_alive(chain.word_log_weights(t)).exp()
         values = mean[after] + word_features[state]
         if lattice.space.eos:

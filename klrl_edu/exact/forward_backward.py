@@ -121,6 +121,7 @@ def _excess_in_numbers(lattice: Lattice, emission: Tensor) -> Tensor:
     word, final = lattice.word_rewards / lattice.kl_coef, lattice.final_rewards / lattice.kl_coef
     by_word, by_eos = emission[:, : word.shape[1]], emission[:, word.shape[1] :]
     pull = _pull_in_numbers(lattice, by_word, word.exp())
+    # [S,C]: what a step adds by itself, whatever lies ahead
     earned = torch.expm1(word) @ by_word.T + torch.expm1(final)[:, None] * by_eos.sum(-1)
     excess = torch.expm1(final)[:, None].expand(-1, lattice.contexts).contiguous()
     listed = [excess]

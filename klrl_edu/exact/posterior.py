@@ -183,8 +183,10 @@ def _choose(problem: Problem, max_sequences: int) -> Method:
     """The method that "auto" takes."""
     if as_automaton_reward(problem.reward, problem.space) is None:
         return "enumeration"  # no causal form of the reward is known
+    # few sequences are quicker to list, and then the posterior has its table
     if isinstance(problem.prior, FiniteStateModel):
         return "forward_backward" if problem.space.size > max_sequences else "enumeration"
+    # a table is its own list; a network is read node by node of the trie
     is_table = isinstance(problem.prior, SequenceTable | PrefixTable)
     return "enumeration" if is_table else "soft_bellman"
 
@@ -247,6 +249,7 @@ def looked_up(target: Posterior) -> Problem:
     check_arguments("looked_up(target)", target=(target, Posterior))
     support, problem = target.enumerated(), target.problem
     trie = support.trie
+    # −inf wherever no edge leads: what was not enumerated has no mass
     logits = support.log_prior.new_full((trie.nodes, problem.space.vocab_size), -math.inf)
     logits[trie.parent, trie.token] = edge_log_prior(support)
     prior = PrefixTable(problem.space, support.tokens, logits).requires_grad_(False)

@@ -62,6 +62,7 @@ def soft_bellman(support: Support, kl_coef: float) -> SoftValues:
     kl_coef = check_kl_coef(kl_coef)
     trie = support.trie
     log_prior, rewards = edge_log_prior(support), edge_rewards(support)
+    # of the next depth's nodes; below the deepest there are none
     ahead = _Values(*(rewards.new_zeros(0) for _ in range(3)))
     state_values, action_values, log_policy = [], [], []
     depths = zip(trie.depth_edges, trie.depth_edges[1:], strict=False)

@@ -58,6 +58,7 @@ def sums_on_support(
     log_star = torch.cat([log_posterior, nothing])
     log_q = torch.cat([support.log_prior, nothing])
     rewards = torch.cat([support.rewards, torch.zeros_like(nothing)])
+    # m = ½(π + π*) has mass wherever either has, so both divergences from it are finite
     log_middle = torch.logaddexp(log_pi, log_star) - math.log(2)
     to_middle = logspace.kl_divergence(log_pi, log_middle)
     star_to_middle = logspace.kl_divergence(log_star, log_middle)
