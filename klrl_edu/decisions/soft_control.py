@@ -8,15 +8,17 @@ exact.
     π(·|s) = softmax θ(s,·)                                                                      (3)
 
 As in `soft_bellman`, V = m + λℓ: m the best return, ℓ ≤ 0 the log-mass left, so that (1) is finite
-for any λ > 0 and its limit λ = 0 (q on the best actions, by exact equality) needs no other code. At
-λ = inf the policy is q on what is feasible, and V = E_q of the return. Ziebart (2010) and Levine
+for any λ > 0 and its limit λ = 0 (q on the best actions, by exact equality) needs no other code.
+Where λ exceeds every |r|, m is the value itself but for what is forbidden: taken about the mean
+return, it keeps its digits however large λ. At λ = inf the policy is q on what is feasible, and V =
+E_q of the return. Ziebart (2010) and Levine
 (2018), §2, for (1); Puterman (1994), ch. 6, for both iterations; Sutton et al. (1999) and Kakade
 (2001) for (3). S states, A actions; logs in nats, values in reward units. Terminal states have
 value 0 and rows of −inf in policies.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,7 +28,7 @@ from klrl_edu.closed_forms.tilt import scaled_advantage
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
-from klrl_edu.core.validation import SUM_TOLERANCE, check_kl_coef
+from klrl_edu.core.validation import SUM_TOLERANCE, check_kl_coef, check_number
 from klrl_edu.decisions.decision_process import DecisionProcess, expected_next, spread
 
 _MAX_SWEEPS = 1_000_000
@@ -137,35 +139,39 @@ def value_iteration(
 
     Args:
         process: with γ = 1 a loop must cost more than it earns.
-        kl_coef: λ ≥ 0; 0 and inf by their limits.
-        tolerance: where states return, stop once no value changes by more than this part of λ plus
-            the largest. The error bound is then γ/(1 − γ) times the last change; with γ = 1 the
-            change times the longest expected path under π*, to first order.
+        kl_coef: λ ≥ 0; 0 and inf by their limits, inf without sweeps.
+        tolerance: from 1e-15 to 1. Where states return, stop once no value changes by more than
+            this part of the largest and of λ (or the largest |r|, where that is less). The error
+            bound is then γ/(1 − γ) times the last change; with γ = 1 the change times the longest
+            expected path under π*, to first order.
 
     Raises:
-        InputError: the values grow without bound (γ = 1), or a million sweeps do not settle them.
+        InputError: an argument outside these, values that grow without bound (γ = 1), or a million
+            sweeps that do not settle them.
         InfeasibleError: every start is forbidden to reach an end.
     """
-    check_kl_coef(kl_coef)
+    kl_coef, tolerance = check_kl_coef(kl_coef), _check_tolerance(tolerance)
     feasible = _feasible_actions(process)
+    if kl_coef == math.inf:
+        return _at_the_prior(process, feasible)
     alive, returns = feasible.any(-1) | process.terminal, process.horizon == math.inf
     best = mass = torch.zeros_like(process.initial)
-    if returns and process.discount == 1 and kl_coef < math.inf:
+    if returns and process.discount == 1:
         policy_iteration(process, kl_coef)  # raises where sweeps would go on for ever
         start = _evaluate(process, _feasible_prior(process, feasible), kl_coef)
         best = best if start is None else torch.where(alive, start, 0)
+    rounding = min(kl_coef, _largest_reward(process, feasible))
     values = []
     for _ in range(_MAX_SWEEPS if returns else int(process.horizon)):
         before = best, mass
         sweep = _backup(process, feasible, best, mass, kl_coef)
         best, mass = sweep.best, sweep.mass
-        if returns and 0 < kl_coef < math.inf:
+        if returns and kl_coef > 0:
             # m alone need not settle where V does: a loop may pay, and cost more in KL
             best, mass = best + kl_coef * mass, torch.zeros_like(mass)
-        penalty = kl_coef * mass if kl_coef < math.inf else 0  # λℓ; inf · 0 would be NaN
-        values.append(_start_value(process, torch.where(alive, best + penalty, -math.inf)))
+        values.append(_start_value(process, torch.where(alive, best + kl_coef * mass, -math.inf)))
         change = float(((best - before[0]).abs() + (mass - before[1]).abs()).max())
-        if returns and change <= tolerance * _scale(best.abs() + mass.abs(), kl_coef):
+        if returns and change <= tolerance * _scale(best.abs() + mass.abs(), rounding):
             break
     else:
         if returns:
@@ -186,32 +192,61 @@ def policy_iteration(
     what follows.
 
     Args:
-        tolerance: stop once no value rises by more than this part of λ plus the largest.
+        kl_coef: λ ≥ 0; 0 and inf by their limits.
+        tolerance: from 1e-15 to 1; stop once no value rises by more than this part of the largest
+            and of λ (or the largest |r|, where that is less).
 
     Raises:
-        InputError: the values grow without bound (γ = 1 and a loop earns at least its cost), or an
-            expected path passes 10^12 steps.
+        InputError: an argument outside these, values that grow without bound (γ = 1 and a loop
+            earns at least its cost), or an expected path that passes 10^12 steps.
         InfeasibleError: every start is forbidden to reach an end.
     """
-    if check_kl_coef(kl_coef) == math.inf:
-        return value_iteration(process, kl_coef)  # there is nothing to improve
+    kl_coef, tolerance = check_kl_coef(kl_coef), _check_tolerance(tolerance)
     feasible = _feasible_actions(process)
+    if kl_coef == math.inf:
+        return _at_the_prior(process, feasible)  # there is nothing to improve
     zeros = torch.zeros_like(process.initial)
     alive = feasible.any(-1) | process.terminal
+    rounding = min(kl_coef, _largest_reward(process, feasible))
     log_policy = _feasible_prior(process, feasible)
     before, values = torch.full_like(zeros, -math.inf), []
+    found = _evaluate(process, log_policy, kl_coef)
     for _ in range(_MAX_IMPROVEMENTS):
-        found = _evaluate(process, log_policy, kl_coef)
         if found is None or not _ends_in_sight(process, log_policy):
             _refuse_unbounded(process, before)
         values.append(_start_value(process, found))
         sweep = _backup(process, feasible, torch.where(alive, found, 0), zeros, kl_coef)
-        log_policy = _policy(process, feasible, sweep.lifted)
-        gain, before = float((found - before)[alive].max()), found
-        if gain <= tolerance * _scale(found[alive].abs(), kl_coef):
+        rise = torch.where(alive, sweep.best + kl_coef * sweep.mass - found, 0)
+        if float((found - before)[alive].max()) <= tolerance * _scale(found[alive].abs(), rounding):
             break
-    residual = float((sweep.best + kl_coef * sweep.mass - before)[alive].abs().max())
-    return _solution(process, feasible, sweep, kl_coef, values, residual)
+        log_policy = _policy(process, feasible, sweep.lifted)
+        # V_π − V = (I − γP_π)^{-1} (TV − V): evaluated as it stands, λ KL(π‖q) would lose its
+        # digits where λ is large and π almost q
+        gained = _solve(process, log_policy, rise)
+        before, found = found, None if gained is None else found + gained
+    return _solution(process, feasible, sweep, kl_coef, values, float(rise.abs().max()))
+
+
+def _check_tolerance(tolerance: float) -> float:
+    return check_number(
+        tolerance,
+        "tolerance",
+        "from 1e-15 (below it rounding lets nothing settle) to 1, as a part of the largest value",
+        lambda number: 1e-15 <= number <= 1,
+    )
+
+
+def _at_the_prior(process: DecisionProcess, feasible: Tensor) -> SoftSolution:
+    """λ = inf: V is E_q of the return, by one linear solve, and π is q on what is feasible, each
+    action weighed by the mass that stays feasible after it.
+    """
+    # V/λ → ℓ, which is the value at λ = 1 where nothing is paid and the rest is forbidden
+    unpaid = replace(process, rewards=torch.where(feasible, 0.0, -math.inf))
+    log_policy = policy_iteration(unpaid, 1.0).log_policy
+    mean = _evaluate(process, process.log_prior, 0.0)
+    assert mean is not None, "a checked process ends under its prior"
+    value, action_values = _start_value(process, mean), process.action_values(mean)
+    return SoftSolution(process, math.inf, mean, action_values, log_policy, value, (value,), 0.0)
 
 
 def _feasible_actions(process: DecisionProcess) -> Tensor:
@@ -243,24 +278,61 @@ def _feasible_actions(process: DecisionProcess) -> Tensor:
     return safe
 
 
+def _largest_reward(process: DecisionProcess, feasible: Tensor) -> float:
+    """max |r| over the feasible actions."""
+    return float(process.rewards[feasible].abs().max())
+
+
 def _backup(
     process: DecisionProcess, feasible: Tensor, best: Tensor, mass: Tensor, kl_coef: float
 ) -> _Backup:
-    """(1) in its two parts; at λ = inf only ℓ matters, and m is left at 0."""
-    rewards = process.rewards if kl_coef < math.inf else torch.zeros_like(process.rewards)
-    returns = rewards + process.discount * (process.transitions @ best)
+    """(1) in its two parts."""
+    returns = process.rewards + process.discount * (process.transitions @ best)
     action_best = torch.where(feasible, returns, -math.inf)  # m_Q
     action_mass = process.discount * (process.transitions @ mass)  # ℓ_Q
     alive = feasible.any(-1)
+    if kl_coef > _largest_reward(process, feasible):
+        return _backup_about_the_mean(process, feasible, action_best, action_mass, kl_coef)
     top = torch.where(alive, action_best.amax(-1), 0)  # m, as Σ q e^{Q/λ} is led by its largest Q
     lifted = process.log_prior + action_mass + scaled_advantage(action_best, top[:, None], kl_coef)
     left = torch.where(alive, logspace.logsumexp(lifted), 0)  # ℓ
     return _Backup(top, left, lifted, action_best, action_mass)
 
 
+def _backup_about_the_mean(
+    process: DecisionProcess,
+    feasible: Tensor,
+    action_best: Tensor,
+    action_mass: Tensor,
+    kl_coef: float,
+) -> _Backup:
+    """`_backup` where λ exceeds every |r|: ℓ holds only what is forbidden, and m the rest,
+
+    m = c + λ log Σ w e^x,    w ∝ q e^ℓ_Q,    c = Σ w m_Q,    x = (m_Q − c)/λ,
+    where a small x leaves log(1 + Σ w (e^x − 1 − x)).
+    """
+    alive, prior = feasible.any(-1), process.log_prior.exp()
+    weights = torch.where(feasible, process.log_prior + action_mass, -math.inf)
+    total = logspace.logsumexp(weights)
+    # Σ q = 1, so that log Σ q e^ℓ_Q is exactly 0 where nothing is forbidden, whatever λ makes of it
+    excess = (prior * torch.where(feasible, torch.expm1(action_mass), -1)).sum(-1)
+    left = torch.where(excess > -0.5, torch.log1p(excess.clamp(min=-0.5)), total)
+    shares = logspace.log_normalize_alive(weights)
+    centre = logspace.expectation(shares, action_best)  # c
+    away = torch.where(feasible, (action_best - centre[:, None]) / kl_coef, 0)  # x
+    bend = logspace.expectation(shares, logspace.expm1_minus_identity(away.clamp(max=1)))
+    steep = logspace.logsumexp(shares + away)  # for returns that λ does not exceed
+    rise = torch.where(away.abs().amax(-1) < 1, torch.log1p(bend), steep)
+    m, mass = torch.where(alive, centre + kl_coef * rise, 0), torch.where(alive, left, 0)
+    return _Backup(m, mass, weights + away, action_best, action_mass)
+
+
 def _feasible_prior(process: DecisionProcess, feasible: Tensor) -> Tensor:
     """log q [S,A] restricted to the feasible actions."""
-    return _policy(process, feasible, torch.where(feasible, process.log_prior, -math.inf))
+    kept = _policy(process, feasible, torch.where(feasible, process.log_prior, -math.inf))
+    # q itself where nothing is struck out: normalised anew its KL to q would round, times λ
+    whole = (feasible == process.available).all(-1, keepdim=True)
+    return torch.where(whole, process.log_prior, kept)
 
 
 def _policy(process: DecisionProcess, feasible: Tensor, lifted: Tensor) -> Tensor:
@@ -279,16 +351,9 @@ def _solution(
     change: float,
 ) -> SoftSolution:
     log_policy = _policy(process, feasible, sweep.lifted)
-    if kl_coef == math.inf:
-        mean = _evaluate(process, process.log_prior, 0.0)
-        assert mean is not None, "a checked process ends under its prior"
-        state_values, action_values = mean, process.action_values(mean)
-        # a linear system gave them; the sweeps were for the policy
-        values, change = [_start_value(process, mean)], 0.0
-    else:
-        dead = ~feasible.any(-1) & ~process.terminal
-        state_values = torch.where(dead, -math.inf, sweep.best + kl_coef * sweep.mass)
-        action_values = sweep.action_best + kl_coef * sweep.action_mass
+    dead = ~feasible.any(-1) & ~process.terminal
+    state_values = torch.where(dead, -math.inf, sweep.best + kl_coef * sweep.mass)
+    action_values = sweep.action_best + kl_coef * sweep.action_mass
     error_bound = change * _steps_ahead(process, log_policy) if change > 0 else 0.0
     return SoftSolution(
         process,
@@ -310,9 +375,11 @@ def _steps_ahead(process: DecisionProcess, log_policy: Tensor) -> float:
     return math.inf if steps is None else float(steps.max())
 
 
-def _scale(sizes: Tensor, kl_coef: float) -> float:
-    """What rounding is measured against: λ log Σ q e^{Q/λ} has no more digits than λ has."""
-    return float(sizes.max()) + (kl_coef if kl_coef < math.inf else 0.0)
+def _scale(sizes: Tensor, rounding: float) -> float:
+    """What rounding is measured against: λ log Σ q e^{Q/λ} has no more digits than λ has, or than
+    the rewards, where λ exceeds them.
+    """
+    return float(sizes.max()) + rounding
 
 
 def _start_value(process: DecisionProcess, state_values: Tensor) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
@@ -25,6 +25,7 @@ from klrl_edu.decisions.soft_control import (
 )
 from klrl_edu.exact.enumeration import problem_support
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
+from klrl_edu.testing import problems
 from tests.decisions.processes import (
     loop,
     paths,
@@ -35,6 +36,7 @@ from tests.decisions.processes import (
 )
 from tests.exact.dictionaries import INF, assert_close
 
+mpmath = pytest.importorskip("mpmath")
 KL_COEFS = st.sampled_from((0.05, 0.5, 1.0, 10.0))
 FINITE = st.sampled_from((0.0, 0.05, 0.5, 1.0, 10.0))
 
@@ -113,6 +115,124 @@ def test_values_far_below_kl_coef_settle_too(kl_coef):
             torch.log_softmax(log_prior, -1), moves, 1e-3 * rewards, start, ends, 0.9
         )
         assert value_iteration(process, kl_coef).iterations < 1_000
+
+
+def three_rewards(prior) -> DecisionProcess:
+    """One state that pays 0, 1 or 2 and then stays or ends, evenly."""
+    return DecisionProcess.from_probabilities(
+        [prior, [0, 0, 0]],
+        [[[0.5, 0.5]] * 3, [[0, 0]] * 3],
+        [[0.0, 1.0, 2.0], [0, 0, 0]],
+        initial=[1.0, 0.0],
+        terminal=[False, True],
+    )
+
+
+@pytest.mark.parametrize("solve", [value_iteration, policy_iteration])
+@pytest.mark.parametrize(("prior", "value"), [((0.3, 0.3, 0.4), 2.2), ((0.1, 0.2, 0.7), 3.2)])
+def test_at_an_infinite_kl_coef_a_loop_is_one_linear_solve(solve, prior, value):
+    solved = solve(three_rewards(prior), INF)
+    assert solved.value == pytest.approx(value, rel=1e-14)
+    assert_close(solved.log_policy[0].exp(), torch.tensor(prior, dtype=torch.float64))
+    assert (solved.iterations, solved.error_bound) == (1, 0)
+
+
+def test_at_an_infinite_kl_coef_every_loop_is_solved():
+    """Random processes with γ = 1, some actions forbidden: the value is E_q of the return, and
+    log π/q is what a λ far above the rewards gives.
+    """
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        moves = torch.softmax(torch.randn(4, 3, 4, generator=generator, dtype=torch.float64), -1)
+        log_prior = torch.log_softmax(
+            torch.randn(4, 3, generator=generator, dtype=torch.float64), -1
+        )
+        rewards = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+        ends, start = torch.arange(4) == 3, torch.tensor([1.0, 0, 0, 0])
+        process = DecisionProcess(log_prior, moves, rewards, start, ends)
+        inner = process.moves(process.log_prior.exp())[:3, :3].numpy()
+        paid = (process.log_prior.exp() * rewards)[:3].sum(-1).numpy()
+        expected = np.linalg.solve(np.eye(3) - inner, paid)
+        assert_close(value_iteration(process, INF).state_values[:3], torch.tensor(expected))
+        rewards[1, 0] = -INF
+        forbidding = replace(process, rewards=rewards)
+        limit, near = (policy_iteration(forbidding, lam).log_policy for lam in (INF, 1e14))
+        assert float((limit.exp() - near.exp()).abs().max()) < 1e-12
+
+
+MP_DIGITS = 150
+
+
+def soft_values_in_mpmath(process: DecisionProcess, kl_coef: float, sweeps: int) -> list[float]:
+    """V by plain sweeps of 150 digits, which no λ up to 1e100 exhausts."""
+    with mpmath.workdps(MP_DIGITS):
+        lam, gamma = mpmath.mpf(kl_coef), mpmath.mpf(process.discount)
+        exact = {
+            name: [
+                [mpmath.mpf(x) for x in row] for row in getattr(process, name).flatten(1).tolist()
+            ]
+            for name in ("rewards", "transitions")
+        }
+        S, A = process.rewards.shape
+        weights = [[mpmath.exp(mpmath.mpf(x)) for x in row] for row in process.log_prior.tolist()]
+        prior = [[w / max(mpmath.fsum(row), 1e-9) for w in row] for row in weights]
+        values = [mpmath.mpf(0)] * S
+        for _ in range(sweeps):
+            ahead = [
+                mpmath.fdot(exact["transitions"][s][a * S : (a + 1) * S], values)
+                for s in range(S)
+                for a in range(A)
+            ]
+            values = [
+                lam
+                * mpmath.log(
+                    mpmath.fsum(
+                        prior[s][a]
+                        * mpmath.exp((exact["rewards"][s][a] + gamma * ahead[s * A + a]) / lam)
+                        for a in range(A)
+                    )
+                )
+                if not process.terminal[s]
+                else mpmath.mpf(0)
+                for s in range(S)
+            ]
+        return [float(value) for value in values]
+
+
+@pytest.mark.parametrize("solve", [value_iteration, policy_iteration])
+@pytest.mark.parametrize("kl_coef", [1e-8, 0.1, 1.0, 3.0, 1e3, 1e6, 1e12, 1e16, 1e40, 1e100])
+def test_values_keep_their_digits_however_large_or_small_kl_coef(solve, kl_coef):
+    generator = torch.Generator().manual_seed(0)
+    moves = torch.softmax(torch.randn(4, 3, 4, generator=generator, dtype=torch.float64), -1)
+    log_prior = torch.log_softmax(torch.randn(4, 3, generator=generator, dtype=torch.float64), -1)
+    rewards = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    ends, start = torch.arange(4) == 3, torch.tensor([1.0, 0, 0, 0])
+    process = DecisionProcess(log_prior, moves, rewards, start, ends, 0.3)
+    expected = soft_values_in_mpmath(process, kl_coef, sweeps=30)
+    found = solve(process, kl_coef)
+    assert found.state_values.tolist() == pytest.approx(expected, rel=1e-12)
+    assert found.error_bound < 1e-13
+
+
+@settings(max_examples=15)
+@given(problem=problems(), kl_coef=st.sampled_from((1e6, 1e16, 1e100)))
+def test_a_large_kl_coef_leaves_a_token_process_the_prior_s_mean(problem, kl_coef):
+    """Forbidden texts cost λ times their mass; of the rest, λ log Z is E_q r + Var/2λ + …"""
+    process = token_process(replace(problem, kl_coef=kl_coef))
+    swept, improved = value_iteration(process, kl_coef), policy_iteration(process, kl_coef)
+    support = problem_support(problem)
+    allowed = support.rewards > -INF
+    with mpmath.workdps(MP_DIGITS):
+        q = [mpmath.exp(mpmath.mpf(x)) for x in support.log_prior.tolist()]
+        kept = [
+            p / mpmath.fsum(q) * mpmath.exp(mpmath.mpf(r) / mpmath.mpf(kl_coef))
+            for p, r, fine in zip(q, support.rewards.tolist(), allowed.tolist(), strict=True)
+            if fine
+        ]
+        expected = float(mpmath.mpf(kl_coef) * mpmath.log(mpmath.fsum(kept)))
+    size = float(support.rewards[allowed].abs().max())
+    for solved in (swept, improved):
+        assert solved.value == pytest.approx(expected, rel=1e-12, abs=1e-13 * size + 1e-30)
 
 
 @given(data=st.data())
