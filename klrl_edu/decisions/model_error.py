@@ -20,7 +20,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.decisions.decision_process import MAX_ENTRIES, DecisionProcess
-from klrl_edu.decisions.soft_control import value_iteration
+from klrl_edu.decisions.soft_control import policy_iteration, value_iteration
 
 
 @takes_numbers
@@ -88,7 +88,7 @@ def trajectory_value(
 
     Raises:
         TooLargeError: the other process would have more than `max_entries` transition entries;
-            otherwise as in `value_iteration`.
+            otherwise as in `policy_iteration`.
 
     Source: Levine (2018), §2.4.
     """
@@ -117,7 +117,9 @@ def trajectory_value(
         process.states,
         names,
     )
-    solved = value_iteration(believed, kl_coef)
+    # at λ = 0 sweeps alone weigh ties by what follows; elsewhere a few exact evaluations suffice
+    solve = value_iteration if kl_coef == 0 else policy_iteration
+    solved = solve(believed, kl_coef)
     joint = solved.log_policy.reshape(S, A, S)
     log_policy = logspace.logsumexp(joint)
     taken = log_policy[:, :, None] > -math.inf

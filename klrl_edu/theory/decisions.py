@@ -7,6 +7,7 @@ Random processes: three states where something is decided and one end, two actio
 possible, γ = 0.9.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,8 @@ from klrl_edu.core import logspace
 from klrl_edu.decisions.decision_process import DecisionProcess, token_process
 from klrl_edu.decisions.model_error import simulation_bound, trajectory_value
 from klrl_edu.decisions.soft_control import (
+    SoftSolution,
+    objective_gap,
     policy_evaluation,
     policy_gradient,
     policy_iteration,
@@ -89,14 +92,14 @@ def gap_of_a_policy(case: Case) -> Sides:
     process, log_policy = random_process(case), random_policy(case)
     return _gap(process, log_policy, case.kl_coef), case.kl_coef * (
         visits(process, log_policy) @ _divergence(process, log_policy, case.kl_coef)
-    )
+    ).expand(2)
 
 
 def _gap(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor:
-    return log_policy.new_tensor(
-        policy_iteration(process, kl_coef).value
-        - policy_evaluation(process, log_policy, kl_coef).value
-    )
+    """The difference of values, and what the package calls the gap [2]."""
+    optimum = policy_iteration(process, kl_coef)
+    difference = optimum.value - policy_evaluation(process, log_policy, kl_coef).value
+    return log_policy.new_tensor([difference, objective_gap(optimum, log_policy)])
 
 
 def _divergence(process: DecisionProcess, log_policy: Tensor, kl_coef: float) -> Tensor:
@@ -112,7 +115,7 @@ def _visits_of_the_optimum(case: Case) -> Sides:
     best = policy_iteration(process, case.kl_coef).log_policy
     return _gap(process, log_policy, case.kl_coef), case.kl_coef * (
         visits(process, best) @ _divergence(process, log_policy, case.kl_coef)
-    )
+    ).expand(2)
 
 
 gap_of_a_policy.broken("visits of the optimum", _visits_of_the_optimum)
@@ -197,59 +200,70 @@ process_policy_gradient.broken(
 )
 def bellman_contracts(case: Case) -> Sides:
     """One backup brings any two values nearer by the factor γ."""
-    return _contraction(case, 1.0)
+    return _contraction(case, lambda process, values: _one_step(process, values, case.kl_coef))
 
 
-def _contraction(case: Case, factor: float) -> Sides:
+def _contraction(case: Case, backup: Callable[[DecisionProcess, Tensor], SoftSolution]) -> Sides:
+    """Three pairs of values, and the differences that a backup leaves: all moved by the same, which
+    reaches γ, all by numbers of their own, and one alone.
+    """
     process = random_process(case)
-    one, shift = case.normal(_LIVE + 1), float(case.normal(1))
-    live = ~process.terminal
-    one, other = torch.where(live, one, 0.0), torch.where(live, one + shift, 0.0)
-    return (
-        _backup(process, one, case.kl_coef) - _backup(process, other, case.kl_coef)
-    ).abs().max(), factor * process.discount * abs(shift)
+    one, alone = case.normal(_LIVE + 1), torch.arange(_LIVE + 1) == 0
+    left, right = [], []
+    for move in (case.normal(1).expand(_LIVE + 1), case.normal(_LIVE + 1, scale=3), 9.0 * alone):
+        first, second = (backup(process, values).state_values for values in (one, one + move))
+        left.append((first - second).abs().max())
+        right.append(process.discount * move.abs().max())
+    return torch.stack(left), torch.stack(right)
 
 
-def _backup(process: DecisionProcess, values: Tensor, kl_coef: float) -> Tensor:
-    lifted = process.log_prior + process.action_values(values) / kl_coef
-    return torch.where(process.terminal, 0.0, kl_coef * logspace.logsumexp(lifted))
+def _one_step(process: DecisionProcess, values: Tensor, kl_coef: float) -> SoftSolution:
+    """TV and its policy, by the package: the optimum of one step that pays r + γ Σ P V and ends."""
+    end = (torch.arange(_LIVE + 1) == _LIVE).double()
+    paid = torch.where(process.available, process.action_values(values), 0.0)
+    start = (~process.terminal).double() / _LIVE
+    ending = process.transitions * 0 + end
+    return value_iteration(
+        replace(process, transitions=ending, rewards=paid, initial=start), kl_coef
+    )
 
 
-bellman_contracts.broken("by a factor of γ/2", lambda case: _contraction(case, 0.5))
+def _stretched(case: Case) -> Sides:
+    """A backup that moves with the mean of the values as it should, and stretches the rest."""
+
+    def backup(process: DecisionProcess, values: Tensor) -> SoftSolution:
+        mean = values.mean()
+        return _one_step(process, mean + 3 * (values - mean), case.kl_coef)
+
+    return _contraction(case, backup)
+
+
+bellman_contracts.broken("differences between states stretched threefold", _stretched)
 
 
 @bound(
-    r"J\big(q\,e^{Q_\pi/\lambda}/Z\big) \ge J(\pi)",
+    r"V_\pi \le TV_\pi \le V_{\pi'},\quad \pi' = q\,e^{Q_\pi/\lambda}/Z",
     "policy improvement; Haarnoja et al. (2018), lemma 2",
     "t05",
 )
 def policy_improvement(case: Case) -> Sides:
-    """The posterior of a policy's own values is a better policy, at every start."""
+    """The posterior of a policy's own values is a better policy, at every start: better even than
+    to follow it for one step.
+    """
+    return _improved(case, 1.0)
+
+
+def _improved(case: Case, factor: float) -> Sides:
+    """V_π, the best of one step that ends in a multiple of V_π, and what its policy earns."""
     process, log_policy = random_process(case), random_policy(case)
-    values = policy_evaluation(process, log_policy, case.kl_coef)
-    better = _greedy(process, values.action_values, case.kl_coef)
-    return values.state_values, policy_evaluation(process, better, case.kl_coef).state_values
+    values = policy_evaluation(process, log_policy, case.kl_coef).state_values
+    scaled = replace(process, rewards=factor * process.rewards)
+    step = _one_step(scaled, factor * values, case.kl_coef)
+    earned = policy_evaluation(process, step.log_policy, case.kl_coef).state_values
+    return torch.stack([values, step.state_values]), torch.stack([step.state_values, earned])
 
 
-def _greedy(process: DecisionProcess, action_values: Tensor, kl_coef: float) -> Tensor:
-    lifted = torch.where(
-        process.terminal[:, None], 0.0, process.log_prior + action_values / kl_coef
-    )
-    return torch.log_softmax(lifted, -1)
-
-
-def _against_the_values(case: Case) -> Sides:
-    process, log_policy = random_process(case), random_policy(case)
-    values = policy_evaluation(process, log_policy, case.kl_coef)
-    return (
-        values.state_values,
-        policy_evaluation(
-            process, _greedy(process, -values.action_values, case.kl_coef), case.kl_coef
-        ).state_values,
-    )
-
-
-policy_improvement.broken("the values with the wrong sign", _against_the_values)
+policy_improvement.broken("the values with the wrong sign", lambda case: _improved(case, -1.0))
 
 
 @bound(
@@ -277,7 +291,15 @@ def _model_error(case: Case, factor: float) -> Sides:
         rewards=process.rewards + case.normal(*process.rewards.shape, scale=0.1),
     )
     true, planned = (policy_iteration(one, case.kl_coef).state_values for one in (process, model))
-    return (true - planned).abs().max(), factor * simulation_bound(process, model, planned)
+    wrong = (
+        process.rewards
+        - model.rewards
+        + process.discount * ((process.transitions - model.transitions) @ planned)
+    )
+    most = wrong[~process.terminal].abs().max() / (1 - process.discount)
+    bound = factor * most.new_tensor(simulation_bound(process, model, planned))
+    # and no looser than printed
+    return torch.stack([(true - planned).abs().max(), bound]), torch.stack([bound, most])
 
 
 model_error.broken(
@@ -286,21 +308,29 @@ model_error.broken(
 
 
 @bound(
-    r"V^*(s) \le \lambda\log\sum_{a,s'} q(a|s)P(s'|s,a)\,e^{(r+\gamma V(s'))/\lambda}",
+    r"V^*(s) \le V(s) = \lambda\log\sum_{a,s'}"
+    r" q(a|s)P(s'|s,a)\,e^{(r(s,a)+\gamma V(s'))/\lambda}",
     "Levine (2018), §2.4; Jensen",
     "t05",
 )
 def chosen_replies_promise_more(case: Case) -> Sides:
-    """A posterior over whole trajectories, the world's replies tilted too, promises at least what
-    is attainable.
-    """
+    """A plan that chooses the world's replies too promises at least what is attainable."""
+    return _promises(case, 1.0)
+
+
+def _promises(case: Case, factor: float) -> Sides:
+    """V* below what is promised, and a multiple of the promise equal to its own equation."""
     process = random_process(case)
-    return (
-        policy_iteration(process, case.kl_coef).state_values,
-        trajectory_value(process, case.kl_coef).state_values,
+    attainable = policy_iteration(process, case.kl_coef).state_values
+    promised = factor * trajectory_value(process, case.kl_coef).state_values
+    live = ~process.terminal
+    ahead = (process.rewards[..., None] + process.discount * promised) / case.kl_coef
+    each = process.log_prior[..., None] + process.transitions.log() + ahead
+    equation = promised.clone()
+    equation[live] = case.kl_coef * torch.logsumexp(each[live].flatten(1), -1)
+    return torch.stack([attainable, promised, equation]), torch.stack(
+        [promised, equation, promised]
     )
 
 
-chosen_replies_promise_more.broken(
-    "at most, not at least", lambda case: chosen_replies_promise_more.sides(case)[::-1]
-)
+chosen_replies_promise_more.broken("twice the promise", lambda case: _promises(case, 2.0))

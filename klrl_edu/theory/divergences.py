@@ -5,14 +5,16 @@ KL(π‖q) = E_π[u],    u = log π/q,    D_f(π‖q) = E_q f(π/q)             
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from klrl_edu.closed_forms import acceptance, regularizers
 from klrl_edu.closed_forms.moments import match_moments
+from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
-from klrl_edu.estimators import kl_values
+from klrl_edu.estimators import divergences, kl_values
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
@@ -20,8 +22,8 @@ kl, mean = logspace.kl_divergence, logspace.expectation
 
 
 def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The total variation of two distributions, ½ Σ |p − q|."""
-    return (log_p.exp() - log_q.exp()).abs().sum() / 2
+    """The total variation of two distributions, as the mean of its estimator under p."""
+    return mean(log_p, divergences.total_variation(log_p - log_q))
 
 
 @identity(
@@ -82,7 +84,7 @@ def moment_covariance(case: Case) -> Sides:
     """The moments of an exponential family move with their covariance."""
     features, beta = _features(case)
     jacobian = torch.autograd.functional.jacobian(
-        lambda b: torch.softmax(case.log_prior + features @ b, 0) @ features, beta
+        lambda b: tilt(case.log_prior, features @ b, 1.0).log_posterior.exp() @ features, beta
     )
     return jacobian, _covariance(torch.log_softmax(case.log_prior + features @ beta, 0), features)
 
@@ -111,40 +113,53 @@ moment_covariance.broken(
     "t01",
 )
 def pinsker(case: Case) -> Sides:
-    """A small divergence bounds the difference of every probability."""
+    """A small divergence bounds the difference of every probability; two nearly equal halves reach
+    the bound.
+    """
+    return _pinsker(case, 0.5)
+
+
+def _pinsker(case: Case, factor: float) -> Sides:
+    """TV² and the factor times KL, of the policy and of a pair that nearly reaches the bound."""
+    pairs = (case.log_policy, case.log_prior), _two(0.51 + 0.01 * case.noise.random(), 0.5)
     return (
-        tv(case.log_policy, case.log_prior) ** 2,
-        kl(case.log_policy, case.log_prior) / 2,
+        torch.stack([tv(p, q) ** 2 for p, q in pairs]),
+        torch.stack([factor * kl(p, q) for p, q in pairs]),
     )
 
 
-def _near_half(case: Case) -> Sides:
-    """Where Pinsker is nearly sharp: two nearly equal halves."""
-    shift = 0.1 + 0.1 * case.noise.random()
-    p, q = (torch.tensor([0.5 + x, 0.5 - x], dtype=torch.float64).log() for x in (shift, 0.0))
-    return tv(p, q) ** 2, kl(p, q) / 4
+def _two(p: float, q: float) -> tuple[Tensor, Tensor]:
+    """Two laws of two outcomes, (p, 1 − p) and (q, 1 − q), as logs [2]."""
+    chances = torch.tensor([[p, 1 - p], [q, 1 - q]], dtype=torch.float64)
+    return chances[0].log(), chances[1].log()
 
 
-pinsker.broken("a quarter in place of the half", _near_half)
+pinsker.broken("a quarter in place of the half", lambda case: _pinsker(case, 0.25))
 
 
 @bound(
     r"\mathrm{TV}(\pi,q) \le \sqrt{1-e^{-\mathrm{KL}(\pi\|q)}}", "Bretagnolle & Huber (1979)", "t01"
 )
 def bretagnolle_huber(case: Case) -> Sides:
-    """A bound on total variation that stays below one however large the divergence."""
-    return tv(case.log_policy, case.log_prior), torch.sqrt(
-        -torch.expm1(-kl(case.log_policy, case.log_prior))
+    """A bound on total variation that stays below one however large the divergence; laws far apart
+    come near it.
+    """
+    return _far_apart(case, lambda divergence: torch.sqrt(-torch.expm1(-divergence)))
+
+
+def _far_apart(case: Case, most: Callable[[Tensor], Tensor]) -> Sides:
+    """TV, and what a function of KL allows, of the policy and of two laws that hardly overlap."""
+    pairs = (case.log_policy, case.log_prior), _two(1e-6, 1 - 1e-6)
+    return (
+        torch.stack([tv(p, q) for p, q in pairs]),
+        torch.stack([most(kl(p, q)) for p, q in pairs]),
     )
 
 
-def _half_the_exponent(case: Case) -> Sides:
-    return tv(case.log_policy, case.log_prior), -torch.expm1(
-        -kl(case.log_policy, case.log_prior) / 2
-    )
-
-
-bretagnolle_huber.broken("1 − e^{−KL/2} without the root", _half_the_exponent)
+bretagnolle_huber.broken(
+    "1 − e^{−KL/2} without the root",
+    lambda case: _far_apart(case, lambda divergence: -torch.expm1(-divergence / 2)),
+)
 
 
 @bound(
@@ -152,18 +167,21 @@ bretagnolle_huber.broken("1 − e^{−KL/2} without the root", _half_the_exponen
 )
 def chi_squared_bound(case: Case) -> Sides:
     """The χ² divergence, the variance of importance weights, bounds KL."""
-    return kl(case.log_policy, case.log_prior), torch.logsumexp(
-        2 * case.log_policy - case.log_prior, 0
-    )
+    return _chi_squared_bound(case, 1.0)
 
 
-chi_squared_bound.broken(
-    "half of it",
-    lambda case: (
-        kl(case.log_policy, case.log_prior),
-        torch.logsumexp(2 * case.log_policy - case.log_prior, 0) / 2,
-    ),
-)
+def _chi_squared_bound(case: Case, factor: float) -> Sides:
+    """KL at most the factor times log(1 + χ²), χ² the mean of its estimator, no more than the
+    square of weights says.
+    """
+    # the estimator's convention has a half
+    chi_squared = 2 * mean(case.log_policy, divergences.chi_squared(case.log_ratio))
+    most = factor * torch.log1p(chi_squared)
+    by_weights = torch.logsumexp(2 * case.log_policy - case.log_prior, 0)
+    return torch.stack([kl(case.log_policy, case.log_prior), most]), torch.stack([most, by_weights])
+
+
+chi_squared_bound.broken("half of it", lambda case: _chi_squared_bound(case, 0.5))
 
 
 @bound(
@@ -172,44 +190,48 @@ chi_squared_bound.broken(
     "t01",
 )
 def jensen_shannon_bound(case: Case) -> Sides:
-    """Jensen–Shannon is at most log 2, and at most a quarter of both divergences."""
-    both = kl(case.log_policy, case.log_prior) + kl(case.log_prior, case.log_policy)
-    return _jensen_shannon(case), torch.minimum(
-        both / 4, torch.tensor(math.log(2), dtype=torch.float64)
-    )
+    """Jensen–Shannon is at most log 2, which laws far apart come near, and at most a quarter of
+    both divergences.
+    """
+    return _jensen_shannon(case, 1 / 4)
 
 
-def _jensen_shannon(case: Case) -> Tensor:
-    middle = torch.logaddexp(case.log_policy, case.log_prior) - math.log(2)
-    return (kl(case.log_policy, middle) + kl(case.log_prior, middle)) / 2
+def _jensen_shannon(case: Case, share: float) -> Sides:
+    """JS, and the least of log 2 and a share of both divergences, of the policy and of two laws
+    that hardly overlap.
+    """
+    pairs = (case.log_policy, case.log_prior), _two(1e-6, 1 - 1e-6)
+    found = [mean(p, divergences.jensen_shannon(p - q)) for p, q in pairs]
+    most = [(share * (kl(p, q) + kl(q, p))).clamp(max=math.log(2)) for p, q in pairs]
+    return torch.stack(found), torch.stack(most)
 
 
-jensen_shannon_bound.broken(
-    "a tenth of both",
-    lambda case: (
-        _jensen_shannon(case),
-        (kl(case.log_policy, case.log_prior) + kl(case.log_prior, case.log_policy)) / 10,
-    ),
-)
+jensen_shannon_bound.broken("a tenth of both", lambda case: _jensen_shannon(case, 1 / 10))
 
 
 @identity(
-    r"r(y) - \lambda f'(\pi(y)/q(y)) = \nu,\quad f(t) = -\log t", "Wang et al. (2023), f-DPO", "t12"
+    r"r(y) - \lambda f'(\pi(y)/q(y)) = \nu,\ \sum_y\pi(y) = 1,\quad f(t) = -\log t",
+    "Wang et al. (2023), f-DPO",
+    "t12",
 )
 def forward_kl_optimum(case: Case) -> Sides:
-    """Under forward KL the optimum is λq/(ν − r): rewards balance −λq/π."""
-    log_pi = regularizers.forward_kl(case.log_prior, case.rewards, case.kl_coef).log_probs
+    """Under forward KL the optimum is λq/(ν − r): rewards balance −λq/π, and π sums to one."""
+    return _balance(
+        case, regularizers.forward_kl(case.log_prior, case.rewards, case.kl_coef).log_probs
+    )
+
+
+def _balance(case: Case, log_pi: Tensor) -> Sides:
     residual = case.rewards + case.kl_coef * torch.exp(case.log_prior - log_pi)
-    return residual, residual.mean().expand_as(residual)
-
-
-def _forward_of_posterior(case: Case) -> Sides:
-    residual = case.rewards + case.kl_coef * torch.exp(case.log_prior - case.log_star)
-    return residual, residual.mean().expand_as(residual)
+    one = torch.ones(1, dtype=torch.float64)
+    return torch.cat([residual, log_pi.exp().sum()[None]]), torch.cat(
+        [residual.mean().expand_as(residual), one]
+    )
 
 
 forward_kl_optimum.broken(
-    "the posterior, which reverse KL has for its optimum", _forward_of_posterior
+    "the posterior, which reverse KL has for its optimum",
+    lambda case: _balance(case, case.log_star),
 )
 
 
@@ -219,15 +241,19 @@ forward_kl_optimum.broken(
     "t12",
 )
 def chi_squared_optimum(case: Case) -> Sides:
-    """Under χ² the optimum is linear in the reward, and zero below a threshold."""
+    """Under χ² the optimum is linear in the reward, zero below a threshold, and sums to one."""
+    return _linear(case, lambda found: found.log_probs)
+
+
+def _linear(case: Case, law: Callable[[regularizers.Optimum], Tensor]) -> Sides:
     found = regularizers.chi_squared(case.log_prior, case.rewards, case.kl_coef)
     linear = (1 + (case.rewards - found.normaliser) / case.kl_coef).clamp(min=0)
-    return found.log_probs.exp(), case.log_prior.exp() * linear
+    pi, one = law(found).exp(), torch.ones(1, dtype=torch.float64)
+    return torch.cat([pi, pi.sum()[None]]), torch.cat([case.log_prior.exp() * linear, one])
 
 
 chi_squared_optimum.broken(
-    "the posterior in its place",
-    lambda case: (case.log_star.exp(), chi_squared_optimum.sides(case)[1]),
+    "the posterior in its place", lambda case: _linear(case, lambda _: case.log_star)
 )
 
 
@@ -265,35 +291,40 @@ swapped_ratio.broken(
 
 
 @identity(
-    r"\mathrm{Var}_\pi(u + c(e^{-u}-1)) \ge \mathrm{Var}_\pi(u + c^*(e^{-u}-1)),\quad c^* ="
-    r" -\tfrac{\mathrm{Cov}(u,e^{-u})}{\mathrm{Var}(e^{-u})}",
+    r"\mathrm{Var}_\pi(u + c(e^{-u}-1)) = \mathrm{Var}_\pi(u) -"
+    r" \tfrac{\mathrm{Cov}(u,e^{-u})^2}{\mathrm{Var}(e^{-u})} +"
+    r" (c-c^*)^2\,\mathrm{Var}(e^{-u}),\quad"
+    r" c^* = -\tfrac{\mathrm{Cov}(u,e^{-u})}{\mathrm{Var}(e^{-u})}",
     "control variates",
     "t06",
 )
 def best_control_variate(case: Case) -> Sides:
-    """Of the family k1 + c·(q/π − 1) the variance is least at c*, and there it is Var u −
-    Cov²/Var.
+    """Of the family k1 + c·(q/π − 1) the variance is least at c*, and grows with the square of the
+    distance from it.
     """
-    weight, log_pi = torch.exp(-case.log_ratio), case.log_policy
+    return _variances(case, kl_values.best_coefficient(case.log_policy, case.log_prior))
+
+
+def _variances(case: Case, best: Tensor) -> Sides:
+    """The variance of k_c at c*, about it and at k1 and k3, in parts of Var(e^−u) [5]."""
+    away = case.normal(2)
+    coefficients = torch.stack([best, best + away[0], best - away[1], 0 * best, 0 * best + 1])
+    log_pi, weight = case.log_policy, torch.exp(-case.log_ratio)
     spread, joint = _cov(log_pi, weight, weight), _cov(log_pi, case.log_ratio, weight)
-    best = case.log_ratio - joint / spread * (weight - 1)
-    return (
-        _cov(log_pi, best, best) / spread,
-        (_cov(log_pi, case.log_ratio, case.log_ratio) - joint**2 / spread) / spread,
-    )
+    values = kl_values.control_variate(case.log_ratio, coefficients[:, None])
+    found = torch.stack([_cov(log_pi, one, one) for one in values])
+    least = _cov(log_pi, case.log_ratio, case.log_ratio) - joint**2 / spread
+    return found / spread, least / spread + (coefficients - best) ** 2
 
 
 def _cov(log_p: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return mean(log_p, (x - mean(log_p, x)) * (y - mean(log_p, y)))
 
 
-def _k3_is_best(case: Case) -> Sides:
-    values = kl_values.k3(case.log_ratio)
-    spread = _cov(case.log_policy, torch.exp(-case.log_ratio), torch.exp(-case.log_ratio))
-    return _cov(case.log_policy, values, values) / spread, best_control_variate.sides(case)[1]
-
-
-best_control_variate.broken("c = 1, which is k3", _k3_is_best)
+best_control_variate.broken(
+    "c* taken for 1, which is k3",
+    lambda case: _variances(case, torch.ones((), dtype=torch.float64)),
+)
 
 
 @identity(

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from klrl_edu.core import logspace
 from klrl_edu.core.multisets import every_order
-from klrl_edu.estimators import kl_values
+from klrl_edu.estimators import kl_gradients, kl_values
+from klrl_edu.estimators.advantages import best_scalar_baseline, fdpg_forward_kl
+from klrl_edu.exact.soft_bellman import soft_bellman
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch
+from klrl_edu.models.contract import token_log_probs
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
@@ -63,14 +66,21 @@ def score_has_mean_zero(case: Case) -> Sides:
     are free.
     """
     constant = float(case.normal(1))
-    return average_score(case, torch.full_like(case.rewards, constant)), torch.zeros_like(
-        case.rewards
-    )
+    return _moved_by_baseline(case, lambda batch: constant), torch.zeros_like(case.rewards)
+
+
+def _moved_by_baseline(case: Case, baseline: Callable[[Batch], Tensor | float]) -> Tensor:
+    """What a baseline changes of REINFORCE's mean gradient, E[b s] [K]."""
+    with_it = expected_gradient(case, lambda batch: losses.reinforce(batch, baseline(batch)), 1)
+    return with_it - expected_gradient(case, losses.reinforce, 1)
 
 
 score_has_mean_zero.broken(
     "a baseline that depends on the sample",
-    lambda case: (average_score(case, case.log_ratio), 0 * case.rewards),
+    lambda case: (
+        _moved_by_baseline(case, lambda batch: (batch.log_probs - batch.prior_log_probs).sum(-1)),
+        torch.zeros_like(case.rewards),
+    ),
 )
 
 
@@ -79,14 +89,12 @@ def policy_gradient(case: Case) -> Sides:
     """The gradient of the objective is the mean score weighed by the penalised reward; the +1 of
     ∇(π log π) has mean zero.
     """
-    return objective_gradient(case), average_score(
-        case, case.rewards - case.kl_coef * case.log_ratio
-    )
+    return -expected_gradient(case, losses.reinforce, 1), objective_gradient(case)
 
 
 policy_gradient.broken(
     "λ dropped",
-    lambda case: (objective_gradient(case), average_score(case, case.rewards - case.log_ratio)),
+    lambda case: (-expected_gradient(case.at(1.0), losses.reinforce, 1), objective_gradient(case)),
 )
 
 
@@ -113,16 +121,27 @@ gradient_of_the_gap.broken(
     "t14",
 )
 def distributional_gradient(case: Case) -> Sides:
-    """The mean score under the posterior descends the forward divergence."""
-    return case.log_star.exp() @ scores(case.log_policy), -logit_gradient(
-        case, lambda log_pi: -(case.log_star.exp() * log_pi).sum()
-    )
+    """The mean score under the posterior descends the forward divergence, and so does f-DPG, whose
+    samples are the policy's own.
+    """
+    descent = -logit_gradient(case, lambda log_pi: kl(case.log_star, log_pi))
+    return _towards_the_posterior(case, case.tilted.log_evidence), torch.stack([descent, descent])
+
+
+def _towards_the_posterior(case: Case, log_evidence: Tensor) -> Tensor:
+    """E_π*[s], π* = q e^{r/λ}/Z of a given log Z, and what f-DPG's mean gradient climbs [2,K]."""
+    star = (case.log_prior + case.rewards / case.kl_coef - log_evidence).exp()
+
+    def forward(batch: Batch) -> Tensor:
+        return losses.f_dpg(batch, fdpg_forward_kl, log_evidence)
+
+    return torch.stack([star @ scores(case.log_policy), -expected_gradient(case, forward, 1)])
 
 
 distributional_gradient.broken(
     "weights left unnormalised",
     lambda case: (
-        (case.log_prior + case.rewards / case.kl_coef).exp() @ scores(case.log_policy),
+        _towards_the_posterior(case, torch.zeros_like(case.tilted.log_evidence)),
         distributional_gradient.sides(case)[1],
     ),
 )
@@ -153,85 +172,95 @@ def best_baseline(case: Case) -> Sides:
     """Among constant baselines the variance is least at the mean reward weighed by the squared
     score.
     """
-    return _second_moment(case, _best_baseline(case)), _second_moment(
-        case, mean(case.log_policy, _penalised(case)) + float(case.normal(1))
-    )
-
-
-def _penalised(case: Case) -> Tensor:
-    return case.rewards - case.kl_coef * case.log_ratio
+    small = case.small(4)
+    return _least_and_others(small, _best_baseline(small))
 
 
 def _best_baseline(case: Case) -> Tensor:
-    weight = case.log_policy.exp() * scores(case.log_policy).square().sum(-1)
-    return (weight * _penalised(case)).sum() / weight.sum()
+    squares = scores(case.log_policy).square().sum(-1)
+    reward = case.rewards - case.kl_coef * case.log_ratio
+    return best_scalar_baseline(reward, squares, case.log_policy)
+
+
+def _least_and_others(case: Case, baseline: Tensor) -> Sides:
+    """REINFORCE's second moment at a baseline, and at others to both sides of the best."""
+    best, away = _best_baseline(case), case.normal(3).abs()
+    others = torch.stack([best + away[0], best - away[1], best + 10 * away[2]])
+    least = _second_moment(case, baseline)
+    return least.expand(3), torch.stack([_second_moment(case, other) for other in others])
 
 
 def _second_moment(case: Case, baseline: Tensor) -> Tensor:
-    return mean(
-        case.log_policy,
-        scores(case.log_policy).square().sum(-1) * (_penalised(case) - baseline) ** 2,
-    )
+    """E‖∇‖² of REINFORCE on one sequence."""
+    gradients = [
+        logit_gradient(
+            case,
+            lambda log_pi, row=row: losses.reinforce(bandit_batch(case, log_pi, row), baseline),
+        )
+        for row in torch.arange(len(case.rewards))[:, None]
+    ]
+    return case.log_policy.exp() @ torch.stack(gradients).square().sum(-1)
 
 
-best_baseline.broken(
-    "the plain mean reward is best",
-    lambda case: (
-        _second_moment(case, mean(case.log_policy, _penalised(case))),
-        _second_moment(case, _best_baseline(case)),
-    ),
-)
+def _plain_mean(case: Case) -> Sides:
+    small = case.small(4)
+    reward = small.rewards - small.kl_coef * small.log_ratio
+    least, plain = _best_baseline(small), mean(small.log_policy, reward)
+    return _second_moment(small, plain), _second_moment(small, least)
+
+
+best_baseline.broken("the plain mean reward is best", _plain_mean)
 
 # Where the KL goes, on-policy: k_i of the log-ratio as a loss, and as a part of the reward
 
 
-def _loss_gradient(case: Case, estimator: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean gradient of an estimator k as the loss, its samples held fixed: E_π[∇k(u)] [K]."""
-    return logit_gradient(
-        case, lambda log_pi: (case.log_policy.exp() * estimator(log_pi - case.log_prior)).sum()
+def _mean_gradient(case: Case, surrogate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The mean gradient [K] of a surrogate for a KL, over every sequence of the policy."""
+    return expected_gradient(
+        case, lambda batch: surrogate(batch.log_probs, batch.prior_log_probs), 1
     )
 
 
 @identity(r"E_\pi[\nabla k_1] = 0", "Tang & Munos (2025)", "t06")
 def k1_as_loss(case: Case) -> Sides:
     """k1 as a loss has no gradient on average."""
-    return _loss_gradient(case, kl_values.k1), torch.zeros_like(case.rewards)
+    return _mean_gradient(case, kl_gradients.loss_k1), torch.zeros_like(case.rewards)
 
 
 k1_as_loss.broken(
     "∇KL(π‖q), what it is taken for",
-    lambda case: (_loss_gradient(case, kl_values.k1), reverse_kl_gradient(case)),
+    lambda case: (_mean_gradient(case, kl_gradients.loss_k1), reverse_kl_gradient(case)),
 )
 
 
 @identity(r"E_\pi[\nabla k_2] = \nabla\mathrm{KL}(\pi\|q)", "Tang & Munos (2025)", "t06")
 def k2_as_loss(case: Case) -> Sides:
     """k2, whose value is biased, has the right gradient as a loss."""
-    return _loss_gradient(case, kl_values.k2), reverse_kl_gradient(case)
+    return _mean_gradient(case, kl_gradients.loss_k2), reverse_kl_gradient(case)
 
 
 k2_as_loss.broken(
     "u² without the half",
-    lambda case: (_loss_gradient(case, torch.square), reverse_kl_gradient(case)),
+    lambda case: (2 * _mean_gradient(case, kl_gradients.loss_k2), reverse_kl_gradient(case)),
 )
 
 
 @identity(r"E_\pi[\nabla k_3] = \nabla\mathrm{KL}(q\|\pi)", "Tang & Munos (2025)", "t06")
 def k3_as_loss(case: Case) -> Sides:
     """k3 as a loss, as GRPO uses it, descends the forward divergence."""
-    return _loss_gradient(case, kl_values.k3), forward_kl_gradient(case)
+    return _mean_gradient(case, kl_gradients.loss_k3), forward_kl_gradient(case)
 
 
 k3_as_loss.broken(
     "∇KL(π‖q), what it is taken for",
-    lambda case: (_loss_gradient(case, kl_values.k3), reverse_kl_gradient(case)),
+    lambda case: (_mean_gradient(case, kl_gradients.loss_k3), reverse_kl_gradient(case)),
 )
 
 
 @identity(r"E_\pi[k_1\nabla\log\pi] = \nabla\mathrm{KL}(\pi\|q)", "Tang & Munos (2025)", "t06")
 def k1_in_reward(case: Case) -> Sides:
     """k1 in the reward has the gradient of the divergence."""
-    return average_score(case, kl_values.k1(case.log_ratio)), reverse_kl_gradient(case)
+    return _mean_gradient(case, kl_gradients.reward_k1), reverse_kl_gradient(case)
 
 
 k1_in_reward.broken(
@@ -247,14 +276,14 @@ k1_in_reward.broken(
 )
 def k3_in_reward(case: Case) -> Sides:
     """k3 in the reward descends one divergence and ascends the other."""
-    return average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(
+    return _mean_gradient(case, kl_gradients.reward_k3), reverse_kl_gradient(
         case
     ) - forward_kl_gradient(case)
 
 
 k3_in_reward.broken(
     "∇KL(π‖q) alone",
-    lambda case: (average_score(case, kl_values.k3(case.log_ratio)), reverse_kl_gradient(case)),
+    lambda case: (_mean_gradient(case, kl_gradients.reward_k3), reverse_kl_gradient(case)),
 )
 
 
@@ -265,17 +294,40 @@ k3_in_reward.broken(
 )
 def placements_add_up(case: Case) -> Sides:
     """The gradient of a mean is its place in the reward plus its place in the loss."""
-    whole = logit_gradient(
-        case, lambda log_pi: (log_pi.exp() * kl_values.k2(log_pi - case.log_prior)).sum()
+    places = (
+        kl_gradients.reward_and_loss_k1,
+        kl_gradients.reward_and_loss_k2,
+        kl_gradients.reward_and_loss_k3,
     )
-    return whole, average_score(case, kl_values.k2(case.log_ratio)) + _loss_gradient(
-        case, kl_values.k2
+    return torch.stack([_mean_gradient(case, both) for both in places]), _mean_gradients(case)
+
+
+def _mean_gradients(case: Case) -> Tensor:
+    """∇E_π[k] [3,K] of k1, k2 and k3, by autograd of Σ π k."""
+    estimators: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda u: u,
+        lambda u: u**2 / 2,
+        lambda u: torch.exp(-u) - 1 + u,
+    )
+    return torch.stack(
+        [
+            logit_gradient(case, lambda log_pi, k=k: log_pi.exp() @ k(log_pi - case.log_prior))
+            for k in estimators
+        ]
     )
 
 
 placements_add_up.broken(
     "the loss alone",
-    lambda case: (placements_add_up.sides(case)[0], _loss_gradient(case, kl_values.k2)),
+    lambda case: (
+        torch.stack(
+            [
+                _mean_gradient(case, loss)
+                for loss in (kl_gradients.loss_k1, kl_gradients.loss_k2, kl_gradients.loss_k3)
+            ]
+        ),
+        _mean_gradients(case),
+    ),
 )
 
 # Groups: every batch of a few outcomes
@@ -329,15 +381,9 @@ def rloo_is_unbiased(case: Case) -> Sides:
     return expected_gradient(small, losses.rloo, 2), -objective_gradient(small)
 
 
-def batch_mean(batch: Batch) -> Tensor:
-    """RLOO's broken twin: the mean includes the sequence itself."""
-    reward = losses.penalised_reward(batch)
-    return -((reward - reward.mean()) * batch.log_probs.sum(-1)).mean()
-
-
 def _shrunk(case: Case) -> Sides:
     small = case.small(3)
-    return expected_gradient(small, batch_mean, 2), -objective_gradient(small)
+    return expected_gradient(small, losses.group_mean, 2), -objective_gradient(small)
 
 
 rloo_is_unbiased.broken("the mean includes the sequence itself", _shrunk)
@@ -345,14 +391,23 @@ rloo_is_unbiased.broken("the mean includes the sequence itself", _shrunk)
 
 @identity(r"E[\nabla L_{\mathrm{mean}}] = -\tfrac{G-1}{G}\nabla J", "Kool et al. (2019)", "t11")
 def group_mean_shrinks(case: Case) -> Sides:
-    """Centring by the group's own mean scales the gradient by (G − 1)/G; here G = 2."""
+    """Centring by the group's own mean scales the gradient by (G − 1)/G; here G is 2 and 3."""
+    return _group_means(case), _share_of_the_gradient(case, lambda size: (size - 1) / size)
+
+
+def _group_means(case: Case) -> Tensor:
     small = case.small(3)
-    return expected_gradient(small, batch_mean, 2), -objective_gradient(small) / 2
+    return torch.stack([expected_gradient(small, losses.group_mean, size) for size in (2, 3)])
+
+
+def _share_of_the_gradient(case: Case, share: Callable[[int], float]) -> Tensor:
+    gradient = objective_gradient(case.small(3))
+    return torch.stack([-share(size) * gradient for size in (2, 3)])
 
 
 group_mean_shrinks.broken(
-    "G/(G − 1)",
-    lambda case: (group_mean_shrinks.sides(case)[0], -2 * objective_gradient(case.small(3))),
+    "by ½, whatever the size",
+    lambda case: (_group_means(case), _share_of_the_gradient(case, lambda size: 0.5)),
 )
 
 
@@ -405,7 +460,7 @@ def grpo_on_binary_rewards(case: Case) -> Sides:
         math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size))
         for k in range(size + 1)
     )
-    return -expected_gradient(small, _z_scored, size), scale * slope / (p * (1 - p))
+    return -expected_gradient(small, losses.z_score, size), scale * slope / (p * (1 - p))
 
 
 def _binary(case: Case) -> Case:
@@ -418,18 +473,6 @@ def _success(case: Case) -> tuple[float, Tensor]:
     return float(mean(case.log_policy, case.rewards)), logit_gradient(
         case, lambda log_pi: log_pi.exp() @ case.rewards
     )
-
-
-def _z_scored(batch: Batch) -> Tensor:
-    """GRPO's loss without KL: rewards standardised within the group by the population std, 0 where
-    all are equal.
-    """
-    reward = batch.rewards.sum(-1)
-    spread = reward.std(correction=0)
-    advantage = torch.where(
-        spread > 0, (reward - reward.mean()) / torch.where(spread > 0, spread, 1.0), 0.0
-    )
-    return -(advantage * batch.log_probs.sum(-1)).mean()
 
 
 grpo_on_binary_rewards.broken(
@@ -482,16 +525,24 @@ trajectory_balance.broken("twice the forward divergence", _forward_of_balance)
     "t11",
 )
 def trust_pcl_is_balance(case: Case) -> Sides:
-    """Trust-PCL's loss is λ² times that of trajectory balance, sample by sample."""
-    assumed = case.tilted.log_evidence + float(case.normal(1))
-    left = (-case.kl_coef * assumed + case.rewards - case.kl_coef * case.log_ratio) ** 2
-    return left, case.kl_coef**2 * (assumed + case.log_ratio - case.rewards / case.kl_coef) ** 2
+    """Trust-PCL's loss, token by token from the soft value of the empty prefix, is λ² times that of
+    trajectory balance, sample by sample.
+    """
+    return _squared_residuals(case, case.kl_coef**2)
 
 
-trust_pcl_is_balance.broken(
-    "λ in place of λ²",
-    lambda case: (
-        trust_pcl_is_balance.sides(case)[0],
-        trust_pcl_is_balance.sides(case)[1] / case.kl_coef,
-    ),
-)
+def _squared_residuals(case: Case, factor: float) -> Sides:
+    off = float(case.normal(1))  # by which both take log Z for another, in nats
+    root = soft_bellman(case.support, case.kl_coef).state_values[0]
+    tokens = case.support.tokens
+    log_ratio = (
+        token_log_probs(case.policy, tokens) - token_log_probs(case.problem.prior, tokens)
+    ).detach()
+    paid = case.problem.token_rewards(tokens) - case.kl_coef * log_ratio
+    balance = case.tilted.log_evidence + off + case.log_ratio - case.rewards / case.kl_coef
+    return (-root - case.kl_coef * off + paid.sum(-1)) ** 2, factor * balance**2
+
+
+trust_pcl_is_balance.broken("λ in place of λ²", lambda case: _squared_residuals(case, case.kl_coef))
+
+batch_mean = losses.group_mean

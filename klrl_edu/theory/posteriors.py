@@ -300,26 +300,30 @@ thermodynamic_integral.broken(
 def mirror_descent_path(case: Case) -> Sides:
     """Every iterate of mirror descent from the prior is a posterior, at a λ of its own."""
     step = 0.3 / case.kl_coef
-    log_pi = case.log_prior
+    return _mirror_steps(case, step), _posteriors_at(
+        case, mirror_descent_kl_coefs(case.kl_coef, step, 4)[1:]
+    )
+
+
+def _mirror_steps(case: Case, step: float) -> Tensor:
+    """log π_t for t = 1 … 4 [4,K], each from the last by log π + η(r − λ log π/q)."""
+    log_pi, path = case.log_prior, []
     for _ in range(4):
-        log_pi = logspace.log_normalize(
-            (1 - step * case.kl_coef) * log_pi
-            + step * case.kl_coef * case.log_prior
-            + step * case.rewards
-        )
-    return (
-        log_pi,
-        tilt(
-            case.log_prior, case.rewards, float(mirror_descent_kl_coefs(case.kl_coef, step, 4)[-1])
-        ).log_posterior,
+        pull = case.rewards - case.kl_coef * (log_pi - case.log_prior)
+        log_pi = logspace.log_normalize(log_pi + step * pull)
+        path.append(log_pi)
+    return torch.stack(path)
+
+
+def _posteriors_at(case: Case, kl_coefs: Tensor) -> Tensor:
+    return torch.stack(
+        [tilt(case.log_prior, case.rewards, one).log_posterior for one in kl_coefs.tolist()]
     )
 
 
 def _without_the_kl_term(case: Case) -> Sides:
-    return (
-        mirror_descent_path.sides(case)[0],
-        tilt(case.log_prior, case.rewards, case.kl_coef / (0.3 * 4)).log_posterior,
-    )
+    times = torch.arange(1, 5, dtype=torch.float64)
+    return mirror_descent_path.sides(case)[0], _posteriors_at(case, case.kl_coef / (0.3 * times))
 
 
 mirror_descent_path.broken("λ_t = 1/(ηt), the path without the KL term", _without_the_kl_term)
@@ -353,19 +357,32 @@ def _gain_less(case: Case, share: float) -> Sides:
 large_kl_coef.broken("Var/2λ, which is λ times the KL", lambda case: _gain_less(case, 0.5))
 
 
-@bound(r"\mathrm{KL}(\pi^*_\lambda\|q) \le -\log q(\arg\max r)", "the limit λ → 0", "t03")
+@bound(
+    r"\mathrm{KL}(\pi^*_\lambda\|q) \le -\log q(\arg\max r) = \mathrm{KL}(\pi^*_0\|q)",
+    "the limit λ → 0",
+    "t03",
+)
 def divergence_is_capped(case: Case) -> Sides:
     """However small λ, the posterior is no farther from the prior than the prior restricted to the
-    best outcomes.
+    best outcomes, which it is at λ = 0.
     """
-    return kl(
-        tilt(case.log_prior, case.rewards, 0.01).log_posterior, case.log_prior
-    ), _surprise_at_the_best(case)
+    return _capped(case, _surprise_at_the_best(case))
+
+
+def _capped(case: Case, cap: Tensor) -> Sides:
+    """KL(π*‖q) of three λ at most the cap, and the cap at most that of λ = 0."""
+    divergences = [
+        kl(tilt(case.log_prior, case.rewards, kl_coef).log_posterior, case.log_prior)
+        for kl_coef in (case.kl_coef, 0.01, 0.0)
+    ]
+    return torch.stack([*divergences, cap]), torch.stack([cap, cap, cap, divergences[-1]])
 
 
 def _surprise_at_the_best(case: Case) -> Tensor:
     """How rare the best sequences are under the prior, −log q(argmax r) in nats."""
-    return -torch.logsumexp(case.log_prior[case.rewards == case.rewards.amax()], 0)
+    top = case.rewards.amax()
+    best = case.rewards >= top - 1e-12 * top.abs().clamp(min=1)  # sums of token rewards round
+    return -torch.logsumexp(case.log_prior[best], 0)
 
 
 def _log_count(case: Case) -> Tensor:
@@ -377,7 +394,7 @@ def _log_count(case: Case) -> Tensor:
 
 divergence_is_capped.broken(
     "log K, the cap for a uniform prior",
-    lambda case: (divergence_is_capped.sides(case)[0], _log_count(case)),
+    lambda case: _capped(case, _log_count(case)),
 )
 
 

@@ -15,8 +15,9 @@ from klrl_edu.closed_forms.preferences import (
 )
 from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
+from klrl_edu.learning import losses
 from klrl_edu.theory.cases import Case
-from klrl_edu.theory.gradients import logit_gradient
+from klrl_edu.theory.gradients import expected_gradient, logit_gradient
 from klrl_edu.theory.statements import Sides, bound, identity
 
 kl = logspace.kl_divergence
@@ -81,49 +82,59 @@ implicit_reward.broken(
 )
 def ipo_optimum_is_stationary(case: Case) -> Sides:
     """IPO's population gradient vanishes at the posterior of the mean preference."""
-    return _ipo_gradient(case, bradley_terry(bounded(case)), 1.0), torch.zeros_like(case.rewards)
+    return _ipo_sides(case, bradley_terry(bounded(case)), 1.0)
 
 
-def _ipo_gradient(case: Case, preferences: Tensor, factor: float) -> Tensor:
-    tau = case.kl_coef
+def _ipo_sides(case: Case, preferences: Tensor, factor: float) -> Sides:
+    """IPO's optimum at a multiple of τ, and the gradient there [2,K], against the posterior of
+    p(y ≻ μ) and 0.
+    """
+    tau, reward = case.kl_coef, preferences @ case.log_prior.exp()
     logits = ipo_optimum(case.log_prior, preferences, factor * tau).requires_grad_()
-    return torch.autograd.grad(
-        ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau), logits
-    )[0]
+    loss = ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = torch.log_softmax(case.log_prior + reward / tau, 0)
+    return torch.stack([logits.detach(), gradient]), torch.stack([expected, 0 * expected])
 
 
 ipo_optimum_is_stationary.broken(
-    "the optimum at 2τ",
-    lambda case: (
-        _ipo_gradient(case, bradley_terry(bounded(case)), 2.0),
-        torch.zeros_like(case.rewards),
-    ),
+    "the optimum at 2τ", lambda case: _ipo_sides(case, bradley_terry(bounded(case)), 2.0)
 )
 
 
 @identity(
-    r"\max_\rho\min_{\rho'}\ \text{gap}(\pi) ="
-    r" 2\tau\,\mathrm{KL}\big(\pi\,\|\,q\,e^{P(\cdot\succ\pi)/\tau}/Z\big)",
+    r"\max_\rho F(\rho,\pi) - \min_\rho F(\pi,\rho) ="
+    r" 2\tau\,\mathrm{KL}\big(\pi\,\|\,q\,e^{P(\cdot\succ\pi)/\tau}/Z\big),\quad"
+    r" F(\rho,\pi) = P(\rho\succ\pi) - \tau\,\mathrm{KL}(\rho\|q) + \tau\,\mathrm{KL}(\pi\|q)",
     "Munos et al. (2023)",
     "t12",
 )
 def duality_gap_is_a_divergence(case: Case) -> Sides:
-    """What both players of the regularised preference game could gain is a divergence from the best
-    response.
+    """What both players of the regularised preference game could gain, by the best of all replies,
+    is twice a divergence from the best response.
     """
+    return _gaps(case, 2.0)
+
+
+def _gaps(case: Case, players: float) -> Sides:
+    """The gap and the divergence, both against what the players gain by their best replies."""
     preferences, tau = bradley_terry(case.normal(len(case.rewards))), case.kl_coef
-    response = tilt(case.log_prior, preferences @ case.log_policy.exp(), tau)
-    gain = response.value - (0.5 - tau * kl(case.log_policy, case.log_prior))
-    return duality_gap(case.log_policy, case.log_prior, preferences, tau), 2 * gain
+    pi, log_q = case.log_policy, case.log_prior
+    reply = torch.log_softmax(log_q + preferences @ pi.exp() / tau, 0)
+
+    def payoff(mine: Tensor, other: Tensor) -> Tensor:
+        return mine.exp() @ preferences @ other.exp() - tau * (kl(mine, log_q) - kl(other, log_q))
+
+    gain = payoff(reply, pi) - payoff(pi, reply)
+    # no reply is better: the most that one can gain, with its own maximum over replies
+    most = tau * torch.logsumexp(log_q + preferences @ pi.exp() / tau, 0) + tau * kl(pi, log_q)
+    divergence = players * tau * kl(pi, reply)
+    return torch.stack([duality_gap(pi, log_q, preferences, tau), divergence, 2 * most - 1]), (
+        gain.expand(3)
+    )
 
 
-duality_gap_is_a_divergence.broken(
-    "one player's gain",
-    lambda case: (
-        duality_gap_is_a_divergence.sides(case)[0],
-        duality_gap_is_a_divergence.sides(case)[1] / 2,
-    ),
-)
+duality_gap_is_a_divergence.broken("one player's gain", lambda case: _gaps(case, 1.0))
 
 
 @bound(r"L_{\mathrm{DPO}}(\pi^*) \le L_{\mathrm{DPO}}(\pi)", "Rafailov et al. (2023), §4", "t12")
@@ -150,17 +161,20 @@ dpo_minimum.broken("the policy against the posterior", lambda case: dpo_minimum.
 def win_rate_gradient(case: Case) -> Sides:
     """The win rate against a fixed opponent is a reward like any other."""
     preferences = bradley_terry(case.normal(len(case.rewards)))
-    reward = preferences @ case.log_prior.exp()
-    pi = case.log_policy.exp()
-    return logit_gradient(case, lambda log_pi: log_pi.exp() @ reward), pi * (reward - pi @ reward)
+    return _reinforced(case, preferences @ case.log_prior.exp()), logit_gradient(
+        case, lambda log_pi: log_pi.exp() @ preferences @ case.log_prior.exp()
+    )
+
+
+def _reinforced(case: Case, reward: Tensor) -> Tensor:
+    """What REINFORCE climbs on average with this reward and no KL [K]."""
+    return -expected_gradient(case.rewarded(reward).at(0.0), losses.reinforce, 1)
 
 
 def _self_play(case: Case) -> Sides:
     preferences = bradley_terry(case.normal(len(case.rewards)))
-    pi = case.log_policy.exp()
-    reward = preferences @ pi
-    return logit_gradient(case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()), pi * (
-        reward - pi @ reward
+    return _reinforced(case, preferences @ case.log_policy.exp()), logit_gradient(
+        case, lambda log_pi: log_pi.exp() @ preferences @ log_pi.exp()
     )
 
 

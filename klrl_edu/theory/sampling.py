@@ -18,6 +18,8 @@ from klrl_edu.closed_forms.tilt import tilt
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw, enumerate_executions
 from klrl_edu.core.multisets import every_order
+from klrl_edu.estimators import evidence
+from klrl_edu.exact.soft_bellman import SoftValues, soft_bellman
 from klrl_edu.theory.cases import Case
 from klrl_edu.theory.statements import Sides, bound, identity
 
@@ -67,8 +69,12 @@ def best_of_n_divergence(case: Case) -> Sides:
     without ties and atoms.
     """
     counts = (1, 2, 4, 16)
-    kls = [best_of_n(case.log_prior, case.rewards, n).kl for n in counts]
-    return case.log_prior.new_tensor(kls), case.log_prior.new_tensor([kl_bound(n) for n in counts])
+    found = [best_of_n(case.log_prior, case.rewards, n) for n in counts]
+    told = case.log_prior.new_tensor([one.kl for one in found])
+    by_law = torch.stack([kl(one.log_probs, case.log_prior) for one in found])
+    cap = case.log_prior.new_tensor([math.log(n) - (n - 1) / n for n in counts])
+    allowed = case.log_prior.new_tensor([kl_bound(n) for n in counts])
+    return torch.cat([told, by_law, allowed]), torch.cat([allowed, told, cap])
 
 
 def _fine_prior(case: Case) -> Sides:
@@ -107,15 +113,17 @@ rejection_acceptance.broken(
 @identity(r"\pi^*(x)P(x,y) = \pi^*(y)P(y,x)", "Metropolis et al. (1953); Hastings (1970)", "t14")
 def detailed_balance(case: Case) -> Sides:
     """Independence Metropolis–Hastings is reversible under the posterior."""
-    flow = case.log_star.exp()[:, None] * acceptance.metropolis_matrix(
-        case.log_prior, case.rewards, case.kl_coef
-    )
-    return flow, flow.T
+    return _flows(case, acceptance.metropolis_matrix(case.log_prior, case.rewards, case.kl_coef))
+
+
+def _flows(case: Case, moves: Tensor) -> Sides:
+    """The flow π*(x)P(x,y) [K,K] and the sums of P's rows, against its reverse and one."""
+    flow, rows = case.log_star.exp()[:, None] * moves, moves.sum(-1, keepdim=True)
+    return torch.cat([flow, rows], 1), torch.cat([flow.T, torch.ones_like(rows)], 1)
 
 
 def _always_accepts(case: Case) -> Sides:
-    flow = case.log_star.exp()[:, None] * case.log_prior.exp()[None, :]
-    return flow, flow.T
+    return _flows(case, case.log_prior.exp().expand(len(case.rewards), -1))
 
 
 detailed_balance.broken("every proposal is accepted", _always_accepts)
@@ -129,9 +137,10 @@ def second_eigenvalue(case: Case) -> Sides:
     log_star = tilt(case.log_prior, case.rewards, kl_coef).log_posterior
     root = torch.exp(log_star / 2)
     symmetric = root[:, None] * matrix / root  # π^½ P π^{−½}, symmetric by detailed balance
-    return torch.linalg.eigvalsh((symmetric + symmetric.T) / 2)[-2], 1 - torch.exp(
-        -(log_star - case.log_prior).amax()
-    )
+    rate = acceptance.metropolis_second_eigenvalue(case.log_prior, case.rewards, kl_coef)
+    return torch.stack(
+        [torch.linalg.eigvalsh((symmetric + symmetric.T) / 2)[-2], root.new_tensor(rate)]
+    ), 1 - torch.exp(-(log_star - case.log_prior).amax()).expand(2)
 
 
 def _moderate(case: Case) -> float:
@@ -143,7 +152,8 @@ def _moderate(case: Case) -> float:
 
 def _smallest_weight(case: Case) -> Sides:
     log_star = tilt(case.log_prior, case.rewards, _moderate(case)).log_posterior
-    return second_eigenvalue.sides(case)[0], 1 - torch.exp((log_star - case.log_prior).amin())
+    least = torch.exp((log_star - case.log_prior).amin())
+    return second_eigenvalue.sides(case)[0], 1 - least.expand(2)
 
 
 second_eigenvalue.broken("from the smallest weight", _smallest_weight)
@@ -165,13 +175,15 @@ def _flat(case: Case) -> Tensor:
 
 def _mean_evidence(case: Case) -> Tensor:
     rows, log_p = every_order(case.log_prior, 3)
-    return log_p.exp() @ _flat(case)[rows].exp().mean(-1)
+    return log_p.exp() @ evidence.importance_sampling(_flat(case)[rows]).exp()
 
 
 def _exponential_of_mean(case: Case) -> Sides:
     small = case.small(4)
     rows, log_p = every_order(small.log_prior, 3)
-    return log_p.exp() @ _flat(small)[rows].mean(-1).exp(), importance_sampling.sides(case)[1]
+    return log_p.exp() @ evidence.lower_bound(_flat(small)[rows]).exp(), importance_sampling.sides(
+        case
+    )[1]
 
 
 importance_sampling.broken("e to the mean of r/λ", _exponential_of_mean)
@@ -192,10 +204,12 @@ def evidence_sandwich(case: Case) -> Sides:
 def _sandwich(case: Case, *, posterior_sample: bool) -> Sides:
     small = case.small(4)
     rows, log_p = every_order(small.log_prior, 3)
-    log_estimate = torch.logsumexp(_flat(small)[rows], -1) - math.log(3)
+    log_weights = _flat(small)[rows]
     target = tilt(small.log_prior, _flat(small), 1.0)
     swap = (target.log_posterior - small.log_prior)[rows[:, 0]] if posterior_sample else 0.0
-    lower, upper = log_p.exp() @ log_estimate, (log_p + swap).exp() @ log_estimate
+    with_one = evidence.reverse_importance_sampling(log_weights[:, 0], log_weights[:, 1:])
+    lower = log_p.exp() @ evidence.importance_sampling(log_weights)
+    upper = (log_p + swap).exp() @ with_one
     return torch.stack([lower, target.log_evidence]), torch.stack([target.log_evidence, upper])
 
 
@@ -210,13 +224,17 @@ evidence_sandwich.broken(
     "t14",
 )
 def more_samples_are_tighter(case: Case) -> Sides:
-    """The lower bound on the log-evidence rises with every sample."""
+    """The lower bound on the log-evidence rises with every sample, from the mean of r/λ at one
+    towards log Z.
+    """
     small = case.small(4)
-    bounds = []
-    for n in (3, 2):
+    lacks = [torch.zeros((), dtype=torch.float64)]
+    for n in (3, 2, 1):
         rows, log_p = every_order(small.log_prior, n)
-        bounds.append(-(log_p.exp() @ (torch.logsumexp(_flat(small)[rows], -1) - math.log(n))))
-    return bounds[0], bounds[1]
+        estimate = log_p.exp() @ evidence.importance_sampling(_flat(small)[rows])
+        lacks.append(tilt(small.log_prior, _flat(small), 1.0).log_evidence - estimate)
+    lacks.append(kl(small.log_prior, tilt(small.log_prior, _flat(small), 1.0).log_posterior))
+    return torch.stack(lacks[:-1]), torch.stack(lacks[1:])
 
 
 more_samples_are_tighter.broken(
@@ -238,7 +256,6 @@ class _Words:
         self.reward = case.normal(2, 2)
         self.twist = case.normal(2)
         self.log_evidence = torch.logsumexp(joint + self.reward, (0, 1))
-        self.value = torch.logsumexp(self.second + self.reward, 1)  # V/λ of the first letter
 
     def run(self, draw: Draw, twist: Tensor, *, resampled_weights_kept: bool = False) -> float:
         """The evidence Ẑ by two particles that resample once by the twisted weights."""
@@ -286,34 +303,38 @@ sequential_monte_carlo.broken("weights kept after resampling", _weights_kept)
     "t14",
 )
 def optimal_twist(case: Case) -> Sides:
-    """With the soft values for twists and the posterior for proposals every weight is Z: the
-    variance is zero.
+    """With the soft values for twists and the posterior for proposals every weight is Z, after
+    every token: the variance is zero.
     """
-    return _twisted_weights(words := _Words(case), words.value), words.log_evidence.expand(2, 2)
+    values = soft_bellman(case.support, case.kl_coef)
+    return _twisted_weights(case, values, values.state_values), _all_evidence(case)
 
 
-def _twisted_weights(words: _Words, value: Tensor) -> Tensor:
-    """The log-weights of both letters: log of q(ab) e^{r/λ} over the proposal ∝ q(a) ψ(a) · q(b|a)
-    e^{r/λ}/ψ'(a), ψ' its normaliser [2,2].
+def _twisted_weights(case: Case, values: SoftValues, twist: Tensor) -> Tensor:
+    """The log-weights of every sequence after each token [K,T]: what its edges so far weigh, log
+    q − log π* + r/λ, and the twist V/λ [nodes] of the node reached, 0 at the end.
     """
-    proposal_first = words.first + value - torch.logsumexp(words.first + value, 0)
-    proposal_second = words.second + words.reward - words.value[:, None]
-    return (
-        words.first[:, None]
-        + words.second
-        + words.reward
-        - proposal_first[:, None]
-        - proposal_second
-    )
+    trie, rewards = case.support.trie, case.support.token_rewards
+    edge = trie.edge_of
+    ratio = torch.where(edge >= 0, (values.log_prior - values.log_policy)[edge.clamp(min=0)], 0.0)
+    child = torch.where(edge >= 0, trie.child[edge.clamp(min=0)], -1)
+    ahead = torch.where(child >= 0, twist[child.clamp(min=0)], 0.0) / case.kl_coef
+    return (ratio + rewards / case.kl_coef).cumsum(-1) + ahead
 
 
-optimal_twist.broken(
-    "a twist that is not the value",
-    lambda case: (
-        _twisted_weights(words := _Words(case), words.twist),
-        words.log_evidence.expand(2, 2),
-    ),
-)
+def _all_evidence(case: Case) -> Tensor:
+    return case.tilted.log_evidence.expand(case.support.token_rewards.shape)
+
+
+def _twist_by_the_mean(case: Case) -> Sides:
+    """The prior's mean return ahead for a twist, stretched so that no two nodes have one value."""
+    values = soft_bellman(case.support, case.kl_coef)
+    mean_ahead = soft_bellman(case.support, math.inf).state_values
+    twist = mean_ahead + torch.arange(len(mean_ahead), dtype=torch.float64)
+    return _twisted_weights(case, values, twist), _all_evidence(case)
+
+
+optimal_twist.broken("a twist that is not the value", _twist_by_the_mean)
 
 
 @identity(

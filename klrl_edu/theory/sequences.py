@@ -4,7 +4,6 @@ KL(π‖q) = Σ_t E_π KL(π(·|y_<t)‖q(·|y_<t)),    V(s) = λ log Σ_a q(a|s
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.exact.soft_bellman import SoftValues, soft_bellman
-from klrl_edu.models.contract import conditional_log_probs
+from klrl_edu.models.contract import conditional_log_probs, sequence_log_probs
 from klrl_edu.models.ngram import NGramModel
 from klrl_edu.problems.automata import accept_reward, at_least
 from klrl_edu.problems.problem import Problem
@@ -196,27 +195,38 @@ value_of_a_prefix.broken(
 )
 def forward_backward(case: Case) -> Sides:
     """For an n-gram and an automaton's reward, products of matrices give the sum over all
-    sequences.
+    sequences, which are here counted one by one.
     """
-    problem = _automaton_problem(case, case.kl_coef)
-    return posterior(problem, "forward_backward").value, posterior(problem, "enumeration").value
+    bigram, value, otherwise = _bigram(case)
+    by_matrices = posterior(_two_as(bigram, value, otherwise, case.kl_coef), "forward_backward")
+    return by_matrices.value, _one_by_one(bigram, value, otherwise, case.kl_coef)
 
 
-def _automaton_problem(case: Case, kl_coef: float) -> Problem:
-    """A random bigram over two letters, rewarded where 'a' stands twice."""
+def _bigram(case: Case) -> tuple[NGramModel, float, float]:
+    """A random bigram over two letters, and what two 'a's and fewer earn."""
     space = SequenceSpace(("a", "b"), 3, eos=True)
     shape = NGramModel(space, 2).logits.shape
-    return Problem(
-        NGramModel(space, 2, case.normal(*shape)),
-        accept_reward(at_least("a", 2, space), 1.0),
-        kl_coef,
-    )
+    value, otherwise = case.normal(2).tolist()
+    return NGramModel(space, 2, case.normal(*shape)), value, otherwise
+
+
+def _two_as(prior: NGramModel, value: float, otherwise: float, kl_coef: float) -> Problem:
+    return Problem(prior, accept_reward(at_least("a", 2, prior.space), value, otherwise), kl_coef)
+
+
+def _one_by_one(prior: NGramModel, value: float, otherwise: float, kl_coef: float) -> Tensor:
+    """λ log Σ q e^{r/λ} over all sequences, each read as a text."""
+    tokens = prior.space.all_tokens()
+    texts = prior.space.decode(tokens)
+    earned = [value if text.split().count("a") >= 2 else otherwise for text in texts]
+    scaled = torch.tensor(earned, dtype=torch.float64) / kl_coef
+    return kl_coef * torch.logsumexp(sequence_log_probs(prior, tokens).detach() + scaled, 0)
 
 
 def _half_at_twice(case: Case) -> Sides:
-    problem = _automaton_problem(case, case.kl_coef)
-    twice = replace(problem, kl_coef=2 * case.kl_coef)
-    return posterior(twice, "forward_backward").value / 2, posterior(problem, "enumeration").value
+    bigram, value, otherwise = _bigram(case)
+    twice = posterior(_two_as(bigram, value, otherwise, 2 * case.kl_coef), "forward_backward")
+    return twice.value / 2, _one_by_one(bigram, value, otherwise, case.kl_coef)
 
 
 forward_backward.broken("half the value at twice λ", _half_at_twice)
