@@ -410,8 +410,9 @@ check("t05.replies", answer)
 
 # %% [markdown]
 # Now plan, once rightly and three times with something wrong: with no patience ($\gamma = 0$); as if each action had only its *most likely*
-# reply; and as if the replies were ours to choose. The last is no straw man. It is the posterior over whole conversations, $q(\tau)\,e^{r(\tau)/\lambda}/Z$,
-# which tilts *everything* in $\tau$ towards reward, the user too. It promises $V(s) = \lambda \log \sum_{a,s'} q(a|s)\,P(s'|s,a)\,e^{(r + \gamma V(s'))/\lambda}$.
+# reply; and as if the replies were ours to choose. The last promises $V(s) = \lambda \log \sum_{a,s'} q(a|s)\,P(s'|s,a)\,e^{(r + \gamma V(s'))/\lambda}$,
+# and it is no straw man: without discount it is the posterior over whole conversations, $q(\tau)\,e^{r(\tau)/\lambda}/Z$,
+# which tilts *everything* in $\tau$ towards reward, the user too.
 
 # %%
 talk, price = dialogue(discount=0.95), 0.1  # the process, and its λ
@@ -451,8 +452,39 @@ assert (
 
 # %% [markdown]
 # The good plan asks. The impatient one answers, because an answer pays now, and earns less than the untrained prior. The plan on most likely
-# replies promises too much and loses little. **The posterior over conversations promises several times what anybody can earn, guesses far too
-# often because it believes the user will be delighted, and earns the least.** Why did tutorials 3 and 4 not warn us? Where the world only appends words, there is
+# replies promises too much and loses little. **The plan that chooses replies promises several times what anybody can earn, guesses far too
+# often because it believes the user will be delighted, and earns the least.**
+#
+# Its promise is what it says above: the value of *its own* plan, discounted step by step. It is $\lambda \log Z$ of the posterior over
+# conversations at $\gamma = 1$ only. Below that, the posterior weighs a conversation by its discounted return, $Z = E_q\,e^{\sum_t \gamma^t r_t/\lambda}$:
+# late rewards shrink against the one $\lambda$, while the plan shrinks late values, $\lambda$ included. Both numbers, side by side:
+
+
+# %%
+def log_evidence(process, lam, steps=400):
+    """λ log E_q[e^{Σ γ^t r_t/λ}] of whole conversations, from the last step back."""
+    values = torch.zeros(len(process.states), dtype=torch.float64)
+    log_path = process.log_prior[:, :, None] + process.transitions.log()
+    for t in reversed(range(steps)):
+        worth = process.discount**t * process.rewards[:, :, None] + values
+        soft_value = lam * torch.logsumexp((log_path + worth / lam).flatten(1), -1)
+        values = torch.where(process.terminal, 0.0, soft_value)
+    return float(values[process.states.index("vague")])
+
+
+rows = []
+for gamma in (0.95, 1.0):
+    process = replace(talk, discount=gamma)
+    promise, evidence = (
+        trajectory_value(process, price).value,
+        log_evidence(process, price),
+    )
+    rows.append([f"{gamma:g}", f"{promise:.6f}", f"{evidence:.6f}"])
+print(text_table(["γ", "the plan's promise", "λ log Z of the discounted return"], rows))
+assert rows == [["0.95", "1.632841", "1.623428"], ["1", "1.811845", "1.811845"]]
+
+# %% [markdown]
+# Why did tutorials 3 and 4 not warn us? Where the world only appends words, there is
 # nothing to choose in its place, and the two agree:
 
 # %%
