@@ -28,12 +28,14 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.draws import Draw
-from klrl_edu.core.errors import InputError
-from klrl_edu.core.validation import check_count, check_kl_coef
+from klrl_edu.core.errors import InputError, TooLargeError
+from klrl_edu.core.validation import check_count, check_kl_coef, check_number
 from klrl_edu.decisions.decision_process import DecisionProcess
 from klrl_edu.decisions.model_error import simulation_bound
 from klrl_edu.decisions.soft_control import SoftSolution, objective_gap, policy_iteration, visits
 from klrl_edu.estimators.advantages import to_go
+
+_MOST = 100_000_000  # transitions, of 32 bytes each
 
 
 class Transitions(NamedTuple):
@@ -117,14 +119,10 @@ def soft_q_learning(
     Raises:
         InputError: an argument outside these.
     """
-    optimum = _optimum(process, kl_coef)
-    if not 0.5 < exponent <= 1:
-        raise InputError(
-            f"exponent = {exponent!r} must be above 1/2 (steps that average noise out) and at most"
-            " 1 (steps that still reach)."
-        )
+    optimum, table = _optimum(process, kl_coef), SoftQTable(process, kl_coef, exponent)
     episodes, ends = _prior_episodes(process, checkpoints, draw)
-    table, gaps, start = SoftQTable(process, kl_coef, exponent), [], 0
+    gaps: list[float] = []
+    start = 0
     for end in ends:
         table.update(*(column[start:end].tolist() for column in episodes[:3]))
         gaps.append(objective_gap(optimum, table.log_policy()))
@@ -145,9 +143,12 @@ def plan_on_estimate(
 
     Args:
         process, kl_coef, checkpoints: as in `soft_q_learning`.
-        confidence: with which `count_bounds` hold, all checkpoints at once.
+        confidence: with which `count_bounds` hold, all checkpoints at once; between 0 and 1.
+
+    Raises:
+        InputError: an argument outside these.
     """
-    optimum = _optimum(process, kl_coef)
+    optimum, confidence = _optimum(process, kl_coef), _check_confidence(confidence)
     episodes, ends = _prior_episodes(process, checkpoints, draw)
     counts, start = torch.zeros_like(process.transitions), 0
     # a value off by ε misleads the plan by 2ε at each of the steps still ahead
@@ -181,10 +182,19 @@ def policy_gradient_learning(
     Args:
         process, kl_coef, checkpoints: as in `soft_q_learning`.
         episodes: a step.
-        learning_rate: η, per reward unit.
+        learning_rate: η > 0, per reward unit.
+
+    Raises:
+        InputError: an argument outside these.
     """
     optimum = _optimum(process, kl_coef)
-    check_count(episodes, "episodes")
+    _check_size(episodes, "episodes")
+    learning_rate = check_number(
+        learning_rate,
+        "learning_rate",
+        "above 0, a step per reward unit that climbs",
+        lambda number: 0 < number < math.inf,
+    )
     baseline, log_policy = torch.zeros_like(process.initial), process.log_prior
     waiting, consumed = list(_check_checkpoints(checkpoints)), 0
     transitions, gaps = [], []
@@ -209,7 +219,11 @@ def sample_transitions(
 ) -> Transitions:
     """Whole episodes of a policy [S,A] (log π, nats): each ends at a terminal state, or after a
     transition with probability 1 − γ.
+
+    Raises:
+        InputError: no whole number of episodes from 1 to 10^8.
     """
+    _check_size(episodes, "episodes")
     A, terminal = len(process.actions), process.terminal
     # rows never drawn from, but every row of a Draw needs mass
     choices = logspace.uniform_where_dead(log_policy, terminal)
@@ -241,11 +255,20 @@ class SoftQTable:
     Args:
         process: gives q, r and γ.
         kl_coef: 0 < λ < inf.
-        exponent: ω.
+        exponent: ω in (½, 1].
+
+    Raises:
+        InputError: λ or ω outside these.
     """
 
     def __init__(self, process: DecisionProcess, kl_coef: float, exponent: float):
-        self.process, self.kl_coef, self.exponent = process, kl_coef, exponent
+        self.process, self.kl_coef = process, _check_kl_coef(kl_coef)
+        self.exponent = check_number(
+            exponent,
+            "exponent",
+            "above 1/2 (steps that average noise out) and at most 1 (steps that still reach)",
+            lambda number: 0.5 < number <= 1,
+        )
         prior = process.log_prior.exp().tolist()
         self.prior = [[(a, p) for a, p in enumerate(row) if p > 0] for row in prior]
         self.rewards = process.rewards.tolist()
@@ -298,11 +321,20 @@ def sampling_bound(process: DecisionProcess, counts: Tensor, confidence: float =
     γ = 1.
 
     Args:
-        counts: n(s,a) [S,A].
+        counts: n(s,a) [S,A], at least 0.
         confidence: between 0 and 1.
+
+    Raises:
+        InputError: an argument outside these.
     """
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence = {confidence!r} must lie between 0 and 1.")
+    confidence = _check_confidence(confidence)
+    if counts.shape != process.log_prior.shape:
+        raise InputError(
+            f"counts has shape {list(counts.shape)}; expected [S, A] ="
+            f" {list(process.log_prior.shape)}."
+        )
+    if not bool(((counts >= 0) & (counts < math.inf)).all()):
+        raise InputError("counts holds a number below 0, NaN or inf; give n(s,a), at least 0.")
     if process.discount == 0:
         return 0.0
     if process.discount == 1:
@@ -331,9 +363,18 @@ def reinforce_gradient(
     mean of what followed each state [S].
 
     Args:
+        kl_coef: 0 ≤ λ < inf.
         baseline: b [S] in reward units, from other episodes; it is kept where the batch visits no
             such state.
+
+    Raises:
+        InputError: λ outside these.
     """
+    kl_coef, baseline = check_kl_coef(kl_coef), baseline.to(log_policy)
+    if kl_coef == math.inf:
+        raise InputError(
+            "kl_coef = inf leaves only the prior, where J has no gradient; give a finite λ."
+        )
     state, action = batch.state, batch.action
     log_ratio = (log_policy - process.log_prior)[state, action]
     paid = process.rewards[state, action] - kl_coef * log_ratio
@@ -352,17 +393,36 @@ def reinforce_gradient(
 
 
 def _optimum(process: DecisionProcess, kl_coef: float) -> SoftSolution:
-    if not 0 < check_kl_coef(kl_coef) < math.inf:
-        raise InputError(
-            f"kl_coef = {kl_coef!r}: learners need 0 < λ < inf; at 0 their policies need not end,"
-            " and at inf there is nothing to learn."
-        )
+    _check_kl_coef(kl_coef)
     for state, action in (process.rewards == -math.inf).nonzero().tolist()[:1]:
         raise InputError(
             f"the reward of {process.place(state, action)} is -inf, which no average survives; give"
             " the action no prior mass instead."
         )
     return policy_iteration(process, kl_coef)
+
+
+def _check_kl_coef(kl_coef: float) -> float:
+    value = check_kl_coef(kl_coef)
+    if not 0 < value < math.inf:
+        raise InputError(
+            f"kl_coef = {value!r}: learners need 0 < λ < inf; at 0 their policies need not end,"
+            " and at inf there is nothing to learn."
+        )
+    return value
+
+
+def _check_confidence(confidence: float) -> float:
+    return check_number(
+        confidence, "confidence", "a number between 0 and 1", lambda number: 0 < number < 1
+    )
+
+
+def _check_size(count: int, name: str) -> int:
+    """A number of episodes or transitions: they are held in memory."""
+    if check_count(count, name) > _MOST:
+        raise TooLargeError(f"{name} = {count:,} is more than the {_MOST:,} that are held at once.")
+    return count
 
 
 def _prior_episodes(
@@ -389,7 +449,7 @@ def _prior_episodes(
 
 def _check_checkpoints(checkpoints: Sequence[int]) -> tuple[int, ...]:
     named = [(value, f"checkpoints[{index}]") for index, value in enumerate(checkpoints)]
-    wanted = tuple(check_count(value, name) for value, name in named)
+    wanted = tuple(_check_size(value, name) for value, name in named)
     if not wanted or any(later <= earlier for earlier, later in itertools.pairwise(wanted)):
         raise InputError(
             f"checkpoints = {list(wanted)} must rise; give numbers of transitions such as (100,"

@@ -21,7 +21,7 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.display import format_number
 from klrl_edu.core.errors import InputError, TooLargeError
-from klrl_edu.core.validation import SUM_TOLERANCE
+from klrl_edu.core.validation import SUM_TOLERANCE, check_number
 from klrl_edu.exact.enumeration import Support, problem_support
 from klrl_edu.exact.soft_bellman import edge_log_prior, edge_rewards
 from klrl_edu.models.table import PrefixTable
@@ -202,12 +202,17 @@ def spread(edges: Tensor, start: Tensor) -> Tensor:
 
 def _as_tensor(values: Any, name: str, dtype: torch.dtype | None) -> Tensor:
     try:
-        return torch.as_tensor(values, dtype=dtype).detach()
-    except (TypeError, ValueError):
+        # a cast would drop an imaginary part without a word
+        real = not torch.is_complex(torch.as_tensor(values))
+        tensor = torch.as_tensor(values, dtype=dtype).detach() if real else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        tensor = None
+    if tensor is None:
         raise InputError(
             f"{name} is not a rectangular array of numbers; give a tensor, or lists of equal"
             " lengths."
-        ) from None
+        )
+    return tensor
 
 
 def _numbers(values: Any, name: str) -> Tensor:
@@ -247,15 +252,12 @@ def _names(given: Sequence[str], name: str, count: int, letter: str) -> tuple[st
 
 
 def _check_discount(discount: float, continuing: bool) -> float:
-    try:
-        value = float(discount)
-    except (TypeError, ValueError):
-        raise InputError(f"discount = {discount!r} is not a number; give γ from 0 to 1.") from None
-    if not 0 <= value <= 1:  # also catches NaN
-        raise InputError(
-            f"discount = {value!r} must be from 0 (only the next reward) to 1 (rewards count in"
-            " full until the end)."
-        )
+    value = check_number(
+        discount,
+        "discount",
+        "from 0 (only the next reward) to 1 (rewards count in full until the end)",
+        lambda number: 0 <= number <= 1,
+    )
     if continuing and value == 1:
         raise InputError(
             "continuing=True needs discount < 1: without discount a process without end has no"
@@ -362,6 +364,11 @@ def _first(bad: Tensor) -> Iterator[list[int]]:
         yield bad.nonzero()[0].tolist()
 
 
+def check_max_entries(max_entries: float) -> float:
+    """A limit is a number of at least 0; NaN would let everything pass."""
+    return check_number(max_entries, "max_entries", "at least 0", lambda number: number >= 0)
+
+
 # --- sequences as decision processes --------------------------------------------------------------
 
 
@@ -378,6 +385,7 @@ def token_process(problem: Problem, max_entries: int = MAX_ENTRIES) -> DecisionP
         TooLargeError: P would have more; `soft_bellman` needs no such array.
         InputError, InfeasibleError: as `problem_support` does.
     """
+    check_max_entries(max_entries)
     support = problem_support(problem)
     trie, columns = support.trie, problem.space.vocab_size
     S = trie.nodes + 1

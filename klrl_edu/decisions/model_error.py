@@ -19,7 +19,7 @@ from torch import Tensor
 from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.numbers import takes_numbers
-from klrl_edu.decisions.decision_process import MAX_ENTRIES, DecisionProcess
+from klrl_edu.decisions.decision_process import MAX_ENTRIES, DecisionProcess, check_max_entries
 from klrl_edu.decisions.soft_control import policy_iteration, value_iteration
 
 
@@ -92,6 +92,7 @@ def trajectory_value(
 
     Source: Levine (2018), §2.4.
     """
+    check_max_entries(max_entries)
     S, A = process.log_prior.shape
     entries = S * A * S * S
     if entries > max_entries:

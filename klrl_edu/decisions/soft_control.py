@@ -452,7 +452,8 @@ def policy_gradient(process: DecisionProcess, log_policy: Tensor, kl_coef: float
         InputError: λ = inf, or a policy whose value is −inf on a state it visits; otherwise as in
             `policy_evaluation`.
     """
-    if check_kl_coef(kl_coef) == math.inf:
+    kl_coef = check_kl_coef(kl_coef)
+    if kl_coef == math.inf:
         raise InputError(
             "kl_coef = inf leaves only the prior, where J has no gradient; give a finite λ."
         )
@@ -479,9 +480,15 @@ def objective_gap(optimum: SoftSolution, log_policy: Tensor) -> float:
     At the limits λ = 0 and inf the difference itself.
 
     Raises:
+        InputError: J(π*) = −inf, as at λ = inf where the prior meets a reward of −inf.
         UnsupportedPolicyError, InputError: as in `policy_evaluation`.
     """
     process, kl_coef = optimum.process, optimum.kl_coef
+    if optimum.value == -math.inf:
+        raise InputError(
+            "the optimum's value is -inf, so no policy has a gap to it; start where an end can be"
+            " reached without rewards of -inf, with a finite kl_coef."
+        )
     if not 0 < kl_coef < math.inf:
         return max(0.0, optimum.value - policy_evaluation(process, log_policy, kl_coef).value)
     weight = visits(process, log_policy)
@@ -495,6 +502,8 @@ def _check_policy(process: DecisionProcess, log_policy: Tensor) -> Tensor:
             f"log_policy has shape {list(log_policy.shape)}; expected [S, A] ="
             f" {list(process.log_prior.shape)}."
         )
+    if log_policy.is_complex():  # a cast would drop the imaginary part without a word
+        raise InputError("log_policy is complex; give log π(a|s) as real numbers.")
     log_policy = log_policy.detach().double().masked_fill(process.terminal[:, None], -math.inf)
     total = log_policy.exp().sum(-1)
     off = ~((total - 1).abs() <= SUM_TOLERANCE)  # "not near" where "far" would let NaN pass

@@ -296,7 +296,7 @@ def test_settings_out_of_range_are_refused():
     for exponent in (0.5, 1.1, math.nan):
         with pytest.raises(InputError, match=r"exponent = .* must be above 1/2"):
             soft_q_learning(loop(), 1.0, (10,), seeded_draw(0), exponent=exponent)
-    with pytest.raises(InputError, match=r"confidence = 1.0 must lie between 0 and 1"):
+    with pytest.raises(InputError, match=r"confidence = 1.0 must be a number between 0 and 1"):
         plan_on_estimate(loop(discount=0.5), 1.0, (10,), seeded_draw(0), confidence=1.0)
     with pytest.raises(InputError, match="episodes = 0"):
         policy_gradient_learning(loop(), 1.0, (10,), seeded_draw(0), episodes=0)

@@ -102,7 +102,7 @@ def two_steps(**changed) -> DecisionProcess:
         ({"discount": -0.1}, "discount = -0.1 must be from 0"),
         ({"discount": 1.1}, "discount = 1.1 must be from 0"),
         ({"discount": NAN}, "discount = nan must be from 0"),
-        ({"discount": "high"}, "discount = 'high' is not a number"),
+        ({"discount": "high"}, "discount = 'high' must be from 0"),
         ({"continuing": True}, "continuing=True needs discount < 1"),
         ({"states": ("one", "two")}, "states has 2 names for 3"),
     ],
