@@ -20,7 +20,7 @@ from klrl_edu.core import logspace
 from klrl_edu.core.errors import InputError, TooLargeError
 from klrl_edu.core.numbers import takes_numbers
 from klrl_edu.decisions.decision_process import MAX_ENTRIES, DecisionProcess, check_max_entries
-from klrl_edu.decisions.soft_control import policy_iteration, value_iteration
+from klrl_edu.decisions.soft_control import policy_iteration
 
 
 @takes_numbers
@@ -118,9 +118,7 @@ def trajectory_value(
         process.states,
         names,
     )
-    # at λ = 0 sweeps alone weigh ties by what follows; elsewhere a few exact evaluations suffice
-    solve = value_iteration if kl_coef == 0 else policy_iteration
-    solved = solve(believed, kl_coef)
+    solved = policy_iteration(believed, kl_coef)
     joint = solved.log_policy.reshape(S, A, S)
     log_policy = logspace.logsumexp(joint)
     taken = log_policy[:, :, None] > -math.inf

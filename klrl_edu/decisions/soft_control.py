@@ -7,11 +7,10 @@ exact.
     ∂J/∂θ(s,a) = d_π(s) π(a|s) (Q_π(s,a) − λ log π(a|s)/q(a|s) − V_π(s)),
     π(·|s) = softmax θ(s,·)                                                                      (3)
 
-As in `soft_bellman`, V = m + λℓ: m the best return, ℓ ≤ 0 the log-mass left, so that (1) is finite
-for any λ > 0 and its limit λ = 0 (q on the best actions, by exact equality) needs no other code.
-Where λ exceeds every |r|, m is the value itself but for what is forbidden: taken about the mean
-return, it keeps its digits however large λ. At λ = inf the policy is q on what is feasible, and V =
-E_q of the return. Ziebart (2010) and Levine
+As in `soft_bellman`, V = m + λℓ (`closed_forms/soft_maximum.py`), so that (1) is finite and keeps
+its digits at any λ > 0. At the limit λ = 0 the policy is q on the best actions, those that rounding
+alone may have split included, each weighed by q's mass of the best that follows; at λ = inf it is q
+on what is feasible, and V = E_q of the return. Ziebart (2010) and Levine
 (2018), §2, for (1); Puterman (1994), ch. 6, for both iterations; Sutton et al. (1999) and Kakade
 (2001) for (3). S states, A actions; logs in nats, values in reward units. Terminal states have
 value 0 and rows of −inf in policies.
@@ -24,10 +23,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.tilt import scaled_advantage
-from klrl_edu.core import logspace
+from klrl_edu.closed_forms.soft_maximum import soft_maximum
+from klrl_edu.core import logspace, ties
 from klrl_edu.core.display import Cell, html_table, text_table
 from klrl_edu.core.errors import InfeasibleError, InputError, UnsupportedPolicyError
+from klrl_edu.core.groups import Rows
 from klrl_edu.core.validation import SUM_TOLERANCE, check_kl_coef, check_number
 from klrl_edu.decisions.decision_process import DecisionProcess, expected_next, spread
 
@@ -113,13 +113,22 @@ class PolicyValues(NamedTuple):
     value: float
 
 
-class _Backup(NamedTuple):
-    """One application of (1): m and ℓ of V [S], and the actions' log q + ℓ_Q + (m_Q − m)/λ [S,A], 0
-    and −inf where nothing is feasible.
+class _Values(NamedTuple):
+    """V in its two parts m and ℓ [S], 0 where nothing is feasible, and how far rounding may have
+    moved m at λ = 0.
     """
 
     best: Tensor
     mass: Tensor
+    slack: Tensor
+
+
+class _Backup(NamedTuple):
+    """One application of (1): V, the actions' log q + ℓ_Q + (m_Q − m)/λ, −inf where nothing is
+    feasible, and Q in its two parts m_Q and ℓ_Q [S,A].
+    """
+
+    values: _Values
     lifted: Tensor
     action_best: Tensor
     action_mass: Tensor
@@ -155,23 +164,23 @@ def value_iteration(
     if kl_coef == math.inf:
         return _at_the_prior(process, feasible)
     alive, returns = feasible.any(-1) | process.terminal, process.horizon == math.inf
-    best = mass = torch.zeros_like(process.initial)
+    zeros = torch.zeros_like(process.initial)
+    best = zeros
     if returns and process.discount == 1:
         policy_iteration(process, kl_coef)  # raises where sweeps would go on for ever
         start = _evaluate(process, _feasible_prior(process, feasible), kl_coef)
         best = best if start is None else torch.where(alive, start, 0)
     rounding = min(kl_coef, _largest_reward(process, feasible))
-    values = []
+    here, values = _Values(best, zeros, zeros), []
     for _ in range(_MAX_SWEEPS if returns else int(process.horizon)):
-        before = best, mass
-        sweep = _backup(process, feasible, best, mass, kl_coef)
-        best, mass = sweep.best, sweep.mass
-        if returns and kl_coef > 0:
-            # m alone need not settle where V does: a loop may pay, and cost more in KL
-            best, mass = best + kl_coef * mass, torch.zeros_like(mass)
-        values.append(_start_value(process, torch.where(alive, best + kl_coef * mass, -math.inf)))
-        change = float(((best - before[0]).abs() + (mass - before[1]).abs()).max())
-        if returns and change <= tolerance * _scale(best.abs() + mass.abs(), rounding):
+        before = here
+        sweep = _backup(process, feasible, before, kl_coef)
+        total = sweep.values.best + kl_coef * sweep.values.mass
+        # m alone need not settle where V does: a loop may pay, and cost more in KL
+        here = _Values(total, zeros, zeros) if returns else sweep.values
+        values.append(_start_value(process, torch.where(alive, total, -math.inf)))
+        change = float((here.best - before.best).abs().max())
+        if returns and change <= tolerance * _scale(here.best.abs(), rounding):
             break
     else:
         if returns:
@@ -179,7 +188,12 @@ def value_iteration(
                 f"{_MAX_SWEEPS:,} sweeps still change a value by {change:.3g}; policy_iteration"
                 " solves this process in a few steps."
             )
-    return _solution(process, feasible, sweep, kl_coef, values, change if returns else 0.0)
+    log_policy = _policy(process, feasible, sweep.lifted)
+    if returns and kl_coef == 0:  # which actions tie is seen where values are exact
+        log_policy = policy_iteration(process, kl_coef).log_policy
+    return _solution(
+        process, feasible, sweep, log_policy, kl_coef, values, change if returns else 0.0
+    )
 
 
 def policy_iteration(
@@ -187,9 +201,6 @@ def policy_iteration(
 ) -> SoftSolution:
     """V*, Q* and π* by improvement π ← q e^{Q_π/λ} and exact evaluation, from q: Newton's method on
     (1), each policy better than the last.
-
-    At λ = 0 ties keep q's proportions, where `value_iteration` has the limit, which also weighs
-    what follows.
 
     Args:
         kl_coef: λ ≥ 0; 0 and inf by their limits.
@@ -215,8 +226,9 @@ def policy_iteration(
         if found is None or not _ends_in_sight(process, log_policy):
             _refuse_unbounded(process, before)
         values.append(_start_value(process, found))
-        sweep = _backup(process, feasible, torch.where(alive, found, 0), zeros, kl_coef)
-        rise = torch.where(alive, sweep.best + kl_coef * sweep.mass - found, 0)
+        here = _Values(torch.where(alive, found, 0), zeros, zeros)
+        sweep = _backup(process, feasible, here, kl_coef)
+        rise = torch.where(alive, sweep.values.best + kl_coef * sweep.values.mass - found, 0)
         if float((found - before)[alive].max()) <= tolerance * _scale(found[alive].abs(), rounding):
             break
         log_policy = _policy(process, feasible, sweep.lifted)
@@ -224,7 +236,11 @@ def policy_iteration(
         # digits where λ is large and π almost q
         gained = _solve(process, log_policy, rise)
         before, found = found, None if gained is None else found + gained
-    return _solution(process, feasible, sweep, kl_coef, values, float(rise.abs().max()))
+    log_policy = _policy(process, feasible, sweep.lifted)
+    if kl_coef == 0:
+        log_policy = _at_the_best(process, sweep.action_best, log_policy)
+    residual = float(rise.abs().max())
+    return _solution(process, feasible, sweep, log_policy, kl_coef, values, residual)
 
 
 def _check_tolerance(tolerance: float) -> float:
@@ -240,13 +256,36 @@ def _at_the_prior(process: DecisionProcess, feasible: Tensor) -> SoftSolution:
     """λ = inf: V is E_q of the return, by one linear solve, and π is q on what is feasible, each
     action weighed by the mass that stays feasible after it.
     """
-    # V/λ → ℓ, which is the value at λ = 1 where nothing is paid and the rest is forbidden
-    unpaid = replace(process, rewards=torch.where(feasible, 0.0, -math.inf))
-    log_policy = policy_iteration(unpaid, 1.0).log_policy
+    log_policy = _prior_on(process, feasible)
     mean = _evaluate(process, process.log_prior, 0.0)
     assert mean is not None, "a checked process ends under its prior"
     value, action_values = _start_value(process, mean), process.action_values(mean)
     return SoftSolution(process, math.inf, mean, action_values, log_policy, value, (value,), 0.0)
+
+
+def _at_the_best(process: DecisionProcess, action_values: Tensor, log_policy: Tensor) -> Tensor:
+    """λ = 0: π is q on the best actions by exact values Q, each weighed by the mass of the best
+    that follows it.
+
+    Args:
+        log_policy: a policy of best actions: as long as its paths are, rounding has added up.
+    """
+    feasible = action_values > -math.inf
+    size = float(action_values[feasible].abs().max())
+    slack = len(process.states) * (1 + _steps_ahead(process, log_policy)) * ties.EPSILON * size
+    slack_of_each = torch.full_like(action_values, slack)
+    floor = ties.floor_of(action_values, slack_of_each).amax(-1, keepdim=True)
+    return _prior_on(process, feasible & ties.reaches(action_values, slack_of_each, floor))
+
+
+def _prior_on(process: DecisionProcess, actions: Tensor) -> Tensor:
+    """q given that only these actions [S,A] are ever taken, as log π [S,A]: the limit of V/λ → ℓ.
+
+    Each action is weighed by the mass that can stay among them after it: ℓ is the value at λ = 1
+    where nothing is paid and the rest is forbidden.
+    """
+    unpaid = replace(process, rewards=torch.where(actions, 0.0, -math.inf))
+    return policy_iteration(unpaid, 1.0).log_policy
 
 
 def _feasible_actions(process: DecisionProcess) -> Tensor:
@@ -283,48 +322,26 @@ def _largest_reward(process: DecisionProcess, feasible: Tensor) -> float:
     return float(process.rewards[feasible].abs().max())
 
 
-def _backup(
-    process: DecisionProcess, feasible: Tensor, best: Tensor, mass: Tensor, kl_coef: float
-) -> _Backup:
+def _backup(process: DecisionProcess, feasible: Tensor, ahead: _Values, kl_coef: float) -> _Backup:
     """(1) in its two parts."""
-    returns = process.rewards + process.discount * (process.transitions @ best)
-    action_best = torch.where(feasible, returns, -math.inf)  # m_Q
-    action_mass = process.discount * (process.transitions @ mass)  # ℓ_Q
+    following = process.discount * (process.transitions @ ahead.best)
+    action_best = torch.where(feasible, process.rewards + following, -math.inf)  # m_Q
+    action_mass = process.discount * (process.transitions @ ahead.mass)  # ℓ_Q
+    slack = _slack(process, ahead, following) if kl_coef == 0 else torch.zeros_like(following)
+    found = soft_maximum(Rows(), process.log_prior, action_best, action_mass, kl_coef, slack)
     alive = feasible.any(-1)
-    if kl_coef > _largest_reward(process, feasible):
-        return _backup_about_the_mean(process, feasible, action_best, action_mass, kl_coef)
-    top = torch.where(alive, action_best.amax(-1), 0)  # m, as Σ q e^{Q/λ} is led by its largest Q
-    lifted = process.log_prior + action_mass + scaled_advantage(action_best, top[:, None], kl_coef)
-    left = torch.where(alive, logspace.logsumexp(lifted), 0)  # ℓ
-    return _Backup(top, left, lifted, action_best, action_mass)
+    values = _Values(*(torch.where(alive, part, 0) for part in found[:3]))
+    return _Backup(values, process.log_prior + found.log_gain, action_best, action_mass)
 
 
-def _backup_about_the_mean(
-    process: DecisionProcess,
-    feasible: Tensor,
-    action_best: Tensor,
-    action_mass: Tensor,
-    kl_coef: float,
-) -> _Backup:
-    """`_backup` where λ exceeds every |r|: ℓ holds only what is forbidden, and m the rest,
-
-    m = c + λ log Σ w e^x,    w ∝ q e^ℓ_Q,    c = Σ w m_Q,    x = (m_Q − c)/λ,
-    where a small x leaves log(1 + Σ w (e^x − 1 − x)).
-    """
-    alive, prior = feasible.any(-1), process.log_prior.exp()
-    weights = torch.where(feasible, process.log_prior + action_mass, -math.inf)
-    total = logspace.logsumexp(weights)
-    # Σ q = 1, so that log Σ q e^ℓ_Q is exactly 0 where nothing is forbidden, whatever λ makes of it
-    excess = (prior * torch.where(feasible, torch.expm1(action_mass), -1)).sum(-1)
-    left = torch.where(excess > -0.5, torch.log1p(excess.clamp(min=-0.5)), total)
-    shares = logspace.log_normalize_alive(weights)
-    centre = logspace.expectation(shares, action_best)  # c
-    away = torch.where(feasible, (action_best - centre[:, None]) / kl_coef, 0)  # x
-    bend = logspace.expectation(shares, logspace.expm1_minus_identity(away.clamp(max=1)))
-    steep = logspace.logsumexp(shares + away)  # for returns that λ does not exceed
-    rise = torch.where(away.abs().amax(-1) < 1, torch.log1p(bend), steep)
-    m, mass = torch.where(alive, centre + kl_coef * rise, 0), torch.where(alive, left, 0)
-    return _Backup(m, mass, weights + away, action_best, action_mass)
+def _slack(process: DecisionProcess, ahead: _Values, following: Tensor) -> Tensor:
+    """How far rounding may have moved r + γ Σ P m [S,A], from the slack of m on."""
+    several = process.transitions.count_nonzero(-1)
+    # a sum of one term with P = 1 is that term; else every product and every addition rounds
+    roundings = torch.where(several > 1, several + 1, 0) + (0 < process.discount < 1)
+    moved = ties.EPSILON * roundings * (process.transitions @ ahead.best.abs())
+    carried = process.discount * (process.transitions @ ahead.slack + moved)
+    return carried + ties.addition_slack(process.rewards, following)
 
 
 def _feasible_prior(process: DecisionProcess, feasible: Tensor) -> Tensor:
@@ -346,13 +363,13 @@ def _solution(
     process: DecisionProcess,
     feasible: Tensor,
     sweep: _Backup,
+    log_policy: Tensor,
     kl_coef: float,
     values: list[float],
     change: float,
 ) -> SoftSolution:
-    log_policy = _policy(process, feasible, sweep.lifted)
     dead = ~feasible.any(-1) & ~process.terminal
-    state_values = torch.where(dead, -math.inf, sweep.best + kl_coef * sweep.mass)
+    state_values = torch.where(dead, -math.inf, sweep.values.best + kl_coef * sweep.values.mass)
     action_values = sweep.action_best + kl_coef * sweep.action_mass
     error_bound = change * _steps_ahead(process, log_policy) if change > 0 else 0.0
     return SoftSolution(
