@@ -192,14 +192,15 @@ def _least_and_others(case: Case, baseline: Tensor) -> Sides:
 
 def _second_moment(case: Case, baseline: Tensor) -> Tensor:
     """E‖∇‖² of REINFORCE on one sequence."""
-    gradients = [
-        logit_gradient(
-            case,
-            lambda log_pi, row=row: losses.reinforce(bandit_batch(case, log_pi, row), baseline),
+
+    def gradient_at(row: Tensor) -> Tensor:
+        return logit_gradient(
+            case, lambda log_pi: losses.reinforce(bandit_batch(case, log_pi, row), baseline)
         )
-        for row in torch.arange(len(case.rewards))[:, None]
-    ]
-    return case.log_policy.exp() @ torch.stack(gradients).square().sum(-1)
+
+    rows = torch.arange(len(case.rewards))[:, None]
+    squares = torch.stack([gradient_at(row) for row in rows]).square().sum(-1)
+    return case.log_policy.exp() @ squares
 
 
 def _plain_mean(case: Case) -> Sides:
@@ -304,15 +305,15 @@ def placements_add_up(case: Case) -> Sides:
 
 def _mean_gradients(case: Case) -> Tensor:
     """∇E_π[k] [3,K] of k1, k2 and k3, by autograd of Σ π k."""
-    estimators: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda u: u,
-        lambda u: u**2 / 2,
-        lambda u: torch.exp(-u) - 1 + u,
-    )
+
+    def gradient(k: Callable[[Tensor], Tensor]) -> Tensor:
+        return logit_gradient(case, lambda log_pi: log_pi.exp() @ k(log_pi - case.log_prior))
+
     return torch.stack(
         [
-            logit_gradient(case, lambda log_pi, k=k: log_pi.exp() @ k(log_pi - case.log_prior))
-            for k in estimators
+            gradient(lambda u: u),
+            gradient(lambda u: u**2 / 2),
+            gradient(lambda u: torch.exp(-u) - 1 + u),
         ]
     )
 

@@ -189,6 +189,8 @@ def test_the_count_bound_by_hand():
     assert sampling_bound(loop(-0.5, 0.5), counts) == pytest.approx(
         0.5 * ahead * value_range * worst, rel=1e-12
     )
+    seen_once = torch.ones(2, 2)  # so few that all of the range is possible
+    assert sampling_bound(loop(-0.5, 0.5), seen_once) == pytest.approx(0.5 * ahead * value_range)
     assert sampling_bound(loop(-0.5, 0.0), counts) == 0
     assert sampling_bound(loop(-0.5, 1.0), counts) == INF
 

@@ -168,6 +168,11 @@ def test_a_value_of_minus_infinity_counts_only_with_mass_on_it():
     ).tolist() == [2.0, -INF]
 
 
+def test_an_action_that_is_not_available_is_worth_minus_infinity():
+    values = torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)
+    assert two_steps().action_values(values).tolist() == [[3.0, 2.2], [2.0, -INF], [-INF, -INF]]
+
+
 def test_names_of_a_token_process_are_its_texts():
     process = token_process(four_sentences())
     assert process.states == ("∅", "the", "a", "end")

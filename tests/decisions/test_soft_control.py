@@ -96,6 +96,21 @@ def test_the_error_bound_holds_at_every_tolerance(tolerance, discount):
     error = abs(rough.value - exact.value)
     assert 0 < error <= rough.error_bound + 1e-12
     assert rough.error_bound < 300 * tolerance * exact.value
+    before, last = (b - a for a, b in itertools.pairwise(rough.values[-3:]))
+    allowed = tolerance * (rough.value + 1)  # of the value and λ = 1
+    assert last <= allowed
+    assert before > 0.99 * allowed
+
+
+def test_where_nothing_is_paid_nothing_is_improved():
+    assert policy_iteration(loop(0.0, 0.5, leaving=0.0), 0.0).iterations == 2
+
+
+def test_a_policy_in_single_precision_is_evaluated_in_double():
+    leaves = torch.tensor([[-INF, 0.0], [-INF, -INF]])
+    found = policy_evaluation(loop(-0.5, 0.9), leaves, 1.0)
+    assert found.state_values.dtype == torch.float64
+    assert found.value == pytest.approx(0.3 - math.log(2), abs=1e-15)
 
 
 @pytest.mark.parametrize("kl_coef", [10.0, 1e6])
