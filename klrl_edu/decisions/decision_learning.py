@@ -201,6 +201,7 @@ def policy_gradient_learning(
     while waiting:
         batch = sample_transitions(process, log_policy, episodes, draw)
         gradient, baseline = reinforce_gradient(process, log_policy, kl_coef, batch, baseline)
+        # log π are logits of π, so that no parameters need be kept beside it
         raised = log_policy + learning_rate * gradient
         log_policy = logspace.log_normalize_alive(raised)
         consumed += len(batch.state)
@@ -335,6 +336,7 @@ def sampling_bound(process: DecisionProcess, counts: Tensor, confidence: float =
         )
     if not bool(((counts >= 0) & (counts < math.inf)).all()):
         raise InputError("counts holds a number below 0, NaN or inf; give n(s,a), at least 0.")
+    # the first reward alone is known, whatever the replies
     if process.discount == 0:
         return 0.0
     if process.discount == 1:
@@ -376,6 +378,7 @@ def reinforce_gradient(
             "kl_coef = inf leaves only the prior, where J has no gradient; give a finite λ."
         )
     state, action = batch.state, batch.action
+    # only of actions that were taken: elsewhere it may be −inf − (−inf)
     log_ratio = (log_policy - process.log_prior)[state, action]
     paid = process.rewards[state, action] - kl_coef * log_ratio
     # from here to the end of the batch, less what stands after the episode

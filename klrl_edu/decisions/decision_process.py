@@ -146,12 +146,14 @@ class DecisionProcess:
         """
         if self.discount == 1:
             return self.horizon
+        # γ^inf is 0: the sum of a process that returns is 1/(1 − γ)
         return (1 - self.discount**self.horizon) / (1 - self.discount)
 
     def moves(self, weights: Tensor) -> Tensor:
         """Σ_a w(s,a) P(s'|s,a) [S,S]: the chain of states under a policy [S,A], or where a set of
         actions [S,A] can lead (> 0).
         """
+        # a product [1,A]·[A,S] a state, faster than one einsum on so small matrices
         return torch.bmm(weights.unsqueeze(1), self.transitions).squeeze(1)
 
     def action_values(self, state_values: Tensor) -> Tensor:
@@ -267,6 +269,7 @@ def _check_discount(discount: float, continuing: bool) -> float:
 
 
 def _clean_prior(process: DecisionProcess) -> Tensor:
+    # kept in logs throughout, where a mass that underflows is still an action
     log_prior = process.log_prior.masked_fill(process.terminal[:, None], -math.inf)
     for state, action in _first(torch.isnan(log_prior) | (log_prior == math.inf)):
         value = float(log_prior[state, action])
@@ -298,6 +301,7 @@ def _clean_rewards(process: DecisionProcess) -> Tensor:
 
 
 def _clean_transitions(process: DecisionProcess) -> Tensor:
+    # where an action that is never taken would lead is nobody's concern, NaN included
     transitions = process.transitions.masked_fill(~process.available[:, :, None], 0)
     for state, action, after in _first(~((transitions >= 0) & (transitions < math.inf))):
         value = float(transitions[state, action, after])
@@ -345,6 +349,7 @@ def _check_reachable(process: DecisionProcess) -> None:
 def _check_ends(process: DecisionProcess) -> None:
     if process.continuing:
         return
+    # edges turned round: from the ends back to whatever can reach one
     ending = spread((process.moves(process.available.double()) > 0).T, process.terminal)
     for (state,) in _first(~ending):
         remedy = (
@@ -395,12 +400,14 @@ def token_process(problem: Problem, max_entries: int = MAX_ENTRIES) -> DecisionP
             f" more than max_entries = {max_entries:,}; soft_bellman solves a token process on its"
             " trie, without them."
         )
+    # the end is one state for all texts, numbered after the prefixes
     end, edges = trie.nodes, (trie.parent, trie.token)
     log_prior = support.log_prior.new_full((S, columns), -math.inf).index_put(
         edges, edge_log_prior(support)
     )
     rewards = log_prior.new_zeros(S, columns).index_put(edges, edge_rewards(support))
     transitions = log_prior.new_zeros(S, columns, S)
+    # a token appends itself, surely; what has no child was the last
     transitions[(*edges, torch.where(trie.child >= 0, trie.child, end))] = 1
     here = torch.arange(S, device=log_prior.device)
     words = problem.space.vocabulary + ("EOS",) * problem.space.eos
@@ -427,6 +434,7 @@ def token_policy(problem: Problem, log_policy: Tensor) -> PrefixTable:
             f"log_policy has shape {list(log_policy.shape)}; the token process of this problem has"
             f" [S, A] = {expected}."
         )
+    # the last row is the end's, where nothing is decided
     return PrefixTable(problem.space, support.tokens, log_policy[:-1])
 
 

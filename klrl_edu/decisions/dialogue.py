@@ -82,6 +82,7 @@ def most_likely_replies(process: DecisionProcess) -> DecisionProcess:
     It starts everywhere, because from the process's own start such a world may leave states
     unreached; values and policies do not depend on it.
     """
+    # argmax takes the first of equals, so that the model is one and the same everywhere
     certain = torch.nn.functional.one_hot(process.transitions.argmax(-1), len(process.states))
     live = ~process.terminal
     return replace(process, transitions=certain, initial=live.double() / live.sum())
@@ -156,6 +157,7 @@ def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
     # so its promise is taken at the start of the process
     plans = {
         "optimal": (optimum.log_policy, optimum.value),
+        # what a plan promises beside: for the prior what it earns, as nothing was planned
         "prior": (process.log_prior, policy_evaluation(process, process.log_prior, kl_coef).value),
         "myopic": (myopic.log_policy, myopic.value),
         "most likely reply": (likely.log_policy, float(process.initial @ likely.state_values)),
@@ -163,6 +165,7 @@ def compare_plans(process: DecisionProcess, kl_coef: float) -> Plans:
     }
     policies = {name: log_policy for name, (log_policy, _) in plans.items()}
     promised = {name: value for name, (_, value) in plans.items()}
+    # whatever a plan believed, it is the process as it is that pays
     earned = {
         name: policy_evaluation(process, log_policy, kl_coef).value
         for name, log_policy in policies.items()

@@ -170,6 +170,7 @@ def _gradient_by_autograd(process: DecisionProcess, log_policy: Tensor, kl_coef:
     reward = (
         log_pi.exp() * (process.rewards[live] - kl_coef * (log_pi - process.log_prior[live]))
     ).sum(-1)
+    # written out from (I − γP)V = r, without the functions that it is held against
     chain = process.discount * torch.einsum(
         "sa,sat->st", log_pi.exp(), process.transitions[live][:, :, live]
     )
@@ -222,6 +223,7 @@ def _one_step(process: DecisionProcess, values: Tensor, kl_coef: float) -> SoftS
     end = (torch.arange(_LIVE + 1) == _LIVE).double()
     paid = torch.where(process.available, process.action_values(values), 0.0)
     start = (~process.terminal).double() / _LIVE
+    # what would follow is in the reward already
     ending = process.transitions * 0 + end
     return value_iteration(
         replace(process, transitions=ending, rewards=paid, initial=start), kl_coef
@@ -326,6 +328,7 @@ def _promises(case: Case, factor: float) -> Sides:
     live = ~process.terminal
     ahead = (process.rewards[..., None] + process.discount * promised) / case.kl_coef
     each = process.log_prior[..., None] + process.transitions.log() + ahead
+    # the end keeps its 0; elsewhere the promise is what its own equation makes of it
     equation = promised.clone()
     equation[live] = case.kl_coef * torch.logsumexp(each[live].flatten(1), -1)
     return torch.stack([attainable, promised, equation]), torch.stack(

@@ -308,6 +308,7 @@ def best_control_variate(case: Case) -> Sides:
 def _variances(case: Case, best: Tensor) -> Sides:
     """The variance of k_c at c*, about it and at k1 and k3, in parts of Var(e^−u) [5]."""
     away = case.normal(2)
+    # at c* alone a wrong scale of c would not show
     coefficients = torch.stack([best, best + away[0], best - away[1], 0 * best, 0 * best + 1])
     log_pi, weight = case.log_policy, torch.exp(-case.log_ratio)
     spread, joint = _cov(log_pi, weight, weight), _cov(log_pi, case.log_ratio, weight)

@@ -185,6 +185,7 @@ def _best_baseline(case: Case) -> Tensor:
 def _least_and_others(case: Case, baseline: Tensor) -> Sides:
     """REINFORCE's second moment at a baseline, and at others to both sides of the best."""
     best, away = _best_baseline(case), case.normal(3).abs()
+    # to both sides: a baseline that is off by a part has a better one on one of them
     others = torch.stack([best + away[0], best - away[1], best + 10 * away[2]])
     least = _second_moment(case, baseline)
     return least.expand(3), torch.stack([_second_moment(case, other) for other in others])
@@ -349,6 +350,7 @@ def bandit_batch(case: Case, log_policy: Tensor, rows: Tensor) -> Batch:
         live=torch.ones(n, 1, dtype=torch.bool),
         log_probs=column,
         prior_log_probs=case.log_prior[rows][:, None],
+        # drawn by the policy as it is: every ratio is 1, and no clip acts
         behaviour_log_probs=column.detach(),
         rewards=case.rewards[rows][:, None],
         group=torch.zeros(n, dtype=torch.long),

@@ -279,6 +279,7 @@ def thermodynamic_integral(case: Case) -> Sides:
 def _integral(case: Case, integrand: Callable[[Tensor], Tensor]) -> Tensor:
     """The integral over β from 0 to 1/λ, in pieces short against the spread of rewards."""
     spread = float(case.rewards.amax() - case.rewards.amin())
+    # over 1.5 nats the integrand is so smooth that 40 nodes are exact to the last digit
     pieces = 1 + int(spread / case.kl_coef / 1.5)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(_NODES))
     edges = torch.linspace(0, 1 / case.kl_coef, pieces + 1, dtype=torch.float64)
@@ -345,6 +346,7 @@ def _gain_less(case: Case, share: float) -> Sides:
     rewards' range.
     """
     spread = case.rewards.amax() - case.rewards.amin()
+    # so far from the rewards that the terms left out are a hundredth of those kept
     kl_coef = case.kl_coef + 100 * float(spread)
     gain = mean(tilt(case.log_prior, case.rewards, kl_coef).log_posterior, case.rewards) - mean(
         case.log_prior, case.rewards

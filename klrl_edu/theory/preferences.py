@@ -93,6 +93,7 @@ def _ipo_sides(case: Case, preferences: Tensor, factor: float) -> Sides:
     logits = ipo_optimum(case.log_prior, preferences, factor * tau).requires_grad_()
     loss = ipo_loss(torch.log_softmax(logits, 0), case.log_prior, preferences, tau)
     (gradient,) = torch.autograd.grad(loss, logits)
+    # written out, as the optimum and the loss could be wrong in the same way
     expected = torch.log_softmax(case.log_prior + reward / tau, 0)
     return torch.stack([logits.detach(), gradient]), torch.stack([expected, 0 * expected])
 

@@ -45,6 +45,7 @@ def _best_by_hand(case: Case, n: int, *, shared: bool) -> Tensor:
     """The mass that each outcome gets [K]: the first best draw, or, not shared, the best outcome of
     lowest index.
     """
+    # no sampling: each order of draws with its probability
     rows, log_p = every_order(case.log_prior, n)
     mass = torch.zeros_like(case.rewards)
     order = rows if shared else rows.sort(-1).values
@@ -135,6 +136,7 @@ def second_eigenvalue(case: Case) -> Sides:
     kl_coef = _moderate(case)
     matrix = acceptance.metropolis_matrix(case.log_prior, case.rewards, kl_coef)
     log_star = tilt(case.log_prior, case.rewards, kl_coef).log_posterior
+    # of a symmetric matrix the eigenvalues are real, and found to the last digit
     root = torch.exp(log_star / 2)
     symmetric = root[:, None] * matrix / root  # π^½ P π^{−½}, symmetric by detailed balance
     rate = acceptance.metropolis_second_eigenvalue(case.log_prior, case.rewards, kl_coef)

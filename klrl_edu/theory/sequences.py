@@ -170,6 +170,7 @@ def _log_mean_to_go(case: Case, node: Tensor, nodes: int) -> Tensor:
     sequences below each node.
     """
     rewards = case.support.token_rewards
+    # a plain sum over the texts below each node, without any recursion
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)  # from position t on [K,T]
     below = node >= 0
     weight = case.log_prior[:, None].expand_as(to_go)

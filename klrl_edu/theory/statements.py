@@ -86,6 +86,7 @@ def _noise_of(statement: Statement, case: Case) -> Iterator[None]:
     """The case's noise as this statement sees it, from its start; after it the noise goes on where
     it was, so that neither what was tried before nor the order within a twin changes a number.
     """
+    # a statement draws the same numbers whichever ran before it, and under whatever seed of its own
     before = case.noise.getstate()
     case.noise.seed(f"{case.key}/{statement.name}")
     try:
@@ -153,6 +154,7 @@ def error(relation: str, left: Tensor | float, right: Tensor | float) -> float:
             f"a statement's sides have shapes {list(left.shape)} and {list(right.shape)}"
         )
     excess = (left - right).abs() if relation == "=" else (left - right).clamp(min=0)
+    # relative to the largest entry of the right side: small ones are sums of large ones
     found = float(excess.max() / right.abs().max().clamp(min=1))
     return found if math.isfinite(found) else math.inf
 
