@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +182,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             " another copy, or train again."
         )
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with it is said below, once
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # torch raises several types for a file that is not a plain checkpoint
         # torch's own words are not repeated: they end in advice to load the code all the same
         raise CheckpointError(

@@ -6,6 +6,7 @@ what was written so far kept.
 
 import errno
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def figure(
     made = figures.make_figure(entry.script)
     directory = figures.save_made_figure(entry, made, out)
     numbers: list[list[Cell]] = [
-        [key, value] for key, value in made.data.items() if isinstance(value, float | int)
+        [str(key), value] for key, value in made.data.items() if isinstance(value, float | int)
     ]
     if numbers:
         say("\n" + text_table(["number", "value"], numbers))
@@ -184,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    note(" ".join(message.split("\n")))
+    line = " ".join(message.split("\n"))
+    # a path or a number of thousands of characters would bury what is wrong with it
+    note(re.sub(r"(\S{80})\S{200,}(\S{20})", r"\1…\2", line))
     return BAD_INPUT
 
 

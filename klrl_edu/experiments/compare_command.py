@@ -33,8 +33,8 @@ def compare(
     default = run / "compare"
     if out is None:
         check_inside(run, default)
-    loaded = load_run(run, model)
     with blaming("" if model is None else f"--model {model}"):
+        loaded = load_run(run, model)
         comparison = compare_models(loaded.policy, loaded.target)
     directory = new_directory(out, "compare", default)
     write_json(

@@ -100,8 +100,12 @@ def command_of(directory: Path) -> str | None:
     return command if isinstance(command, str) else None
 
 
-def resolved(out: Path) -> Path:
+def resolved(out: Path, called: str = "--out") -> Path:
     """The absolute path, links and ~ followed.
+
+    Args:
+        out: as typed.
+        called: what of the command line it is, for the message.
 
     Raises:
         InputError: a link that leads to itself, or the home of nobody.
@@ -110,7 +114,10 @@ def resolved(out: Path) -> Path:
         return out.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a loop
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"--out {out} leads nowhere ({reason}); name another directory.") from None
+        reason = reason.rstrip(".")
+        raise InputError(
+            f"{called} {out} leads nowhere ({reason}); name another directory."
+        ) from None
 
 
 def _won(place: Path, command: str) -> bool:

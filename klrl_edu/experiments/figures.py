@@ -36,6 +36,7 @@ from klrl_edu.core.errors import InputError, KlrlError
 from klrl_edu.evaluation.records import jsonable, write_atomically
 from klrl_edu.experiments import plots
 from klrl_edu.experiments.directories import check_owned, owned_directory
+from klrl_edu.experiments.loading import said
 from klrl_edu.experiments.runner import write_json
 
 _NAME = re.compile(r"fig(\d\d)_\w+\.py")
@@ -184,13 +185,8 @@ def make_figure(script: Path) -> DrawnFigure:
             f"{script}: compute returned a {type(data).__name__}; return a dict of numbers, texts,"
             " lists and dicts."
         )
-    try:
-        data_bytes(data)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{script}: compute returned what JSON cannot hold ({error}); return plain numbers and"
-            " lists, e.g. by .tolist()."
-        ) from None
+    _check_jsonable(data, f"{script}: compute returned what")
+    _check_jsonable(dataclasses.asdict(config), f"{script}: Config holds what")
     with plots.publication_style():
         picture = _guarded(script, "draw(data)", lambda: module.draw(data))
     if not isinstance(picture, Figure):
@@ -201,19 +197,28 @@ def make_figure(script: Path) -> DrawnFigure:
     return DrawnFigure(config, data, picture, seconds)
 
 
+def _check_jsonable(data: dict[str, Any], what: str) -> None:
+    try:
+        data_bytes(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{what} JSON cannot hold ({error}); give plain numbers and lists, e.g. by .tolist()."
+        ) from None
+
+
 def _guarded(script: Path, what: str, call: Callable[[], Any]) -> Any:
     """Calls into a figure's file; a failure there is one line with its place."""
     try:
         return call()
     except KlrlError as error:
         raise InputError(f"{script}: {what}: {error}") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # anything can go wrong in a user's file
         trace = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in trace if frame.filename == str(script)]
         place = f" at line {lines[-1]}" if lines else ""
-        raise InputError(
-            f"{script}: {what} failed{place}: {type(error).__name__}: {error}"
-        ) from error
+        raise InputError(f"{script}: {what} failed{place}: {said(error)}; fix the file.") from error
 
 
 def data_bytes(data: dict[str, Any]) -> bytes:
@@ -238,7 +243,14 @@ def save_made_figure(entry: FigureEntry, made: DrawnFigure, out: Path) -> Path:
     directory = owned_directory(out, _owner(entry))
     write_atomically(directory / "data.json", data_bytes(made.data))
     with plots.publication_style():
-        plots.save_figure(made.picture, directory / entry.script.stem)
+        try:
+            plots.save_figure(made.picture, directory / entry.script.stem)
+        except OSError:
+            raise
+        except Exception as error:  # drawn now for the first time: a broken formula, say
+            raise InputError(
+                f"{entry.script}: its picture cannot be drawn: {said(error)}; fix draw(data)."
+            ) from None
     result = {
         "command": "figure",
         "number": entry.number,

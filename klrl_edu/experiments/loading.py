@@ -90,17 +90,15 @@ def build_model(target: str, space: SequenceSpace, seed: int) -> LanguageModel:
         InputError: no such class, it fails, or what it makes is no LanguageModel on the space.
     """
     maker = find_object(target)
-    try:
-        takes_seed = "seed" in inspect.signature(maker).parameters
-        made = maker(space, seed=seed) if takes_seed else maker(space)
-    except KlrlError:
-        raise
-    except (Exception, SystemExit) as error:  # of the user's constructor
-        call = f"{target.rpartition(':')[2]}(space)"
-        raise InputError(
+    call = f"{target.rpartition(':')[2]}(space)"
+    with _in_one_line(
+        lambda error: (
             f"--model {target}: {call} failed{line_of(error)}: {said(error)}; it is called with"
             " the problem's SequenceSpace, and with seed= if it takes one."
-        ) from None
+        )
+    ):
+        takes_seed = "seed" in inspect.signature(maker).parameters
+        made = maker(space, seed=seed) if takes_seed else maker(space)
     if not isinstance(made, LanguageModel):
         raise InputError(
             f"--model {target} made a {type(made).__name__}, which is no LanguageModel; derive it"
@@ -122,7 +120,11 @@ def find_object(target: str) -> Callable[..., Any]:
     """
     place, _, name = target.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
-    found = getattr(module, name, None)
+    # a module may look names up by code of its own
+    with _in_one_line(
+        lambda error: f"{place}: its {name!r} failed{line_of(error)}: {said(error)}; fix it."
+    ):
+        found = getattr(module, name, None)
     if not callable(found) or name.startswith("__"):
         listed = [
             key
@@ -144,19 +146,35 @@ def blaming(own: str) -> Iterator[None]:
         own: what is the user's own, in words; "" where all code is the package's, whose failures
             are not for the reader to mend and stay as they are.
     """
+    if not own:
+        yield
+        return
+    with _in_one_line(lambda error: f"{own} failed{line_of(error)}: {said(error)}."):
+        yield
+
+
+@contextlib.contextmanager
+def _in_one_line(
+    words: Callable[[BaseException], str],
+    let_through: tuple[type[BaseException], ...] = (KlrlError, KeyboardInterrupt),
+) -> Iterator[None]:
+    """Whatever a user's code raises becomes an InputError of these words. Ctrl-C is not its doing,
+    and what this package refuses is in one line already.
+    """
     try:
         yield
-    except KlrlError:
+    except let_through:
         raise
-    except (Exception, SystemExit) as error:
-        if not own:
-            raise
-        raise InputError(f"{own} failed{line_of(error)}: {said(error)}.") from None
+    except BaseException as error:
+        raise InputError(words(error)) from None
 
 
 def said(error: BaseException) -> str:
     """An exception in one line."""
-    words = str(error).strip().splitlines()
+    try:
+        words = str(error).strip().splitlines()
+    except Exception:  # even its words are the user's code
+        words = []
     return f"{type(error).__name__}: {words[0].rstrip('.') if words else 'no message'}"
 
 
@@ -216,6 +234,10 @@ def _arguments(text: str, written: str | None) -> dict[str, Any]:
                 f"--loss {text!r}: the batch is the loss's only argument without a name; write the"
                 " others by name, such as clip=0.1."
             )
+        named = [str(keyword.arg) for keyword in call.keywords]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"--loss {text!r} gives {twice} twice; remove one.")
         return {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
     except InputError:
         raise
@@ -252,14 +274,13 @@ def _check_arguments(function: Callable[..., Any], name: str, given: dict[str, A
 
 def _made(cls: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     """A loss that is a module, with what it is given."""
-    try:
+    with_them = "with the arguments given" if arguments else "without arguments"
+    with _in_one_line(
+        lambda error: (
+            f"{target} is a class and cannot be made {with_them}: {said(error)}; name a function."
+        )
+    ):
         made: Callable[..., Any] = cls(**arguments)
-    except (Exception, SystemExit) as error:  # of the user's constructor
-        with_them = "the arguments given" if arguments else "arguments"
-        raise InputError(
-            f"{target} is a class and cannot be made {'with' if arguments else 'without'}"
-            f" {with_them}: {said(error)}; name a function."
-        ) from None
     if not callable(made):
         raise InputError(f"{target} is a class whose objects cannot be called; name a function.")
     return made
@@ -273,15 +294,14 @@ def _module_of_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # its neighbours can be imported, as when Python runs the file
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
+    with (
+        _first_on_the_path(path.parent.resolve()),
+        _in_one_line(
+            lambda error: f"{path}{line_of(error)} does not import: {said(error)}; fix the file.",
+            let_through=(KeyboardInterrupt,),
+        ),
+    ):
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
-        raise InputError(
-            f"{path}{line_of(error)} does not import: {said(error)}; fix the file."
-        ) from None
-    finally:
-        sys.path.pop(0)
     return module
 
 
@@ -297,25 +317,34 @@ def _module_of_name(name: str) -> ModuleType:
             f"{name} is of Python's own library, which holds no loss, estimator or model; give"
             " module:function, or file.py:function with a path."
         )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
+    with (
+        _first_on_the_path(Path.cwd()),
+        _in_one_line(lambda error: _why_no_module(name, error), let_through=(KeyboardInterrupt,)),
+    ):
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise InputError(
-                f"there is no module {name!r} here or installed; give module:function, or"
-                " file.py:function with a path."
-            ) from None
-        raise InputError(
-            f"module {name!r}{line_of(error)} does not import: {said(error)}; install what is"
-            " missing."
-        ) from None
-    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
-        raise InputError(
-            f"module {name!r}{line_of(error)} does not import: {said(error)}; fix it."
-        ) from None
+
+
+def _why_no_module(name: str, error: BaseException) -> str:
+    """There is none of this name, it lacks another, or its own code fails."""
+    lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+    if lacks is not None and (name == lacks or name.startswith(f"{lacks}.")):
+        return (
+            f"there is no module {name!r} here or installed; give module:function, or"
+            " file.py:function with a path."
+        )
+    remedy = "fix it" if lacks is None else "install what is missing"
+    return f"module {name!r}{line_of(error)} does not import: {said(error)}; {remedy}."
+
+
+@contextlib.contextmanager
+def _first_on_the_path(folder: Path) -> Iterator[None]:
+    """Imports look into a folder first, and are put back as they were."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):  # the user's code may have taken it off
+            sys.path.remove(str(folder))
 
 
 def _class_of(value: object, module: ModuleType) -> bool:

@@ -26,6 +26,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 Command = Callable[..., None]
 _HELP = ("-h", "--help")
+_COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")  # for a shell, by tyro
+_SHELLS = ("bash", "zsh", "tcsh")
 _METAVARS: dict[Any, str] = {float: "NUMBER", int: "N", Path: "DIR", str: "TEXT"}
 # what people type who know another tool -> what it is called here, where a command has it
 _SYNONYMS = {
@@ -89,13 +91,35 @@ def parse(words: Sequence[str], commands: dict[str, Command], about: str) -> Par
     Raises:
         MisspeltError: an unknown command or option, or a value that cannot be read.
     """
-    if not words or words[0] in _HELP or words[0].startswith("--tyro-"):  # shell completion
+    if not words or words[0] in _HELP or words[0] in _COMPLETION:
+        _check_completion(words)
         _print_help(list(words) or ["--help"], commands, about)
         return None
     name, rest = words[0], list(words[1:])
     if name not in commands:
         raise MisspeltError(_unknown_command(name, commands))
-    return _parse_command(name, commands[name], rest)
+    return _parse_command(name, commands[name], _options_first(rest))
+
+
+def _check_completion(words: Sequence[str]) -> None:
+    """Refuses a shell that tyro completes nothing for."""
+    if words and words[0] in _COMPLETION and (len(words) < 2 or words[1] not in _SHELLS):
+        raise MisspeltError(f"{words[0]} needs a shell: {', '.join(_SHELLS)}")
+
+
+def _options_first(words: list[str]) -> list[str]:
+    """The words with what follows a "--", which holds no options, in front."""
+    if "--" not in words:
+        return words
+    place = words.index("--")
+    options, own = words[:place], words[place + 1 :]
+    dashed = next((word for word in own if word.startswith("-")), None)
+    if dashed is not None:
+        raise MisspeltError(
+            f"{dashed!r} comes after --, where nothing is an option; put options before it, and"
+            f" write a name that starts with a hyphen as ./{dashed}"
+        )
+    return own + options
 
 
 def _print_help(words: list[str], commands: dict[str, Command], about: str) -> None:
@@ -128,7 +152,7 @@ def _parse_command(name: str, command: Command, words: list[str]) -> Parsed | No
             return None
         raise MisspeltError(_incomplete(name, command, options, words)) from None
     if unknown:
-        raise MisspeltError(_unknown_words(name, options, unknown))
+        raise MisspeltError(_unknown_words(name, command, options, unknown, words))
     return found[0]
 
 
@@ -226,9 +250,14 @@ def _unknown_command(name: str, commands: Iterable[str]) -> str:
     )
 
 
-def _unknown_words(name: str, options: list[str], unknown: Sequence[str]) -> str:
-    wrong = next((word for word in unknown if word.startswith("-") and not _is_number(word)), None)
+def _unknown_words(
+    name: str, command: Command, options: list[str], unknown: Sequence[str], words: Sequence[str]
+) -> str:
+    wrong = next((word for word in unknown if _like_an_option(word)), None)
     if wrong is None:
+        flag = _flag_before(unknown[0], command, words)
+        if flag is not None:
+            return f"{flag} takes no value: leave {unknown[0]!r} out {_see(name)}"
         return (
             f"{unknown[0]!r} is one word too many for klrl {name}; put a name with blanks in quotes"
             f" {_see(name)}"
@@ -239,22 +268,35 @@ def _unknown_words(name: str, options: list[str], unknown: Sequence[str]) -> str
     near = near or difflib.get_close_matches(stem, options, n=1)
     meant = f". Perhaps you meant: --{near[0]}" if near else ""
     listed = ", ".join(f"--{option}" for option in options)
-    return f"{name} has no option {typed}{meant}; it takes {listed} {_see(name)}"
+    # one hyphen and a point or a slash: a file, more likely
+    file = f", and a file is written ./{typed}" if re.match(r"-[^-].*[./]", typed) else ""
+    return f"{name} has no option {typed}{meant}; it takes {listed}{file} {_see(name)}"
+
+
+def _flag_before(value: str, command: Command, words: Sequence[str]) -> str | None:
+    """The option without a value that a word was given to as its value, if any."""
+    hints = get_type_hints(command, include_extras=True)
+    flags = {f"--{_spelled(key)}" for key, hint in hints.items() if _is_flag(hint)}
+    for word, following in itertools.pairwise([*words, ""]):
+        option, equals, given = word.replace("_", "-").partition("=")
+        if option in flags and (given == value if equals else following == value):
+            return option
+    return None
 
 
 def _incomplete(name: str, command: Command, options: list[str], words: Sequence[str]) -> str:
     """What is missing: the value of an option, or else a word of the command's own."""
-    known = {f"--{option}" for option in options}
+    hints = get_type_hints(command, include_extras=True)
+    valued = {f"--{option}" for option in options if not _is_flag(hints[option.replace("-", "_")])}
     for word, following in itertools.pairwise([*words, None]):
         assert word is not None
-        bare = word.replace("_", "-") in known
-        if bare and (following is None or following.replace("_", "-") in known):
+        bare = word.replace("_", "-") in valued
+        if bare and (following is None or _like_an_option(following)):
             return f"{word} lacks its value {_see(name)}"
     # after an option that it does not know tyro takes no word for the command's own
-    unknown = [word for word in words if word.startswith("--") and not _known(word, options)]
+    unknown = [word for word in words if _like_an_option(word) and not _known(word, options)]
     if unknown:
-        return _unknown_words(name, options, unknown)
-    hints = get_type_hints(command, include_extras=True)
+        return _unknown_words(name, command, options, unknown, words)
     own = []
     for key, parameter in inspect.signature(command).parameters.items():
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
@@ -265,6 +307,14 @@ def _incomplete(name: str, command: Command, options: list[str], words: Sequence
     if own:
         return f"Missing: klrl {name} {' '.join(own)} {_see(name)}"
     return f"the arguments of klrl {name} cannot be read {_see(name)}"
+
+
+def _is_flag(hint: Any) -> bool:
+    return hint is bool or (get_origin(hint) is Annotated and get_args(hint)[0] is bool)
+
+
+def _like_an_option(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-") and not _is_number(word)
 
 
 def _known(word: str, options: list[str]) -> bool:

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from klrl_edu.audit.report import AuditReport
-from klrl_edu.evaluation.records import History
+from klrl_edu.evaluation.records import History, write_atomically
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.models.contract import LanguageModel, sequence_log_probs
 
@@ -79,6 +79,7 @@ _OTHER_SCRIPTS = (
     "Noto Sans Devanagari",
     "Noto Sans Thai",
 )
+_LONGEST_LABEL = 60  # characters
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 
@@ -110,8 +111,9 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         png, pdf = paths
-        figure.savefig(png)
-        figure.savefig(pdf, metadata={"CreationDate": None})  # the same bytes at every run
+        write_atomically(png, _drawn(figure, format="png"))
+        # without its date: the same bytes at every run
+        write_atomically(pdf, _drawn(figure, format="pdf", metadata={"CreationDate": None}))
     matches = [_MISSING_GLYPH.match(str(one.message)) for one in caught]
     missing = dict.fromkeys(match[1] for match in matches if match)  # both files warn of each
     if missing:
@@ -126,6 +128,13 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
         if not _MISSING_GLYPH.match(str(one.message)):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return paths
+
+
+def _drawn(figure: Figure, **options: Any) -> bytes:
+    """A picture in memory: a full disk then leaves no half of one, and says which did not fit."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _font_for(character: str) -> str:
@@ -158,13 +167,12 @@ def picture(figure: Figure, path: str | Path) -> Picture:
     """The figure of a script that is also a notebook: a notebook shows it, plain Python writes
     `path`.png and .pdf and says so.
     """
-    buffer = io.BytesIO()
     paths: tuple[Path, ...] = ()
     with publication_style():
-        figure.savefig(buffer, format="png")
+        png = _drawn(figure, format="png")
         if not hasattr(builtins, "get_ipython"):
             paths = _try_to_save(figure, Path(path))
-    return Picture(buffer.getvalue(), paths)
+    return Picture(png, paths)
 
 
 def _try_to_save(figure: Figure, path: Path) -> tuple[Path, ...]:
@@ -212,7 +220,8 @@ def plot_posterior(
         ax.barh(places, log_probs.exp().tolist(), height, label=name, color=colour)
     texts, rewards = problem.space.decode(tokens), support.rewards[order].tolist()
     labels = [
-        f"{literal(text) or '(empty)'}  (r = {r:g})" for text, r in zip(texts, rewards, strict=True)
+        f"{literal(_shortened(text)) or '(empty)'}  (r = {r:g})"
+        for text, r in zip(texts, rewards, strict=True)
     ]
     ax.set_yticks(range(len(order)), labels)
     ax.invert_yaxis()
@@ -339,6 +348,12 @@ def _match(report: AuditReport, name: str) -> tuple[str, str]:
 def literal(text: str) -> str:
     """A reader's text as matplotlib shows it letter by letter: a price in dollars is no formula."""
     return text.replace("$", r"\$")
+
+
+def _shortened(text: str) -> str:
+    """A text of many words by its beginning and its end, so that a picture has room for bars."""
+    half = _LONGEST_LABEL // 2
+    return text if len(text) <= _LONGEST_LABEL else f"{text[:half]} … {text[-half:]}"
 
 
 def _axes(ax: Axes | None) -> Axes:

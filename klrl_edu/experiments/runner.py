@@ -34,6 +34,7 @@ from klrl_edu.experiments.loading import build_model
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.recurrent import RecurrentModel
 from klrl_edu.models.restricted import restrict_to_support
+from klrl_edu.models.table import PrefixTable, SequenceTable
 from klrl_edu.models.transformer import TransformerModel
 from klrl_edu.problems.examples import EXAMPLES, example
 from klrl_edu.problems.problem import Problem
@@ -41,6 +42,7 @@ from klrl_edu.problems.tables import load_table
 
 MODELS = ("table", "lstm", "gru", "transformer")
 DeviceName = Literal["auto", "cpu", "cuda"]
+_NETWORK_DTYPE = torch.float32  # twice as fast; log-probabilities are taken in float64 anyway
 _SECONDS_BETWEEN_SAVES = 1.0
 _SAVING_SHARE = 0.02  # of a run's time, at most
 
@@ -73,7 +75,7 @@ class ProblemSource:
         """
         if self.table is None:
             return example(self.name, self.kl_coef)
-        if not self.table.exists():
+        if not self.name or not self.table.exists():
             raise InputError(
                 f"{self.name!r} is neither a file nor a standing problem ({', '.join(EXAMPLES)});"
                 " check the spelling."
@@ -94,7 +96,8 @@ class ProblemSource:
 def json_bytes(value: Any) -> bytes:
     """Strict JSON, indented, UTF-8."""
     text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode()
+    # a file's name may hold bytes that are no text; JSON writes those as \udcff
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -133,14 +136,16 @@ def build_policy(name: str, target: Posterior, seed: int) -> LanguageModel:
     problem = target.problem
     space, device = problem.space, target.enumerated().tokens.device
     allowed = feasible_prior(problem)
+    assert isinstance(allowed, SequenceTable)  # the target was enumerated
     if name == "table":
         return allowed
     network: LanguageModel
     if name == "transformer":
         size = 0 if problem.prompt is None else len(problem.prompt)
-        network = TransformerModel(space, max_prompt=size, seed=seed)
+        network = TransformerModel(space, max_prompt=size, seed=seed, dtype=_NETWORK_DTYPE)
     elif name in ("lstm", "gru"):
-        network = RecurrentModel(space, cell=cast(Literal["lstm", "gru"], name), seed=seed)
+        cell = cast(Literal["lstm", "gru"], name)
+        network = RecurrentModel(space, cell=cell, seed=seed, dtype=_NETWORK_DTYPE)
     elif ":" in name:
         network = build_model(name, space, seed)
     else:
@@ -148,7 +153,19 @@ def build_policy(name: str, target: Posterior, seed: int) -> LanguageModel:
             f"--model: invalid choice {name!r}; choose from {', '.join(MODELS)}, or give"
             " file.py:Class of a model of your own."
         )
-    return restrict_to_support(network.to(device), allowed)
+    return restrict_to_support(network.to(device), _by_prefix(allowed).for_prompt(problem.prompt))
+
+
+@torch.no_grad()
+def _by_prefix(table: SequenceTable) -> PrefixTable:
+    """The same law, with the conditionals as rows: a restriction reads them at every step, and a
+    SequenceTable would sum them over all of its sequences each time.
+    """
+    trie = table.trie
+    logits = table.logits.new_full((trie.nodes, table.space.vocab_size), -math.inf)
+    # the masses of a node's edges are the logits of its row, up to a constant
+    logits[trie.parent, trie.token] = table.edge_log_mass()
+    return PrefixTable(table.space, table.tokens, logits).requires_grad_(False)
 
 
 class RunWriter:
@@ -249,7 +266,7 @@ def load_run(directory: Path, own_model: str | None = None) -> Run:
         )
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     source, model, seed = _checked_config(directory, config)
-    state = _checked_state(directory)
+    state = _checked_state(directory, model)
     if state.get("trained_on") != source.fingerprint():
         raise InputError(
             f"{directory}: its table, kl_coef, separator or normalize is not what the policy was"
@@ -281,7 +298,9 @@ def _checked_config(directory: Path, config: dict[str, Any]) -> tuple[ProblemSou
     wrong = []
     for name, (value, kind) in wanted.items():
         bool_as_number = isinstance(value, bool) and kind is not bool  # True is an int in Python
-        if not isinstance(value, kind) or bool_as_number:
+        # a whole number beyond every float is none that `klrl train` wrote
+        too_large = isinstance(value, int) and abs(value) > 2**1000
+        if not isinstance(value, kind) or bool_as_number or too_large:
             wrong.append(name)
     if wrong:
         raise InputError(
@@ -312,7 +331,8 @@ def _table_in(directory: Path, table: object) -> Path:
 
 def check_inside(directory: Path, path: Path) -> None:
     """Refuses a link that leads out of a run."""
-    if not resolved(path).is_relative_to(resolved(directory)):
+    inside = resolved(directory, "RUN")
+    if not resolved(path, "RUN").is_relative_to(inside):
         raise InputError(
             f"{path} is a link that leads out of the run; remove it, or name another place by"
             " --out."
@@ -323,7 +343,7 @@ def _item(mapping: object, key: str) -> object:
     return mapping.get(key) if isinstance(mapping, dict) else None
 
 
-def _checked_state(directory: Path) -> dict[str, Any]:
+def _checked_state(directory: Path, model: str) -> dict[str, Any]:
     """The checkpoint's content: weights that are numbers, and the step that they are of."""
     path = directory / "policy.pt"
     if not path.exists():
@@ -334,13 +354,15 @@ def _checked_state(directory: Path) -> dict[str, Any]:
     state = load_checkpoint(path)
     weights, step = state.get("weights"), state.get("step")
     if not isinstance(weights, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+        isinstance(key, str) and _is_plain(value) for key, value in weights.items()
     ):
         raise CheckpointError(
             f"{path} holds no weights by name; take an unaltered copy, or train again."
         )
     for name, value in weights.items():
-        if bool((value.isnan() | (value == math.inf)).any()):  # −inf is a logit without mass
+        # −inf is a table's logit without mass, and no weight of a network
+        allowed = value.isfinite() | ((value == -math.inf) if model == "table" else False)
+        if not bool(allowed.all()):
             raise CheckpointError(
                 f"{path}: weights {name!r} hold NaN or infinity; take an unaltered copy, or train"
                 " again."
@@ -351,6 +373,14 @@ def _checked_state(directory: Path) -> dict[str, Any]:
             " train again."
         )
     return state
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor whose numbers are there, each in its place."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    number = value.dtype in (torch.float64, torch.float32, torch.int64)  # as `klrl train` writes
+    return number and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _model_to_run(directory: Path, model: str, own_model: str | None) -> str:

@@ -26,6 +26,7 @@ from klrl_edu.problems.problem import Problem
 from klrl_edu.problems.rewards import table_reward
 
 COLUMNS = ("sentence", "prob", "reward")
+_MAX_BYTES = 2**28  # millions of rows, more than can be enumerated
 _DELIMITERS = (",", ";", "\t")
 # 1,250: one and a quarter in Paris, more than a thousand in London
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
@@ -88,7 +89,8 @@ def load_table(
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)  # of a device there may be no end
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}; give a CSV or JSON table."
@@ -98,6 +100,8 @@ def _read(path: Path) -> str:
             f"{path} is a binary file (it holds a NUL byte at {raw.index(0)}); save the table as"
             " UTF-8 text."
         )
+    if len(raw) > _MAX_BYTES:
+        raise InputError(f"{path} holds more than {_MAX_BYTES:,} bytes; give a smaller table.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -64,10 +64,23 @@ def test_an_option_of_another_tool_gets_its_name_here(words, meant, capsys):
         ("train t --device gpu", "invalid choice 'gpu' for --device; choose from auto, cpu, cuda"),
         ("train t u", "'u' is one word too many for klrl train"),
         ("train t --nonsense", "train has no option --nonsense; it takes --model"),
+        ("train t --out -dir", "--out lacks its value"),
+        ("train -table.csv", "train has no option -table.csv; it takes --model"),
+        ("train -table.csv", "and a file is written ./-table.csv"),
+        ("train -- t --steps 1", "'--steps' comes after --, where nothing is an option"),
+        ("train t --quiet=1", "--quiet takes no value: leave '1' out"),
+        ("train t --normalize no", "--normalize takes no value: leave 'no' out"),
+        ("--tyro-print-completion", "--tyro-print-completion needs a shell: bash, zsh, tcsh"),
+        ("--tyro-print-completion zz", "needs a shell: bash, zsh, tcsh"),
+        ("--tyro-nonsense", "unknown command '--tyro-nonsense'"),
     ],
 )
 def test_what_is_missing_or_cannot_be_read_is_named(words, said, capsys):
     assert said in refused(words, capsys)
+
+
+def test_a_name_after_two_hyphens_is_a_name(capsys):
+    assert "'t' is neither a file nor" in refused("train --steps 1 -- t", capsys)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
