@@ -113,8 +113,7 @@ def resolved(out: Path, called: str = "--out") -> Path:
     try:
         return out.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a loop
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        reason = reason.rstrip(".")
+        reason = str((isinstance(error, OSError) and error.strerror) or error).rstrip(".")
         raise InputError(
             f"{called} {out} leads nowhere ({reason}); name another directory."
         ) from None

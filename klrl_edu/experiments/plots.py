@@ -79,7 +79,7 @@ _OTHER_SCRIPTS = (
     "Noto Sans Devanagari",
     "Noto Sans Thai",
 )
-_LONGEST_LABEL = 60  # characters
+_LONGEST_LABEL = 40  # characters
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 

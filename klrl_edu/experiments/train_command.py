@@ -40,6 +40,7 @@ from klrl_edu.experiments.runner import (
 from klrl_edu.learning import sources
 from klrl_edu.learning.batches import Loss, needs_of
 from klrl_edu.learning.training import SCHEDULES, comparison_metrics, train_steps
+from klrl_edu.learning.updates import optimizers_of
 from klrl_edu.models.contract import LanguageModel, readable_count
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.problem import Problem
@@ -48,9 +49,10 @@ _EVALUATIONS = 20  # exact comparisons in the course of a training run
 _MAX_NUMBERS = 50_000_000  # next-token probabilities a step: 0.4 GB a copy in float64
 _OF_A_NETWORK = 20  # what a network keeps of a token for its gradient, in such numbers
 _LOOKED_AT = 16  # sequences that training looks at first, whatever the batch
-_LR = {"table": 1e-1, "lstm": 1e-2, "gru": 1e-2, "transformer": 3e-3}
+_LR = {"table": 2e-1, "lstm": 1e-2, "gru": 1e-2, "transformer": 3e-3}
 _LR_OF_OWN = 3e-3
 _STEPS, _STEPS_OF_SUMS = 1000, 200
+_EPSILON_OF_A_TABLE = 1e-12
 _MARGIN = 1e-6  # nats: rounding and sampling near the optimum are no divergence
 
 
@@ -92,7 +94,7 @@ def train(
         kl_coef: λ, at least 0 (0: reward only; inf: the prior).
         steps: updates. By default 200 for exact, and 1000 for a loss that samples.
         batch_size: sequences a step, where the loss samples.
-        lr: Adam's learning rate; gradients are clipped to norm 1. By default 0.1 for table, 0.01
+        lr: Adam's learning rate; gradients are clipped to norm 1. By default 0.2 for table, 0.01
             for lstm and gru, 0.003 otherwise.
         schedule: of the learning rate; warmup_cosine rises for a tenth of the run, then falls to 0.
         seed: of weights and samples.
@@ -220,7 +222,7 @@ def _begin(asked: _Asked) -> _Training:
             _source(looked_up(target), loss, asked, draw),
             loss,
             steps=asked.steps,
-            lr=asked.lr,
+            optimizer=_adam(policy, loss, asked.lr),
             schedule=SCHEDULES[asked.schedule],
             max_grad_norm=1.0,
         )
@@ -240,6 +242,17 @@ def _source(problem: Problem, loss: Loss, asked: _Asked, draw: Draw) -> sources.
         return sources.on_policy(problem, asked.batch_size, draw=draw, distributions=distributions)
     whole = sources.support(problem, distributions=distributions)
     return sources.replay(whole, max(1, asked.steps))
+
+
+def _adam(policy: LanguageModel, loss: Loss, lr: float) -> list[torch.optim.Optimizer]:
+    """The loop's own Adam. A table's gradient at a sequence is of the size of its probability, and
+    would drown in the ε of 1e-8 that Adam adds to it.
+    """
+    optimizers = optimizers_of(policy, loss, None, lr)
+    if isinstance(policy, SequenceTable):
+        for group in optimizers[0].param_groups:
+            group["eps"] = _EPSILON_OF_A_TABLE
+    return optimizers
 
 
 def _opening(asked: _Asked, target: Posterior) -> str:

@@ -168,11 +168,11 @@ def test_the_defaults_reach_the_posterior_of_the_four_sentences(model, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["table", "lstm", "gru", "transformer"])
-def test_the_defaults_come_close_to_the_posterior_of_the_surnames(model, tmp_path):
+def test_the_defaults_reach_the_posterior_of_the_surnames(model, tmp_path):
     assert cli.main(["train", "surnames", "--model", model, "--out", "run", "--quiet"]) == 0
     saved = result(tmp_path / "run")
-    assert saved["end"]["reverse_kl"] < 0.05
-    assert saved["end"]["reverse_kl"] < 0.1 * saved["start"]["reverse_kl"]
+    assert saved["start"]["reverse_kl"] > 0.1
+    assert saved["end"]["reverse_kl"] < 1e-3
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_does_not(tmp_path):
