@@ -208,6 +208,7 @@ def _begin(asked: _Asked) -> _Training:
     """
     draw, loss = seeded_draw(asked.seed), find_loss(asked.loss)
     check_count(asked.steps, "steps", 0)
+    check_count(asked.batch_size, "batch_size")
     problem = asked.problem.load()
     # before the posterior, which takes its time where sentences are long
     _check_trainable(problem, asked.problem.table)
