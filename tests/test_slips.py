@@ -123,7 +123,7 @@ SLIPS = {
     ),
     "a draw that is none, in an audit": (
         lambda: klrl.audit_value(
-            klrl.kl_values.k1, PRIOR, PROBLEM, monte_carlo=4, draw=0, bound=1.0
+            klrl.kl_values.k1, PRIOR, PROBLEM, monte_carlo=40, draw=0, bound=1.0
         ),
         "draw is the number 0",
         r"draw=seeded_draw\(0\)",

@@ -547,5 +547,3 @@ def _squared_residuals(case: Case, factor: float) -> Sides:
 
 
 trust_pcl_is_balance.broken("λ in place of λ²", lambda case: _squared_residuals(case, case.kl_coef))
-
-batch_mean = losses.group_mean
