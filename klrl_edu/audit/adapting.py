@@ -1,26 +1,30 @@
 """A function of named tensors as a `Loss` or a value estimator: the names of its parameters say
 what it takes.
 
-A parameter with a default keeps it, unless `adapt` names it. Names of a Batch, of verl and of TRL
-are understood (`FIELDS`). What the libraries call `advantages` is the sequence's reward r(y),
-without KL penalty and without baseline: nothing is guessed; give `adapt={"advantages": …}` for
-another. N sequences, T tokens, V columns.
+A parameter with a default keeps it, unless `adapt` names it; a mask whose default is None gets the
+live tokens. Names of a Batch, of verl, of TRL and of OpenRLHF are understood (`FIELDS`). What the
+libraries call `advantages` is the sequence's reward r(y), without KL penalty and without baseline;
+`adapt={"advantages": "leave_one_out"}` gives another (`ADVANTAGES`), and the report says which it
+was. N sequences, T tokens, V columns.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
+from klrl_edu.estimators.advantages import centred, leave_one_out_advantage, sample_z_score
 from klrl_edu.learning.batches import Batch, needs, needs_of
 
 _NOTES = "_klrl_notes"
 Reader = Callable[[Batch], Any]
 Adapter = Mapping[str, Any] | Callable[[Batch], Mapping[str, Any]]
+Kind = Literal["gradient", "value"]
 
 
 def _mask(batch: Batch) -> Tensor:
@@ -31,8 +35,9 @@ def _sequence_reward(batch: Batch) -> Tensor:
     return batch.rewards.sum(-1)
 
 
-def _reward_at_each_token(batch: Batch) -> Tensor:
-    return batch.rewards.sum(-1, keepdim=True).expand_as(batch.rewards) * batch.live
+def _at_each_token(of_sequence: Reader) -> Reader:
+    """A number a sequence [N] on each of its live tokens [N,T]."""
+    return lambda batch: of_sequence(batch)[:, None] * batch.live
 
 
 def _log_ratio(batch: Batch) -> Tensor:
@@ -71,6 +76,13 @@ _VERL: dict[str, Reader] = {
     **_fields(_attribute("rewards"), "token_level_rewards", "token_level_scores"),
     **_fields(_mask, "response_mask", "eos_mask"),
 }
+_OPENRLHF: dict[str, Reader] = {
+    **_fields(_attribute("log_probs"), "action_log_probs"),
+    **_fields(_attribute("prior_log_probs"), "base_action_log_probs", "log_probs_base"),
+    # rollout_log_probs and old_log_probs are verl's names too
+    **_fields(_attribute("behaviour_log_probs"), "old_action_log_probs"),
+    **_fields(_mask, "action_mask", "loss_mask"),
+}
 _TRL: dict[str, Reader] = {
     **_fields(_attribute("log_probs"), "per_token_logps"),
     **_fields(_attribute("prior_log_probs"), "ref_per_token_logps"),
@@ -78,24 +90,108 @@ _TRL: dict[str, Reader] = {
     **_fields(_mask, "completion_mask"),
     "beta": _one_kl_coef,  # a number there
 }
-FIELDS: dict[str, Reader] = {**_OWN, **_VERL, **_TRL, "advantages": _sequence_reward}
+FIELDS: dict[str, Reader] = {
+    **_OWN,
+    **_VERL,
+    **_TRL,
+    **_OPENRLHF,
+    "advantages": _sequence_reward,
+}
 """Parameter name -> what a function gets for it: [N,T] per token, with 0 after EOS; `rewards` has a
 whole-sequence reward on the last live token; `advantages` is r(y), [N] as in TRL, or [N,T] on every
-live token where another parameter has a name of verl's.
+live token where another parameter has a name of verl's or of OpenRLHF's.
 """
+_MASKS = tuple(name for name, reader in FIELDS.items() if reader is _mask)
+
+
+class _Advantage(NamedTuple):
+    """What stands for `advantages`: of a sequence [N], and the same in words."""
+
+    of_sequence: Reader
+    words: str
+
+
+ADVANTAGES: dict[str, _Advantage] = {
+    "reward": _Advantage(
+        _sequence_reward, "the sequence's reward r(y), without baseline and KL penalty"
+    ),
+    "group_mean": _Advantage(
+        lambda batch: centred(_sequence_reward(batch), batch.group),
+        "r(y) less the mean of its group, itself included, without KL penalty",
+    ),
+    "leave_one_out": _Advantage(
+        lambda batch: leave_one_out_advantage(_sequence_reward(batch), batch.group),
+        "r(y) less the mean of the others in its group, without KL penalty",
+    ),
+    "z_score": _Advantage(
+        lambda batch: sample_z_score(_sequence_reward(batch), batch.group),
+        "the z-score of r(y) in its group, (r − mean)/(std + 1e-4) with n − 1 in the std, without"
+        " KL penalty",
+    ),
+}
+"""The ready-made advantages that `adapt` takes by name, of the sequences of one group (prompt)."""
+
+# an estimator of KL reads none of these
+_OF_LOSSES = {
+    "advantages",
+    "rewards",
+    "token_level_rewards",
+    "token_level_scores",
+    "kl_coef",
+    "beta",
+}
+_LOG_RATIOS = ("u", "log_ratio", "log_ratios", "logratio", "logr", "token_log_ratio")
+_LOSS_WORDS = ("loss", "gradient")
+_VALUE_WORDS = (
+    "kl",
+    "k1",
+    "k2",
+    "k3",
+    "divergence",
+    "divergences",
+    "penalty",
+    "estimator",
+    "estimators",
+)
+
+
+def kind_of(function: Callable[..., Any]) -> Kind | None:
+    """Whether a function is a loss ("gradient") or an estimator of a divergence ("value"), where
+    its names decide; None where they do not.
+    """
+    return kind_and_reason(function)[0]
+
+
+def kind_and_reason(function: Callable[..., Any]) -> tuple[Kind | None, str]:
+    """`kind_of`, and what decided it, in words."""
+    named = list(parameters_of(function).values())
+    if named and _is_batch(named[0]):
+        return "gradient", "it takes a Batch"
+    for parameter in named:
+        if parameter.name in _OF_LOSSES:
+            return "gradient", f"its parameter {parameter.name}"
+    own = name_of(function).lower()
+    whole = f"{getattr(function, '__module__', '')}.{own}".lower()
+    for word in _LOSS_WORDS:
+        if word in whole:
+            return "gradient", f"{word!r} in its {'name' if word in own else 'module'}"
+    if named and named[0].name in _LOG_RATIOS:
+        return "value", f"its parameter {named[0].name}"
+    for word in _VALUE_WORDS:
+        # as a word of its own: "kl" is in "klrl", too
+        if word in re.split(r"[\W_]+", whole):
+            return "value", f"{word!r} in its {'name' if word in own else 'module'}"
+    return None, ""
 
 
 def takes_a_batch(function: Callable[..., Any]) -> bool:
-    """Whether the first required parameter is a Batch: by annotation, or the only one and not the
-    name of a field.
+    """Whether a Batch is all that a function wants: its only required parameter is called or
+    annotated one, or has no name of a field.
     """
     required = _required(function)
-    if not required:
-        return True
-    first = required[0]
-    if first.annotation is Batch or first.annotation in ("Batch", "klrl_edu.Batch"):
-        return True
-    return len(required) == 1 and first.name not in FIELDS
+    if len(required) != 1:
+        return not required
+    return _is_batch(required[0]) or required[0].name not in FIELDS
 
 
 def takes_a_log_ratio(function: Callable[..., Any]) -> bool:
@@ -104,11 +200,7 @@ def takes_a_log_ratio(function: Callable[..., Any]) -> bool:
     """
     required = _required(function)
     only = required[0] if len(required) == 1 else None
-    return (
-        only is not None
-        and only.name not in {*FIELDS, "batch"}
-        and only.annotation not in (Batch, "Batch", "klrl_edu.Batch")
-    )
+    return only is not None and only.name not in FIELDS and not _is_batch(only)
 
 
 def draws_random_numbers(function: Callable[..., Any]) -> bool:
@@ -122,14 +214,14 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
     Args:
         function: of named tensors; of a tuple that it returns the first counts (verl: loss, then
             statistics).
-        adapt: a mapping parameter -> name of a field or a value, or Batch -> keyword arguments;
-            None goes by the names alone.
+        adapt: a mapping parameter -> name of a field or of ready-made advantages, function of the
+            Batch, or value; or Batch -> keyword arguments. None goes by the names alone.
 
     Raises:
         InputError: a parameter without default whose name is unknown; lists the names that are
             known.
     """
-    readers = {} if callable(adapt) else _readers(function, adapt or {})
+    readers, notes = ({}, ()) if callable(adapt) else _readers(function, adapt or {})
 
     def on_batch(batch: Batch, **draw: Draw) -> Any:
         if callable(adapt):
@@ -142,6 +234,7 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
     asked = set(needs_of(function))
     if {"log_dists", "prior_log_dists"} & set(readers):
         asked.add("distributions")
+    setattr(on_batch, _NOTES, notes)
     return needs(*asked)(on_batch)
 
 
@@ -158,7 +251,10 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _readers(function: Callable[..., Any], adapt: Mapping[str, Any]) -> dict[str, Reader]:
+def _readers(
+    function: Callable[..., Any], adapt: Mapping[str, Any]
+) -> tuple[dict[str, Reader], tuple[str, ...]]:
+    """What each parameter gets, and what must be said of it."""
     parameters = parameters_of(function)
     unknown = [name for name in adapt if name not in parameters]
     if unknown:
@@ -166,26 +262,60 @@ def _readers(function: Callable[..., Any], adapt: Mapping[str, Any]) -> dict[str
             f"adapt names {unknown[0]!r}, which is no parameter of {name_of(function)}; it has"
             f" {', '.join(parameters) or 'none'}."
         )
-    verl = any(name in _VERL for name in parameters)
+    # those two keep an advantage a token, TRL one a sequence
+    per_token = any(name in _VERL or name in _OPENRLHF for name in parameters)
     readers: dict[str, Reader] = {}
+    notes: list[str] = []
     for name, parameter in parameters.items():
-        if name in adapt:
-            readers[name] = _reader_of(adapt[name])
-        elif parameter.default is not parameter.empty or name == "draw":
+        chosen = adapt.get(name, "reward" if name == "advantages" else None)
+        missing = parameter.default is parameter.empty
+        if isinstance(chosen, str) and chosen in ADVANTAGES and (missing or name in adapt):
+            readers[name], note = _advantages(name, chosen, per_token)
+            another = (
+                "" if name in adapt else f"; adapt={{{name!r}: 'leave_one_out'}} gives another"
+            )
+            notes.append(f"{note}{another}.")
+        elif name in adapt:
+            readers[name] = _reader_of(chosen)
+        elif parameter.default is None and name in _MASKS:
+            readers[name] = _mask
+            notes.append(
+                f"{name}: the live tokens, and not its default None, with which padding counts."
+            )
+        elif not missing or name == "draw":
             continue
+        elif _is_batch(parameter):
+            readers[name] = lambda batch: batch
         elif name in FIELDS:
-            readers[name] = _reward_at_each_token if name == "advantages" and verl else FIELDS[name]
+            readers[name] = FIELDS[name]
         else:
             raise InputError(
                 f"{name_of(function)} takes {name!r}, which is not understood; rename it, give it a"
                 f" default, or say what it is: adapt={{{name!r}: a value or a name}}. Known names:"
                 f" {', '.join(FIELDS)}."
             )
-    return readers
+    return readers, tuple(notes)
+
+
+def _advantages(name: str, chosen: str, per_token: bool) -> tuple[Reader, str]:
+    """Ready-made advantages in the shape that is wanted, and what they are."""
+    of_sequence, words = ADVANTAGES[chosen]
+    if per_token:
+        return _at_each_token(of_sequence), f"{name}: {words}, on every live token"
+    return of_sequence, f"{name}: {words}"
 
 
 def _reader_of(given: Any) -> Reader:
-    return FIELDS[given] if isinstance(given, str) and given in FIELDS else lambda batch: given
+    if isinstance(given, str) and given in FIELDS:
+        return FIELDS[given]
+    if callable(given):
+        read: Reader = given
+        return read
+    return lambda batch: given
+
+
+def _is_batch(parameter: inspect.Parameter) -> bool:
+    return parameter.name == "batch" or parameter.annotation in (Batch, "Batch", "klrl_edu.Batch")
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

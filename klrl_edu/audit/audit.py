@@ -264,7 +264,7 @@ def audit_value(
     if behaviour is None and len(each) == 1:
         bias = float(found["mean"] - targets["reverse_kl"])
         notes += tuple(missing_mass_notes(subject.name, scene.views[0].missed, bias))
-    found["notes"] = (*notes, *found["notes"])
+    found["notes"] = (*notes, *notes_of(subject.function), *found["notes"])
     parts = found.pop("parts", None)
     if parts is not None:
         found["distances"] = {n: distance_interval(parts, other) for n, other in targets.items()}

@@ -250,9 +250,9 @@ class AuditReport:
         return "\n".join(
             [
                 self.verdict,
+                *(f"Note: {note}" for note in self.notes),
                 *self._lines(),
                 text_table(*self._table()),
-                *(f"Note: {note}" for note in self.notes),
             ]
         )
 
@@ -260,7 +260,7 @@ class AuditReport:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
         notes = "".join(f"<p><em>{html.escape(note)}</em></p>" for note in self.notes)
         head = f"<p><strong>{html.escape(self.verdict)}</strong></p>"
-        return f"{head}{lines}{html_table(*self._table())}{notes}"
+        return f"{head}{notes}{lines}{html_table(*self._table())}"
 
     def _lines(self) -> list[str]:
         """Mean, moments and means of computing, a line each."""

@@ -4,6 +4,7 @@ policy.
 E_μ[∇loss] for μ = π, then older ones;    staleness = KL(π‖μ) in nats a sequence                 (1)
 """
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from klrl_edu.audit.adapting import Adapter
 from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient
+from klrl_edu.audit.comparisons import Other
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.verdict import nearest_target
 from klrl_edu.core import logspace
@@ -20,7 +22,7 @@ from klrl_edu.core.errors import InputError
 from klrl_edu.evaluation.records import jsonable
 from klrl_edu.learning.batches import Loss
 from klrl_edu.models.contract import LanguageModel, enumerate_support, sequence_log_probs
-from klrl_edu.problems.problem import Problem
+from klrl_edu.problems.problem import Problem, check_problems
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class StalenessReport:
         behaviour policy.
         """
         first = self.rows[0].report
-        return nearest_target(first.mean, first.targets)[0]
+        # a target of 0 is near to any small mean, and no relative bias for it means anything
+        compared = {n: t for n, t in first.targets.items() if n not in first.zero_targets}
+        return nearest_target(first.mean, compared or first.targets)[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as strict JSON: target, and a row each with label, divergence and the
@@ -67,11 +71,23 @@ class StalenessReport:
         return {"target": self.target, "rows": jsonable(rows)}
 
     def __str__(self) -> str:
-        verdicts = "\n".join(f"{row.label}: {row.report.verdict}" for row in self.rows)
-        return f"{text_table(*self._table())}\n{verdicts}"
+        verdicts = [f"{row.label}: {row.report.verdict}" for row in self.rows]
+        return "\n".join([text_table(*self._table()), *verdicts, *self._notes()])
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        notes = "".join(f"<p><em>{html.escape(note)}</em></p>" for note in self._notes())
+        return f"{html_table(*self._table())}{notes}"
+
+    def _notes(self) -> list[str]:
+        """What else must be known, once where it is of every row, else with the rows' labels."""
+        labels: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.report.notes:
+                labels.setdefault(note, []).append(row.label)
+        return [
+            f"Note: {note}" if len(of) == len(self.rows) else f"Note ({', '.join(of)}): {note}"
+            for note, of in labels.items()
+        ]
 
     def _table(self) -> tuple[list[str], list[list[Cell]]]:
         header = [
@@ -90,29 +106,41 @@ class StalenessReport:
             row.label,
             row.divergence,
             report.bias[target],
-            report.relative_bias[target],
-            report.cosine[target],
+            *self._or_zero(report),
             report.variance,
         ]
+
+    def _or_zero(self, report: AuditReport) -> list[Cell]:
+        """Relative bias and cosine, which mean nothing beside a target of 0."""
+        if self.target in report.zero_targets:
+            return ["the target is 0 here", None]
+        return [report.relative_bias[self.target], report.cosine[self.target]]
 
 
 def audit_staleness(
     loss: Loss | Callable[..., Any],
     policy: LanguageModel,
-    problem: Problem,
+    problem: Problem | Sequence[Problem],
     behaviours: Mapping[str, LanguageModel] | Sequence[LanguageModel],
     *,
     batch_size: int = 1,
     adapt: Adapter | None = None,
+    against: Other | Mapping[str, Other] | None = None,
+    micro_batches: int | None = None,
+    ordered: bool = False,
     max_executions: int = MAX_EXECUTIONS,
 ) -> StalenessReport:
     """The exact bias and variance of a loss under each of several policies that may have drawn its
     batches.
 
     Args:
-        loss, policy, problem, batch_size, adapt, max_executions: as for `audit_gradient`.
+        loss, policy, problem, batch_size, adapt, against, micro_batches, ordered, max_executions:
+            as for `audit_gradient`.
         behaviours: label -> μ, freshest first, each on π's support; without labels they are
             numbered from 0.
+
+    Returns:
+        A row a behaviour policy; of several problems KL(π‖μ) is the mean.
 
     Raises:
         InputError: no behaviour policy, and what `audit_gradient` raises.
@@ -128,16 +156,20 @@ def audit_staleness(
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "adapt": adapt,
+        "against": against,
+        "micro_batches": micro_batches,
+        "ordered": ordered,
         "max_executions": max_executions,
     }
     reports = {
         label: audit_gradient(loss, policy, problem, behaviour=model, **options)
         for label, model in named.items()
     }
-    rows = [
-        StalenessRow(label, _divergence(policy, named[label], problem), report)
-        for label, report in reports.items()
-    ]
+    problems = check_problems(problem)
+    rows = []
+    for label, report in reports.items():
+        each = [_divergence(policy, named[label], one) for one in problems]
+        rows.append(StalenessRow(label, sum(each) / len(each), report))
     return StalenessReport(tuple(rows))
 
 
