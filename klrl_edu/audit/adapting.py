@@ -203,6 +203,14 @@ def takes_a_log_ratio(function: Callable[..., Any]) -> bool:
     return only is not None and only.name not in FIELDS and not _is_batch(only)
 
 
+def needed_of(function: Callable[..., Any]) -> list[str]:
+    """The parameters that nothing is known of, for `adapt` to say what they are."""
+    if takes_a_batch(function) or takes_a_log_ratio(function):
+        return []
+    known = [p for p in _required(function) if p.name in FIELDS or _is_batch(p)]
+    return [p.name for p in _required(function) if p not in known]
+
+
 def draws_random_numbers(function: Callable[..., Any]) -> bool:
     """Whether a parameter is called `draw`."""
     return "draw" in parameters_of(function)

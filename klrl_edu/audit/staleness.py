@@ -18,6 +18,7 @@ from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.verdict import nearest_target
 from klrl_edu.core import logspace
 from klrl_edu.core.display import Cell, html_table, text_table
+from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.evaluation.records import jsonable
 from klrl_edu.learning.batches import Loss
@@ -129,13 +130,15 @@ def audit_staleness(
     micro_batches: int | None = None,
     ordered: bool = False,
     max_executions: int = MAX_EXECUTIONS,
+    monte_carlo: int | None = None,
+    draw: Draw | None = None,
 ) -> StalenessReport:
     """The exact bias and variance of a loss under each of several policies that may have drawn its
     batches.
 
     Args:
-        loss, policy, problem, batch_size, adapt, against, micro_batches, ordered, max_executions:
-            as for `audit_gradient`.
+        loss, policy, problem, batch_size, adapt, against, micro_batches, ordered, max_executions,
+            monte_carlo, draw: as for `audit_gradient`.
         behaviours: label -> μ, freshest first, each on π's support; without labels they are
             numbered from 0.
 
@@ -160,6 +163,8 @@ def audit_staleness(
         "micro_batches": micro_batches,
         "ordered": ordered,
         "max_executions": max_executions,
+        "monte_carlo": monte_carlo,
+        "draw": draw,
     }
     reports = {
         label: audit_gradient(loss, policy, problem, behaviour=model, **options)

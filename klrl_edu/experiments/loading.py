@@ -33,6 +33,16 @@ from klrl_edu.models.contract import LanguageModel
 
 _ROOMS = ("estimators", "learning")  # where functions of this package are looked for
 _NO_LOSSES = ("penalised_reward",)  # what the losses are made of
+# what `klrl audit --list` names: files of losses and of estimators of divergences
+_AUDITED = {
+    "losses": "learning",
+    "kl_gradients": "estimators",
+    "kl_values": "estimators",
+    "divergences": "estimators",
+    "top_k": "estimators",
+}
+# a ratio of two sums, two coefficients, and a loss made of a function that no command line gives
+_NOT_AUDITED = (*_NO_LOSSES, "kl_per_token", "best_coefficient", "fitted_coefficient", "f_dpg")
 _CALL = re.compile(r"(?P<name>[^(]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 
 
@@ -80,6 +90,18 @@ def find_function(target: str) -> Callable[..., Any]:
         return _own_function(target)
     found = find_object(target)
     return _made(found, target, {}) if inspect.isclass(found) else found
+
+
+def audited_functions() -> dict[str, Callable[..., Any]]:
+    """The package's own losses and estimators, by the names that `klrl audit` takes."""
+    found = {}
+    for file, room in _AUDITED.items():
+        module = importlib.import_module(f"klrl_edu.{room}.{file}")
+        for name, function in vars(module).items():
+            own = getattr(function, "__module__", None) == module.__name__
+            if own and inspect.isfunction(function) and name[0] != "_" and name not in _NOT_AUDITED:
+                found[f"{file}.{name}"] = function
+    return found
 
 
 def build_model(target: str, space: SequenceSpace, seed: int) -> LanguageModel:
@@ -216,9 +238,14 @@ def _own_function(target: str) -> Callable[..., Any]:
             function = getattr(importlib.import_module(f"klrl_edu.{room}.{file}"), name, None)
             if callable(function):
                 return function
+    known = audited_functions()
+    # by its whole name, or without its file's
+    spelt = {**{one: one for one in known}, **{one.partition(".")[2]: one for one in known}}
+    near = difflib.get_close_matches(target, spelt, n=1)
+    meant = f"; did you mean {spelt[near[0]]}?" if near else ";"
     raise InputError(
-        f"{target!r} is no function of this package; give one such as kl_values.k3 or losses.rloo,"
-        " or module:function, file.py:function."
+        f"{target!r} is no function of this package{meant} klrl audit --list names them; or give"
+        " module:function, file.py:function."
     )
 
 

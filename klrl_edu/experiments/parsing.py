@@ -50,6 +50,10 @@ _SYNONYMS = {
     "kind": "type",
     "problem": "table task",
     "max-executions": "limit max",
+    "behaviour": "behavior sampler rollout",
+    "stale": "staleness lag",
+    "against": "versus vs other",
+    "micro-batches": "micro-batch accumulation gradient-accumulation-steps",
 }
 
 
@@ -200,7 +204,8 @@ def _argument(hint: Any, parameter: inspect.Parameter, command: str) -> Any:
         return Annotated[(hint, *kept)] if kept else hint
     if parameter.default is None:  # the docstring says what happens by default
         kept.append(tyro.conf.arg(help_behavior_hint=""))
-    plain = _without_none(hint)
+    repeatable = get_origin(hint) is tuple
+    plain = get_args(hint)[0] if repeatable else _without_none(hint)
     word = next((mark.metavar for mark in marks if isinstance(mark, Word)), None)
     place = word or parameter.name if positional else f"--{_spelled(parameter.name)}"
     spec = PrimitiveConstructorSpec[Any](
@@ -210,6 +215,9 @@ def _argument(hint: Any, parameter: inspect.Parameter, command: str) -> Any:
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
     )
+    if repeatable:
+        each = Annotated[(plain, spec)]
+        return Annotated[(tuple[each, ...], tyro.conf.UseAppendAction, *kept)]  # type: ignore[valid-type]
     return Annotated[(hint, spec, *kept)]
 
 

@@ -9,6 +9,7 @@ import builtins
 import io
 import math
 import re
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from klrl_edu.audit.report import AuditReport
+from klrl_edu.audit.staleness import StalenessReport
+from klrl_edu.audit.verdict import LOWERS, RAISES, direction
 from klrl_edu.evaluation.records import History, write_atomically
 from klrl_edu.exact.posterior import Posterior
 from klrl_edu.models.contract import LanguageModel, sequence_log_probs
@@ -80,6 +83,8 @@ _OTHER_SCRIPTS = (
     "Noto Sans Thai",
 )
 _LONGEST_LABEL = 40  # characters
+_FEW_ENTRIES = 12  # of a gradient that are drawn by name
+_LABEL_WIDTH, _ENTRY_WIDTH = 24, 32  # characters
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 
@@ -293,24 +298,23 @@ def plot_lines(
 
 def plot_audit(report: AuditReport, ax: Axes | None = None) -> Axes:
     """A bar a target: for a gradient the cosine to its mean, for a value the targets beside the
-    mean; with the relative bias in words.
+    mean; with the relative bias in words. A gradient whose mean is 0 has no angle: then what the
+    targets would be, entry by entry.
 
     Args:
         report: of `audit_gradient` or `audit_value`.
     """
     ax = _axes(ax)
-    names, value = list(report.targets), len(report.mean) == 1
+    if not report.is_value and float(report.mean.norm()) <= report.rounding:
+        return _plot_zero_mean(report, ax)
+    names, value = list(report.targets), report.is_value
     if value:
         lengths = [float(target) for target in report.targets.values()]
     else:
         lengths = list(report.cosine.values())
     shown = [length if math.isfinite(length) else 0.0 for length in lengths]
     ax.barh(range(len(names)), shown, 0.6, color=[_match(report, name)[1] for name in names])
-    labels = [
-        name.replace("_per_token", "\nper token").replace("_kl", " KL").replace("_", " ")
-        for name in names
-    ]
-    ax.set_yticks(range(len(names)), labels)
+    ax.set_yticks(range(len(names)), [_target_label(name) for name in names])
     ax.invert_yaxis()
     ax.axvline(0, color=BLACK, linewidth=0.8)
     if value:
@@ -333,16 +337,96 @@ def plot_audit(report: AuditReport, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _plot_zero_mean(report: AuditReport, ax: Axes) -> Axes:
+    """The mean 0 beside what the first target that is not 0 is in every entry; where entries are
+    many or have no names, beside the length of every target.
+    """
+    nonzero = [name for name in report.targets if not _is_zero(report, name)]
+    if report.entries and len(report.entries) <= _FEW_ENTRIES and nonzero:
+        labels = [
+            literal(textwrap.shorten(entry, _ENTRY_WIDTH, placeholder=" …")) or "(empty)"
+            for entry in report.entries
+        ]
+        lengths, words = report.targets[nonzero[0]].tolist(), f"what {direction(nonzero[0])}"
+        ax.set_xlabel(f"derivative by {report.coordinates}, to descend")
+    else:
+        labels = [_target_label(name) for name in report.targets]
+        lengths, words = [float(target.norm()) for target in report.targets.values()], "target"
+        ax.set_xlabel("length of a gradient")
+    places = range(len(labels))
+    shown = [length if math.isfinite(length) else 0.0 for length in lengths]
+    ax.barh(places, shown, 0.6, color=PRIOR_COLOUR, label=words)
+    ax.plot([0.0] * len(labels), places, "o", color=POSTERIOR_COLOUR, label="E[gradient], 0 here")
+    ax.set_yticks(places, labels)
+    ax.invert_yaxis()
+    ax.axvline(0, color=BLACK, linewidth=0.8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    return ax
+
+
+def plot_staleness(report: StalenessReport, ax: Axes | None = None) -> Axes:
+    """A bar a behaviour policy: the relative bias for the target that the loss follows under the
+    first, with KL(π‖μ) and the variance in words.
+
+    Args:
+        report: of `audit_staleness`.
+    """
+    ax = _axes(ax)
+    biases = [row.report.relative_bias[report.target] for row in report.rows]
+    shown = [100 * bias if math.isfinite(bias) else 0.0 for bias in biases]
+    ax.barh(range(len(shown)), shown, 0.6, color=POSTERIOR_COLOUR)
+    labels = [f"{literal(row.label)}\nKL(π‖μ) = {row.divergence:.3g} nats" for row in report.rows]
+    ax.set_yticks(range(len(shown)), labels)
+    ax.invert_yaxis()
+    for place, row in enumerate(report.rows):
+        ax.annotate(
+            f"{_match(row.report, report.target)[0]}\nvariance {row.report.variance:.3g}",
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
+    ax.set_xlim(0, max([*shown, 1.0]))
+    ax.set_xlabel(f"bias in % of {report.target}")
+    return ax
+
+
+def _target_label(name: str) -> str:
+    """A target's name over as many lines as a picture's margin wants."""
+    words = name.replace("_per_token", "\nper token").replace("_kl", " KL")
+    if name in RAISES or name in LOWERS:
+        return words.replace("_", " ")
+    return literal(textwrap.fill(name, _LABEL_WIDTH))  # a file's or a function's: as it is spelt
+
+
+def _is_zero(report: AuditReport, name: str) -> bool:
+    return name in report.zero_targets or not bool(report.targets[name].any())
+
+
 def _match(report: AuditReport, name: str) -> tuple[str, str]:
     """How well a report's mean meets a target, in words and as a colour."""
+    if _is_zero(report, name):
+        return "0 here", PRIOR_COLOUR
+    size = float(report.targets[name].norm())
+    if report.distances is not None:
+        return _sampled_match(*report.distances[name], size)
     bias, scale = report.relative_bias[name], report.scale[name]
-    if bias < report.precision:
+    if bias * size <= report.rounding + report.precision * size:
         return "unbiased", POSTERIOR_COLOUR
     # a gradient that is only too long or too short is off by |scale − 1| of its target, no more
     scaled = abs(bias - abs(scale - 1)) < report.precision * bias
     if len(report.mean) > 1 and scaled:
         return f"{scale:.4g} × exactly", SKY
     return "infinite" if math.isinf(bias) else f"off by {100 * bias:.3g} %", PRIOR_COLOUR
+
+
+def _sampled_match(low: float, high: float, size: float) -> tuple[str, str]:
+    """The same where draws leave a distance between two numbers open."""
+    if math.isinf(size):
+        return "infinite", PRIOR_COLOUR
+    if low == 0:
+        return f"may be it, to {100 * high / size:.3g} %", SKY
+    return f"off by {100 * low / size:.3g} to {100 * high / size:.3g} %", PRIOR_COLOUR
 
 
 def literal(text: str) -> str:
