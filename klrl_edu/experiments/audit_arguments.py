@@ -48,7 +48,8 @@ def problems_of(names: Sequence[str], kl_coefs: Sequence[float]) -> list[Problem
                 f"--problem is given {len(names)} times and --kl-coef {len(kl_coefs)} times; give"
                 " one --kl-coef for all problems, or one each in their order."
             )
-    names, kl_coefs = (list(given) * (count // len(given)) for given in (names, kl_coefs))
+    names = list(names) * (count // len(names))
+    kl_coefs = list(kl_coefs) * (count // len(kl_coefs))
     first = ProblemSource(names[0], kl_coefs[0]).load()
     others = [_beside(first, names[0], *pair) for pair in zip(names[1:], kl_coefs[1:], strict=True)]
     return [first, *others]

@@ -94,7 +94,7 @@ def find_function(target: str) -> Callable[..., Any]:
 
 def audited_functions() -> dict[str, Callable[..., Any]]:
     """The package's own losses and estimators, by the names that `klrl audit` takes."""
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for file, room in _AUDITED.items():
         module = importlib.import_module(f"klrl_edu.{room}.{file}")
         for name, function in vars(module).items():

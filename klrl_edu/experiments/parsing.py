@@ -216,8 +216,8 @@ def _argument(hint: Any, parameter: inspect.Parameter, command: str) -> Any:
         str_from_instance=lambda value: [str(value)],
     )
     if repeatable:
-        each = Annotated[(plain, spec)]
-        return Annotated[(tuple[each, ...], tyro.conf.UseAppendAction, *kept)]  # type: ignore[valid-type]
+        each: Any = Annotated[(plain, spec)]
+        return Annotated[(tuple[each, ...], tyro.conf.UseAppendAction, *kept)]
     return Annotated[(hint, spec, *kept)]
 
 

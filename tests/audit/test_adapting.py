@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from klrl_edu.audit.adapting import FIELDS, adapted
+from klrl_edu.audit.adapting import ADVANTAGES, FIELDS, adapted, kind_and_reason, kind_of, notes_of
 from klrl_edu.audit.audit import audit_gradient, audit_value
 from klrl_edu.core.errors import InputError
+from klrl_edu.estimators import divergences, kl_gradients, kl_values, top_k
 from klrl_edu.learning import losses
 from klrl_edu.learning.batches import Batch, score_batch
 from tests.audit.scenes import MU, answers, answers_policy, k2_loss
@@ -226,3 +227,165 @@ def test_old_log_probs_are_the_behaviour_policys():
 def test_an_adapted_loss_is_a_loss_for_training():
     batch = score_batch(answers_policy(), [answers()], [answers().prior.tokens])
     assert adapted(trl_loss, None)(batch).shape == ()
+
+
+class PolicyLoss(nn.Module):
+    """As OpenRLHF's: a mask that may be left out, an advantage a token, and a statistic."""
+
+    def forward(self, log_probs, old_log_probs, advantages, action_mask=None):
+        assert advantages.shape == log_probs.shape
+        per_token = -(log_probs - old_log_probs).exp() * advantages
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        return (per_token * mask).sum() / mask.sum(), mask.sum()
+
+
+def test_openrlhf_names_are_understood():
+    def penalty(action_log_probs, base_action_log_probs, action_mask):
+        return (action_log_probs - base_action_log_probs) * action_mask
+
+    def approximate(log_probs, log_probs_base, old_action_log_probs, loss_mask):
+        return (log_probs - log_probs_base) * loss_mask + 0 * old_action_log_probs
+
+    for estimator in (penalty, approximate):
+        assert value(estimator, batch_size=2).relative_bias["reverse_kl"] < 1e-12
+
+
+def test_a_mask_that_may_be_none_is_given_and_said():
+    """Without it the mean would run over padding too."""
+
+    def by_hand(batch):
+        reward = batch.rewards.sum(-1, keepdim=True)
+        ratio = (batch.log_probs - batch.behaviour_log_probs).exp()
+        return -(ratio * reward * batch.live).sum() / batch.live.sum()
+
+    report = gradient(PolicyLoss(), batch_size=2)
+    assert torch.equal(report.mean, gradient(by_hand, batch_size=2).mean)
+    assert report.notes[1].startswith("action_mask: the live tokens, and not its default None")
+    unmasked = gradient(PolicyLoss(), batch_size=2, adapt={"action_mask": None})
+    assert not torch.allclose(unmasked.mean, report.mean, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_by_name_are_those_of_each_group(name):
+    """On two problems, so that a group is less than the batch; against the formulas of the words.
+
+    [N] for TRL's names and [N,T] for verl's.
+    """
+
+    def of_trl(per_token_logps, advantages):
+        return -(advantages * per_token_logps.sum(-1)).mean()
+
+    def of_verl(log_prob, advantages, response_mask):
+        return -(advantages * log_prob * response_mask).sum() / len(log_prob)
+
+    def by_hand(batch):
+        total = 0.0
+        for g in (0, 1):
+            r, own = batch.rewards.sum(-1), batch.group == g
+            r, log_prob = r[own], batch.log_probs.sum(-1)[own]
+            n, mean = len(r), r.mean()
+            others = (r.sum() - r) / (n - 1)
+            std = ((r - mean).square().sum() / (n - 1)).sqrt()
+            advantage = {
+                "reward": r,
+                "group_mean": r - mean,
+                "leave_one_out": r - others,
+                "z_score": (r - mean) / (std + 1e-4),
+            }[name]
+            total = total - (advantage * log_prob).sum()
+        return total / len(batch.rewards)
+
+    base = answers()
+    problems = [base, dataclasses.replace(base, kl_coef=2.0)]
+    policy = answers_policy()
+    expected = audit_gradient(by_hand, policy, problems, batch_size=2)
+    for function in (of_trl, of_verl):
+        adapt = {"advantages": name}
+        report = audit_gradient(function, policy, problems, batch_size=2, adapt=adapt)
+        assert torch.allclose(report.mean, expected.mean, rtol=0, atol=1e-14)
+        assert report.notes[0].startswith(f"advantages: {ADVANTAGES[name].words}")
+
+
+def test_what_stands_for_advantages_is_said_right_after_the_verdict():
+    report = gradient(trl_loss, batch_size=2)
+    note = (
+        "advantages: the sequence's reward r(y), without baseline and KL penalty;"
+        " adapt={'advantages': 'leave_one_out'} gives another."
+    )
+    assert report.notes == (note,)
+    assert str(report).splitlines()[1] == f"Note: {note}"
+    html = report._repr_html_()
+    assert html.index("without baseline") < html.index("<table>")
+    verl = gradient(verl_policy_loss, batch_size=2).notes[0]
+    assert "KL penalty, on every live token; adapt=" in verl
+    assert notes_of(adapted(trl_loss, {"advantages": 1.0})) == ()
+
+
+def test_entries_of_adapt_may_be_functions_of_the_batch():
+    def odd(lp, weight, limit):
+        return -(weight * lp.sum(-1)).mean() + 0 * limit
+
+    report = gradient(
+        odd,
+        batch_size=2,
+        adapt={
+            "lp": "log_probs",
+            "weight": lambda batch: batch.rewards.sum(-1) * ~batch.truncated,
+            "limit": lambda batch: batch.tokens.shape[1],
+        },
+    )
+
+    def by_hand(batch):
+        return -(batch.rewards.sum(-1) * ~batch.truncated * batch.log_probs.sum(-1)).mean()
+
+    assert torch.equal(report.mean, gradient(by_hand, batch_size=2).mean)
+
+
+def test_a_loss_of_a_batch_takes_adapt_for_its_other_parameters():
+    def scaled(batch, factor):
+        return factor * k2_loss(batch)
+
+    assert gradient(scaled, adapt={"factor": 3.0}).scale["reverse_kl"] == pytest.approx(3)
+    by_name = gradient(losses.grpo, batch_size=2, adapt={"epsilon": 1.0})
+    assert torch.equal(by_name.mean, gradient(partial(losses.grpo, epsilon=1.0), batch_size=2).mean)
+
+
+def test_names_decide_what_kind_of_function_it_is_where_they_can():
+    def loo32(log_prob, token_level_rewards):
+        pass
+
+    def centred(batch):
+        pass
+
+    def annotated(x: Batch):
+        pass
+
+    def my_loss(log_prob, ref_log_prob):
+        pass
+
+    def kl_penalty(logprob, ref_logprob):
+        pass
+
+    def of_ratios(log_ratio):
+        pass
+
+    def objective(b):
+        pass
+
+    def mean_of(log_prob, ref_log_prob):
+        pass
+
+    kinds = {
+        **dict.fromkeys((verl_policy_loss, trl_loss, loo32, centred, annotated), "gradient"),
+        **dict.fromkeys((my_loss, PolicyLoss(), losses.rloo, losses.exact), "gradient"),
+        **dict.fromkeys((kl_gradients.reward_k1, kl_gradients.loss_k3), "gradient"),
+        **dict.fromkeys((kl_penalty, of_ratios, kl_values.k3, kl_values.rao_blackwell), "value"),
+        **dict.fromkeys((divergences.chi_squared, top_k.top_k_truncated), "value"),
+        **dict.fromkeys((objective, mean_of, torch.exp), None),
+    }
+    for function, kind in kinds.items():
+        assert kind_of(function) == kind, function
+    assert kind_and_reason(loo32)[1] == "its parameter token_level_rewards"
+    assert kind_and_reason(kl_penalty)[1] == "'kl' in its name"
+    assert kind_and_reason(losses.rloo)[1] == "it takes a Batch"
+    assert kind_and_reason(kl_gradients.reward_k1)[1] == "'gradient' in its module"
