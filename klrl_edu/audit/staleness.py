@@ -13,7 +13,7 @@ import torch
 
 from klrl_edu.audit.adapting import Adapter
 from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient
-from klrl_edu.audit.comparisons import Other
+from klrl_edu.audit.comparisons import Against
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.verdict import nearest_target
 from klrl_edu.core import logspace
@@ -126,7 +126,7 @@ def audit_staleness(
     *,
     batch_size: int = 1,
     adapt: Adapter | None = None,
-    against: Other | Mapping[str, Other] | None = None,
+    against: Against | Mapping[str, Against] | None = None,
     micro_batches: int | None = None,
     ordered: bool = False,
     max_executions: int = MAX_EXECUTIONS,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from klrl_edu.audit.adapting import ADVANTAGES, FIELDS
-from klrl_edu.audit.comparisons import Other
+from klrl_edu.audit.comparisons import Against
 from klrl_edu.core.errors import InputError
 from klrl_edu.exact.posterior import posterior
 from klrl_edu.experiments.loading import find_function
@@ -177,14 +177,14 @@ def _meaning(word: str, value: str) -> Any:
     return value
 
 
-def against_of(words: Sequence[str]) -> dict[str, Other] | None:
+def against_of(words: Sequence[str]) -> dict[str, Against] | None:
     """label -> a loss, or the file of a report; None where nothing is said.
 
     Raises:
         InputError: no such loss.
     """
-    found: dict[str, Other] = {}
+    found: dict[str, Against] = {}
     for word in words:
-        other: Other = word if word.endswith(".json") else find_function(word)
+        other: Against = word if word.endswith(".json") else find_function(word)
         found[f"the mean of {word}"] = other
     return found or None
