@@ -6,6 +6,7 @@ A name is `module:function`, `file.py:function`, or a function of this package s
 """
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -34,6 +35,13 @@ from klrl_edu.experiments.runner import write_json
 
 _MEANT: dict[Kind, str] = {"gradient": "a loss", "value": "an estimator of KL"}
 _SUMMARY = 72  # characters of a docstring in the list
+# what messages advise, as arguments of Python -> as options
+_REMEDIES = {
+    "raise max_executions": "raise --max-executions",
+    "monte_carlo=n with draw=": "--monte-carlo N",
+    "micro_batches=k": "--micro-batches K",
+    "ordered=True": "--ordered",
+}
 _OF_LOSSES = ("against", "micro_batches", "ordered")  # options that mean nothing for a value
 
 
@@ -230,7 +238,8 @@ def _run(
     """The audit; whatever the function itself raises becomes one line."""
     try:
         return audit_it()
-    except KlrlError:
+    except KlrlError as error:
+        error.args = (_as_options(str(error)), *error.args[1:])
         raise
     except (Exception, SystemExit) as error:  # of the user's function
         meant = "loss" if kind == "gradient" else "value"
@@ -238,6 +247,13 @@ def _run(
             f"{target}{line_of(error)} failed as a {meant}: {said(error)}; try it on one Batch, or"
             " --kind."
         ) from None
+
+
+def _as_options(message: str) -> str:
+    """A message with its remedies as they are spelt on a command line."""
+    for argument, option in _REMEDIES.items():
+        message = message.replace(argument, option)
+    return re.sub(r"adapt=\{'(\w+)': [^}]*\}", r"--adapt \1=NAME", message)
 
 
 def _draw(report: AuditReport | StalenessReport, path: Path) -> None:

@@ -46,6 +46,9 @@ def policy_loss(log_prob, ref_log_prob):
 def kl_penalty(logprob, ref_logprob):
     return logprob - ref_logprob
 
+def first(batch):
+    return batch.log_probs[0].sum()
+
 def broken(batch):
     return batch.nothing
 
@@ -157,7 +160,7 @@ def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_pat
     [
         (
             ["an_audited_module:nope"],
-            "has no function 'nope'; it has centred, policy_loss, kl_penalty, broken",
+            "has no function 'nope'; it has centred, policy_loss, kl_penalty, first, broken",
         ),
         (["nowhere_at_all:f"], "there is no module 'nowhere_at_all'"),
         (["nowhere_at_all.py:f"], "there is no file nowhere_at_all.py"),
@@ -182,7 +185,13 @@ def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_pat
         (["--behaviour", "prior"], "--behaviour belongs to the audit of one function"),
         (["--batch-size", "2"], "--batch-size belongs to the audit of one function"),
         (["losses.rloo"], "batch_size >= 2"),
-        (["losses.rloo", "--batch-size", "2", "--problem", "surnames"], "500,500 multisets"),
+        (
+            ["losses.rloo", "--batch-size", "2", "--max-executions", "9"],
+            "10 multisets, more than max_executions = 9; take a smaller batch_size or space, raise"
+            " --max-executions, or sample: --monte-carlo N.",
+        ),
+        (["losses.f_dpg"], "or say what it is: --adapt pseudo_reward=NAME. Known names: tokens"),
+        (["an_audited_module:first", "--batch-size", "2"], "say --micro-batches K (it splits"),
         (["kl_values.k1", "--problem", "nope"], "neither a file nor a standing problem"),
         (["kl_values.k1", "--kind", "nope"], "kind"),
         (["kl_values.k1", "--against", "losses.rloo"], "--against is for losses"),
