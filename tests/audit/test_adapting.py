@@ -303,6 +303,8 @@ def test_advantages_by_name_are_those_of_each_group(name):
         adapt = {"advantages": name}
         report = audit_gradient(function, policy, problems, batch_size=2, adapt=adapt)
         assert torch.allclose(report.mean, expected.mean, rtol=0, atol=1e-14)
+        # a baseline of another group would leave the mean as it is
+        assert report.variance == pytest.approx(expected.variance, rel=1e-12)
         assert report.notes[0].startswith(f"advantages: {ADVANTAGES[name].words}")
 
 

@@ -229,12 +229,17 @@ def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_pat
             [*OF_ONE, "--problem", "four-sentences", "--problem", "one.csv"],
             "--problem one.csv: its sentences or their probabilities are not those of",
         ),
+        (
+            [*OF_ONE, "--problem", "one.csv", "--problem", "two.csv"],
+            "--problem two.csv: its sentences or their probabilities are not those of one.csv",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, said, tmp_path, capsys):
     (tmp_path / "does_not_import.py").write_text("import not_installed\n", encoding="utf-8")
     (tmp_path / "does_not_parse.py").write_text("def f(:\n", encoding="utf-8")
-    (tmp_path / "one.csv").write_text("sentence,prob,reward\nx,1,1\n", encoding="utf-8")
+    (tmp_path / "one.csv").write_text("sentence,prob,reward\nx,.5,1\ny,.5,0\n", encoding="utf-8")
+    (tmp_path / "two.csv").write_text("sentence,prob,reward\nx,.4,1\ny,.6,0\n", encoding="utf-8")
     assert cli.main(["audit", *arguments, "--out", "out"]) == 2
     error = capsys.readouterr().err
     assert said in error
