@@ -84,7 +84,7 @@ _OTHER_SCRIPTS = (
 )
 _LONGEST_LABEL = 40  # characters
 _FEW_ENTRIES = 12  # of a gradient that are drawn by name
-_LABEL_WIDTH, _ENTRY_WIDTH = 24, 32  # characters
+_LABEL_WIDTH = 24  # characters
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .*missing from")
 
 
@@ -343,10 +343,7 @@ def _plot_zero_mean(report: AuditReport, ax: Axes) -> Axes:
     """
     nonzero = [name for name in report.targets if not _is_zero(report, name)]
     if report.entries and len(report.entries) <= _FEW_ENTRIES and nonzero:
-        labels = [
-            literal(textwrap.shorten(entry, _ENTRY_WIDTH, placeholder=" …")) or "(empty)"
-            for entry in report.entries
-        ]
+        labels = [literal(_shortened(entry)) or "(empty)" for entry in report.entries]
         lengths, words = report.targets[nonzero[0]].tolist(), f"what {direction(nonzero[0])}"
         ax.set_xlabel(f"derivative by {report.coordinates}, to descend")
     else:
