@@ -21,9 +21,16 @@ class AuditCase(NamedTuple):
         policy: π.
         problem: with the prior q, the reward and λ.
         behaviour: the policy μ that draws the samples of what is off-policy; None where π draws.
+        others: further problems of the same prior, whose sequences stand in the same batch.
     """
 
     name: str
     policy: LanguageModel
     problem: Problem
     behaviour: LanguageModel | None = None
+    others: tuple[Problem, ...] = ()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All of them, as the audit takes them."""
+        return [self.problem, *self.others]

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.arguments import describe
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count, check_number
 from klrl_edu.models.contract import (
     LanguageModel,
     batch_prompt,
@@ -32,6 +34,8 @@ from klrl_edu.models.contract import (
 )
 from klrl_edu.problems.rewards import Reward
 
+__tracebackhide__ = True  # pytest shows the line that asserts, and no frame of this module
+
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}  # nats, by the dtype of a model's logits
 _ALL_TOKENS = 64  # spaces up to this size are checked on every sequence
 
@@ -40,6 +44,8 @@ def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
     """Sequences [N,T] that exercise a space: all of it where it has at most 64, otherwise n random
     ones of every length.
     """
+    check_count(n, "n")
+    check_count(seed, "seed", minimum=0)
     if space.size <= _ALL_TOKENS:
         return space.all_tokens()
     generator = torch.Generator().manual_seed(seed)
@@ -47,9 +53,22 @@ def example_tokens(space: SequenceSpace, n: int = 24, seed: int = 0) -> Tensor:
     if not space.eos:
         return tokens
     length = torch.randint(space.max_length, (n, 1), generator=generator)
-    # the longest and the empty one always
+    # the longest and the empty one always: most mistakes are at an end
     length[:2] = torch.tensor([[space.max_length - 1], [0]])[:n]
     return torch.where(torch.arange(space.max_length) < length, tokens, len(space.vocabulary))
+
+
+def _to_read(space: SequenceSpace, tokens: Tensor | None) -> Tensor:
+    """Sequences [N,T] for a law: the examples, or those given, at least one."""
+    if tokens is None:
+        return example_tokens(space)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not tokens.numel():
+        got = f"shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else describe(tokens)
+        raise InputError(
+            f"tokens is {got}; expected [N, T] with N at least 1, as without sequences every law"
+            " holds."
+        )
+    return tokens
 
 
 # --- laws of a language model ---------------------------------------------------------------------
@@ -78,7 +97,7 @@ def check_language_model(
     Raises:
         AssertionError: a law is broken; the message names it and where.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     check_normalised(model, prompt, tokens=tokens, tolerance=tolerance)
     check_causal(model, prompt, tokens=tokens, tolerance=tolerance)
     check_decoding(model, prompt, tokens=tokens, tolerance=tolerance)
@@ -107,7 +126,7 @@ def check_normalised(
     """Law: next-token probabilities sum to one after every prefix, and none is NaN. Arguments as in
     `check_language_model`.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     log_total = logspace.logsumexp(conditional_log_probs(model, tokens, prompt))
     zero = torch.zeros(tokens.shape, dtype=torch.float64)
     _agree(log_total, zero, "normalised: log Σ_v π(v|prefix)", model, tolerance)
@@ -123,7 +142,7 @@ def check_causal(
     """Law: row t of `forward` depends on tokens[:, :t] only; the tokens from t on are replaced and
     the row must not move.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     log_probs, columns = _read(model, tokens, prompt), model.space.vocab_size
     for t in range(model.space.max_length):
         law = f"causal: row t = {t} of forward, with other tokens from {t} on"
@@ -144,7 +163,7 @@ def check_decoding(
     """Law: step ≡ branch ≡ forward. Decodes along tokens by `step`, and beside it by `branch` into
     the true and another token.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     space, n = model.space, len(tokens)
     expected = _read(model, tokens, prompt)
     logits, state = model.start(n, batch_prompt(prompt, n))
@@ -182,7 +201,7 @@ def check_rows_independent(
     """Law: a row reads the same alone, in a batch, and after `select` has reordered and repeated
     the batch.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     rows, n = batch_prompt(prompt, len(tokens)), len(tokens)
     expected = _read(model, tokens, prompt)
     law = "rows independent of the batch"
@@ -209,7 +228,7 @@ def check_eos_absorbs(
     """Law: EOS has probability 1 after EOS and at T, and `token_log_prob` says the same as the
     conditionals.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     log_probs = conditional_log_probs(model, tokens, prompt)
     ended, last = ended_and_last(model.space, tokens)
     if model.space.eos:
@@ -231,6 +250,7 @@ def check_samples_belong(
     """Law: samples are sequences of the space (EOS absorbs, and stands at T) with positive mass.
     prompt [S] or None.
     """
+    check_count(n, "n")
     tokens = model.sample(n, draw=seeded_draw(0) if draw is None else draw, prompt=prompt)
     expected = [n, model.space.max_length]
     assert list(tokens.shape) == expected, (
@@ -256,6 +276,7 @@ def check_decoding_gradient(
     """Law: log-probabilities and gradient are the same along `step`, where training takes them, and
     by `forward`. prompt [S] or None.
     """
+    check_count(n, "n")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prompts = None if prompt is None else prompt[None]
     tokens, decoded = sample_scored(model, n, draw=seeded_draw(0), prompts=prompts)
@@ -298,7 +319,7 @@ def check_state_dict(
         fresh: builds the same model with other weights; by default a deep copy whose parameters are
             drawn anew, which cannot notice weights that are kept outside the parameters.
     """
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -312,7 +333,7 @@ def check_refuses_past_end(
     model: LanguageModel, prompt: Tensor | None = None, *, tokens: Tensor | None = None
 ) -> None:
     """Law: logits exist for positions 0 … T−1; one `step` more raises InputError."""
-    tokens = example_tokens(model.space) if tokens is None else tokens
+    tokens = _to_read(model.space, tokens)
     _, state = model.start(len(tokens), batch_prompt(prompt, len(tokens)))
     for t in range(model.space.max_length - 1):
         _, state = model.step(state, tokens[:, t])
@@ -331,7 +352,7 @@ def check_prompts(model: LanguageModel, *, tokens: Tensor | None = None) -> None
     the one it is bound to, and `start` and all that score and sample refuse what `check_prompt`
     does.
     """
-    tokens = example_tokens(model.space)[:1] if tokens is None else tokens[:1]
+    tokens = _to_read(model.space, tokens)[:1]
     some = [torch.zeros(1, length, dtype=torch.long, device=tokens.device) for length in (1, 2)]
     refused = [prompt for prompt in some if _refuses(model.check_prompt, prompt)]
     assert refused or model.reads_prompt, (
@@ -376,7 +397,7 @@ def check_causal_reward(
         prompt: [S] or None.
         tokens: [N,T]; by default `example_tokens(space)`.
     """
-    tokens = example_tokens(space) if tokens is None else tokens
+    tokens = _to_read(space, tokens)
     rows = batch_prompt(prompt, len(tokens))
     values = reward(tokens, rows)
     assert values.shape == tokens.shape, (
@@ -420,6 +441,9 @@ def _agree(
     if tolerance is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
         tolerance = TOLERANCES.get(dtype, 1e-5)
+    # a nat is a factor of e: nothing that allows it holds anybody to a law
+    rule = "in nats, at least 0 and below 1, such as 1e-12 (1e-5 in float32)"
+    tolerance = check_number(tolerance, "tolerance", rule, lambda nats: 0 <= nats < 1)
     same = torch.isclose(seen.cpu(), expected.detach().cpu(), rtol=tolerance, atol=tolerance)
     assert bool(same.all()), (
         f"{type(model).__name__} breaks the law '{law}': {_first(same, seen, expected)}; tolerance"

@@ -9,7 +9,10 @@ reads it without torch. Boucheron, Lugosi and Massart (2013), section 1.2, for t
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field
+
+from klrl_edu.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,13 @@ class Ledger:
     def record(self, assertion: str, *, false_alarm: float, detectable: float, unit: str) -> None:
         """Writes an assertion down, with the test that runs (pytest keeps its name in
         PYTEST_CURRENT_TEST).
+
+        Raises:
+            InputError: `false_alarm` is no probability, or `detectable` no finite bias.
         """
+        # one NaN would make the sum of the whole run NaN, and no bar would ever be above it
+        _check_number(false_alarm, "false_alarm", most=1.0)
+        _check_number(detectable, "detectable", most=sys.float_info.max)
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         self.entries.append(LedgerEntry(assertion, false_alarm, detectable, unit, test))
 
@@ -72,6 +81,12 @@ class Ledger:
                 f" {len(ranked) - most} more"
             )
         return lines
+
+
+def _check_number(value: float, name: str, most: float) -> None:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_real or not 0 <= value <= most:
+        raise InputError(f"{name} = {value!r} must be a number from 0 to {most:g}.")
 
 
 run = Ledger()

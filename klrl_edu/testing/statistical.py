@@ -14,6 +14,7 @@ outcome of probability 1/n, its normal approximation is wrong with probability 1
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,11 +23,15 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from klrl_edu.core.arguments import describe
 from klrl_edu.core.draws import Draw, seeded_draw
 from klrl_edu.core.errors import InputError
-from klrl_edu.core.validation import check_count
+from klrl_edu.core.numbers import as_numbers
+from klrl_edu.core.validation import check_count, check_number
 from klrl_edu.models.contract import LanguageModel, enumerate_support
 from klrl_edu.testing import ledger
+
+__tracebackhide__ = True  # pytest shows the line that asserts, and no frame of this module
 
 FALSE_ALARM = 1e-9
 MISS = 1e-6  # the probability of missing a bias as large as the one that an assertion states
@@ -74,8 +79,9 @@ def assert_samples_from(
     Raises:
         AssertionError: a sequence of mass zero, or a count that (1) refuses.
         TooLargeError: the support cannot be enumerated.
-        InputError: no model to hold them against.
+        InputError: no model to hold them against, or no samples.
     """
+    _check_false_alarm(false_alarm)
     tokens = _drawn(sampler, check_count(n, "n"), run_draw() if draw is None else draw, prompt)
     model = sampler if model is None and isinstance(sampler, LanguageModel) else model
     if model is None:
@@ -85,6 +91,8 @@ def assert_samples_from(
         )
     support = enumerate_support(model, prompt=prompt)
     index = _index_in(support.tokens, model.space.check_tokens(tokens, "samples"))
+    if not len(tokens):
+        raise InputError("samples hold no sequence, and nothing is from any model; give some.")
     probs = support.log_weights.exp().cpu().numpy()
     bins = _bins(probs, len(tokens))
     mass = np.bincount(bins, probs)
@@ -227,21 +235,25 @@ def assert_mean_is(
     Args:
         samples: [n], independent, in any unit.
         expected: μ.
-        sigma: the standard deviation of one sample, enumerated, never estimated from the samples.
+        sigma: the standard deviation of one sample, enumerated, never estimated from the samples;
+            above 0, as a constant is no matter of chance.
         value_range: (lowest, highest) value that a sample can have, enumerated too.
         false_alarm: δ, the probability that samples of mean μ, standard deviation `sigma` and this
             range fail.
 
     Raises:
         AssertionError: the mean is further off than (2) allows, or a sample is outside the range.
-        InputError: `expected` is outside the range, `sigma` is negative or larger than the range
+        InputError: `expected` is outside the range, `sigma` is 0, negative or larger than the range
             allows.
     """
+    if isinstance(samples, Tensor) and samples.is_complex():
+        raise InputError(f"samples is a tensor of {samples.dtype}; expected real numbers [n].")
+    samples = as_numbers(samples, "samples")
     if samples.ndim != 1 or not len(samples):
         raise InputError(
             f"samples has shape {list(samples.shape)}; expected [n] with n at least 1."
         )
-    n, (lowest, highest) = len(samples), value_range
+    n, (lowest, highest) = len(samples), _check_range(value_range)
     limits = mean_limits(n, expected, sigma, value_range, false_alarm)
     detectable = detectable_shift(n, expected, sigma, value_range, false_alarm)
     ledger.run.record(
@@ -268,16 +280,24 @@ def mean_limits(
     n: int, expected: float, sigma: float, value_range: tuple[float, float], false_alarm: float
 ) -> tuple[float, float]:
     """Where (2) keeps the mean of n samples, with δ/2 on each side."""
-    lowest, highest = value_range
+    lowest, highest = _check_range(value_range)
+    expected = check_number(expected, "expected", "a finite number", math.isfinite)
     if not lowest <= expected <= highest:
         raise InputError(
             f"expected = {expected!r} is outside value_range = {value_range!r}; a mean lies between"
             " the lowest and the highest value."
         )
-    if not 0 <= sigma <= (highest - lowest) / 2 * (1 + _ROUNDING):  # Popoviciu
+    sigma = check_number(sigma, "sigma", "a number above 0", lambda value: True)
+    if sigma == 0:
+        raise InputError(
+            "sigma = 0: a constant is no matter of chance; compare the samples with it directly:"
+            " torch.allclose(samples, expected)."
+        )
+    largest = highest / 2 - lowest / 2  # halved first: the range of two floats may overflow
+    if not 0 < sigma <= largest * (1 + _ROUNDING):  # Popoviciu
         raise InputError(
             f"sigma = {sigma!r} is impossible: a standard deviation is between 0 and half the"
-            f" range, {(highest - lowest) / 2!r}."
+            f" range, {largest!r}."
         )
     level = _check_false_alarm(false_alarm) / 2
     return (
@@ -316,11 +336,24 @@ def bernstein_deviation(n: int, sigma: float, largest: float, probability: float
 
 
 def _check_false_alarm(false_alarm: float) -> float:
-    if not 0 < false_alarm < 1:
+    rule = "above 0 and below 1, such as 1e-9"
+    return check_number(false_alarm, "false_alarm", rule, lambda value: 0 < value < 1)
+
+
+def _check_range(value_range: tuple[float, float]) -> tuple[float, float]:
+    """(lowest, highest), finite numbers in order."""
+    if not isinstance(value_range, Sequence) or len(value_range) != 2:
         raise InputError(
-            f"false_alarm = {false_alarm!r} must be above 0 and below 1, such as 1e-9."
+            f"value_range is {describe(value_range)}; expected (lowest, highest), enumerated."
         )
-    return false_alarm
+    rule = "finite, so that no sample can carry the mean away"
+    lowest, highest = (
+        check_number(value, f"value_range[{k}]", rule, math.isfinite)
+        for k, value in enumerate(value_range)
+    )
+    if lowest > highest:
+        raise InputError(f"value_range = {value_range!r} must be (lowest, highest), in this order.")
+    return lowest, highest
 
 
 def _claim(false_alarm: float, bias: str) -> str:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klrl_edu.core import logspace
+from klrl_edu.core.errors import InputError
 from klrl_edu.core.spaces import SequenceSpace
+from klrl_edu.core.validation import check_count
 from klrl_edu.models.contract import LanguageModel
 from klrl_edu.models.restricted import restrict_to_support
 from klrl_edu.models.table import PrefixTable, SequenceTable
@@ -23,6 +25,7 @@ from klrl_edu.problems.rewards import Reward, table_reward, token_reward
 
 # zeros, ties, underflow in a probability
 EXTREME_LOG_WEIGHTS = (-math.inf, 0.0, -0.0, 1e-300, -1e-16, -36.0, -745.2, -1e5, 700.0)
+_WORDS = "abcdefghijkl"
 KL_COEFS = (0.05, 0.25, 0.5, 1.0, 2.0, 10.0)
 
 
@@ -30,11 +33,14 @@ KL_COEFS = (0.05, 0.25, 0.5, 1.0, 2.0, 10.0)
 def spaces(
     draw: st.DrawFn, max_words: int = 3, max_length: int = 3, eos: bool | None = None
 ) -> SequenceSpace:
-    """Small spaces with and without EOS: at most `max_words` words and T ≤ `max_length`."""
+    """Small spaces with and without EOS: at most `max_words` words (of 12) and T ≤ `max_length`."""
+    if check_count(max_words, "max_words") > len(_WORDS):
+        raise InputError(f"max_words = {max_words} must be at most {len(_WORDS)}.")
+    check_count(max_length, "max_length")
     words = draw(st.integers(1, max_words))
     length = draw(st.integers(1, max_length))
     eos = draw(st.booleans()) if eos is None else eos
-    return SequenceSpace(tuple("abcdefghijkl"[:words]), length, eos)
+    return SequenceSpace(tuple(_WORDS[:words]), length, eos)
 
 
 @st.composite
@@ -42,6 +48,7 @@ def log_weights(draw: st.DrawFn, size: int, extremes: bool = True) -> Tensor:
     """Unnormalised log-weights [K] in nats with at least one finite entry; ties often, −inf and
     underflow where `extremes`.
     """
+    check_count(size, "size")
     value = st.floats(-5, 5) | st.sampled_from((-math.inf, 0.0, 1.0))
     if extremes:
         value = value | st.sampled_from(EXTREME_LOG_WEIGHTS)
@@ -61,6 +68,7 @@ def distributions(max_size: int = 6) -> st.SearchStrategy[Tensor]:
     """Probabilities [K] as a user would write them, K ≤ `max_size`: zeros and ties, summing to one
     within 1e-9.
     """
+    check_count(max_size, "max_size")
     counts = st.lists(st.integers(0, 9), min_size=1, max_size=max_size).filter(any)
     return counts.map(lambda weights: torch.tensor(weights, dtype=torch.float64) / sum(weights))
 
@@ -72,6 +80,7 @@ def sequence_tables(
     """Priors: a SequenceTable on a few sequences of a space, the rest of which has mass 0; so have
     some of its rows.
     """
+    check_count(max_sequences, "max_sequences")
     everything = space.all_tokens()
     count = draw(st.integers(1, min(len(everything), max_sequences)))
     row = st.integers(0, len(everything) - 1)

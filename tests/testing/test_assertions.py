@@ -3,10 +3,12 @@ faults.
 """
 
 import math
+from inspect import signature
 
 import pytest
 import torch
 
+from klrl_edu import testing
 from klrl_edu.audit.audit import audit_gradient
 from klrl_edu.core.errors import InputError
 from klrl_edu.estimators import kl_values
@@ -15,7 +17,15 @@ from klrl_edu.learning.batches import needs
 from klrl_edu.models.table import SequenceTable
 from klrl_edu.problems.examples import four_sentences, four_sentences_policy
 from klrl_edu.problems.problem import Problem
-from klrl_edu.testing import assert_same_gradient, assert_unbiased, assert_variance_at_most
+from klrl_edu.problems.rewards import table_reward
+from klrl_edu.testing import (
+    assert_mean_is,
+    assert_same_gradient,
+    assert_samples_from,
+    assert_unbiased,
+    assert_variance_at_most,
+    ledger,
+)
 from tests.testing import faults
 
 
@@ -71,6 +81,91 @@ def test_a_policy_needs_its_problem(check, given):
         check(**given)
 
 
+CALLS = {
+    assert_unbiased: {
+        "estimator": losses.rloo,
+        "target": "objective",
+    },
+    assert_same_gradient: {"loss": losses.rloo, "other": losses.rloo},
+    assert_variance_at_most: {"estimator": losses.rloo, "bound": 100.0},
+    assert_mean_is: {
+        "samples": torch.tensor([0.0, 1.0]),
+        "expected": 0.5,
+        "sigma": 0.5,
+        "value_range": (0.0, 1.0),
+    },
+    assert_samples_from: {"sampler": four_sentences().prior, "n": 10},
+    testing.check_normalised: {"model": four_sentences().prior},
+    testing.check_samples_belong: {"model": four_sentences().prior},
+    testing.check_decoding_gradient: {"model": four_sentences_policy()},
+    testing.example_tokens: {"space": four_sentences().space},
+}
+NUMBERS = [
+    *((call, "tolerance") for call in CALLS if "tolerance" in signature(call).parameters),
+    *((call, "batch_size") for call in CALLS if "batch_size" in signature(call).parameters),
+    *((call, "micro_batches") for call in CALLS if "micro_batches" in signature(call).parameters),
+    *((call, "false_alarm") for call in CALLS if "false_alarm" in signature(call).parameters),
+    *((call, "n") for call in CALLS if "n" in signature(call).parameters),
+    (testing.example_tokens, "seed"),
+    (assert_unbiased, "target"),
+    (assert_variance_at_most, "bound"),
+    (assert_mean_is, "expected"),
+    (assert_mean_is, "sigma"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_a_number_is_right_or_refused_in_one_line(call, name, monkeypatch):
+    monkeypatch.setattr(ledger, "run", ledger.Ledger())
+    given = CALLS[call]
+    if "policy" in signature(call).parameters:
+        given = {**given, "policy": four_sentences_policy(), "problem": four_sentences(0.5)}
+    never = [math.nan, math.inf, -math.inf, True, 2 + 1j, 2j, "2"]
+    # a bias may be negative, and large
+    rarely = [0, 1e30, -1.0] if name != "target" else []
+    for value in never + rarely:
+        refusal = outcome(call, **{**given, name: value})
+        if isinstance(refusal, InputError):
+            assert "\n" not in str(refusal)
+            assert name in str(refusal)
+        else:
+            allowed = {"tolerance": [0], "bound": [0, 1e30], "seed": [0], "expected": [0]}
+            assert value in allowed[name]
+
+
+def outcome(call, **given):
+    """What a call raised, None for nothing."""
+    try:
+        call(**given)
+    except (InputError, AssertionError) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    "value_range", [(0.0, math.inf), (math.nan, 1.0), (1.0, 0.0), 1.0, (0.0,), (0.0, 1j)]
+)
+def test_a_range_is_two_finite_numbers_in_order(value_range):
+    with pytest.raises(InputError, match="value_range"):
+        assert_mean_is(torch.tensor([0.0, 1.0]), 0.5, sigma=0.5, value_range=value_range)
+
+
+@pytest.mark.parametrize("target", [torch.tensor([math.nan]), torch.tensor([1j]), [0.0, math.inf]])
+def test_a_target_is_of_finite_real_numbers(target):
+    with pytest.raises(InputError, match="target"):
+        assert_unbiased(kl_values.k1, target)
+
+
+def test_laws_without_sequences_hold_for_anything_and_are_refused():
+    prior = four_sentences().prior
+    for tokens in (prior.tokens[:0], prior.tokens[0], [[0, 2]]):
+        for law in (testing.check_normalised, testing.check_causal, testing.check_language_model):
+            with pytest.raises(InputError, match=r"tokens is .* N at least 1"):
+                law(prior, tokens=tokens)
+
+
 # --- assert_unbiased ------------------------------------------------------------------------------
 
 
@@ -99,13 +194,12 @@ def test_every_target_has_a_loss_that_follows_it_and_no_other():
         "reverse_kl_per_token": reverse_per_token,
         "forward_kl_per_token": forward_per_token,
     }
-    for target, loss in followers.items():
-        for name in followers:
-            if name == target:
+    names = list(followers)
+    for k, (target, loss) in enumerate(followers.items()):
+        assert_unbiased(loss, target)
+        for name in (names[k - 1], names[k - 2]):
+            with pytest.raises(AssertionError, match=f"is biased for {name}"):
                 assert_unbiased(loss, name)
-            else:
-                with pytest.raises(AssertionError, match=f"is biased for {name}"):
-                    assert_unbiased(loss, name)
 
 
 def test_the_tolerance_is_relative_to_target_or_noise():
@@ -123,6 +217,100 @@ def test_at_the_posterior_where_target_and_noise_vanish_rounding_is_no_bias():
         SequenceTable(problem.space, problem.prior.tokens, logits),
         problem,
     )
+
+
+def near_the_posterior(distance):
+    """A policy at a distance from the posterior of four sentences at λ = 0.7, and the problem."""
+    problem = four_sentences(0.7)
+    logits = problem.prior.log_probs.detach() + problem.rewards(problem.prior.tokens) / 0.7
+    logits = logits + distance * torch.tensor([0.3, -0.9, 0.4, 0.2], dtype=torch.float64)
+    return SequenceTable(problem.space, problem.prior.tokens, logits), problem
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("tolerance", [1e-12, 1e-9])
+def test_a_bias_of_a_part_in_a_million_shows_next_to_the_posterior(distance, tolerance):
+    given = near_the_posterior(distance)
+    assert_unbiased(losses.rloo, "objective", *given)
+    assert_same_gradient(losses.rloo, faults.log_variance, *given)
+    with pytest.raises(AssertionError, match="is biased for objective"):
+        assert_unbiased(scaled(1 + 1e-6), "objective", *given, tolerance=tolerance)
+    with pytest.raises(AssertionError, match="differ on"):
+        assert_same_gradient(scaled(1 + 1e-6), losses.rloo, *given, tolerance=tolerance)
+
+
+def test_two_losses_that_are_one_are_so_at_the_posterior_too():
+    """There both gradients are 0 but for rounding, which is another in each."""
+    given = near_the_posterior(0)
+    assert_same_gradient(losses.rloo, faults.log_variance, *given)
+    with pytest.raises(AssertionError, match="differ on"):
+        assert_same_gradient(losses.reinforce, losses.rloo, *given)
+
+
+def test_several_problems_stand_in_one_batch_and_the_target_is_their_mean():
+    policy, one = four_sentences_policy(), four_sentences(0.5)
+    values = {"the cat": 9.0, "the dog": 7.0, "a cat": 7.5, "a dog": 9.5}
+    two = Problem(one.prior, table_reward(values, one.space), 2.0)
+    assert_unbiased(losses.rloo, "objective", policy, [one, two])
+    each = [audit_gradient(losses.exact, policy, problem).mean for problem in (one, two)]
+    assert_unbiased(losses.rloo, (each[0] + each[1]) / 2, policy, [one, two], batch_size=3)
+    # on one problem the whole batch is the group
+    assert_unbiased(faults.mean_of_all_groups, "objective", policy, one)
+    assert_same_gradient(faults.mean_of_all_groups, losses.rloo, policy, [one])
+    with pytest.raises(AssertionError, match=r"times 1\.5"):
+        assert_unbiased(faults.mean_of_all_groups, "objective", policy, [one, two])
+    with pytest.raises(AssertionError, match=r"differ on \d+ of 184 batches"):
+        assert_same_gradient(faults.mean_of_all_groups, losses.rloo, policy, [one, two])
+    with pytest.raises(AssertionError, match="has variance"):
+        assert_variance_at_most(losses.reinforce, losses.rloo, policy, [one, two])
+
+
+def test_a_loss_with_one_beta_meets_several_problems_of_one_kl_coef():
+    def named(per_token_logps, ref_per_token_logps, rewards, beta):
+        log_ratio = (per_token_logps - ref_per_token_logps).sum(-1).detach()
+        return -((rewards.sum(-1) - beta * log_ratio) * per_token_logps.sum(-1)).mean()
+
+    assert_unbiased(named, "objective")
+    assert_same_gradient(named, losses.reinforce)
+    assert_same_gradient(losses.reinforce, named, in_expectation=True)
+
+
+def test_other_names_are_adapted_in_every_assertion():
+    def foreign(logp, reference, score, weight):
+        reward = score - weight * (logp.detach() - reference).sum(-1)
+        return -(reward * logp.sum(-1)).mean()
+
+    names = {"logp": "log_probs", "reference": "prior_log_probs", "weight": "kl_coef"}
+    given = four_sentences_policy(), four_sentences(0.5)
+    adapt = {**names, "score": "advantages"}
+    assert_unbiased(foreign, "objective", *given, adapt=adapt)
+    assert_same_gradient(foreign, losses.reinforce, *given, adapt=adapt)
+    assert_same_gradient(foreign, losses.reinforce, *given, adapt=adapt, in_expectation=True)
+    assert_variance_at_most(foreign, losses.reinforce, *given, adapt=adapt)
+    with pytest.raises(InputError, match="foreign takes 'logp'"):
+        assert_unbiased(foreign, "objective", *given)
+
+
+def weighted_by_place(batch):
+    """REINFORCE that counts the second of two sequences thrice as much as the first."""
+    weight = torch.tensor([0.5, 1.5]).repeat(len(batch.tokens) // 2)
+    return -(weight * losses.penalised_reward(batch) * batch.log_probs.sum(-1)).mean()
+
+
+def test_what_reads_places_is_enumerated_in_order_where_one_says_so():
+    mine, given = weighted_by_place, (four_sentences_policy(), four_sentences(0.5))
+    assert_unbiased(mine, "objective", ordered=True)
+    for places in ({"ordered": True}, {"micro_batches": 2}):
+        assert_same_gradient(mine, losses.reinforce, *given, in_expectation=True, **places)
+        with pytest.raises(AssertionError, match="that of reinforce"):
+            assert_variance_at_most(mine, losses.reinforce, *given, **places)
+        with pytest.raises(InputError, match="k1 is a function of log-ratios, where places mean"):
+            assert_unbiased(kl_values.k1, "reverse_kl", *given, **places)
+    with pytest.raises(InputError, match="depends on the order of its batch"):
+        assert_unbiased(mine, "objective", *given)
+    for places, batches in (({"ordered": True}, 64), ({}, 36)):
+        with pytest.raises(AssertionError, match=f"differ on .* of {batches} batches"):
+            assert_same_gradient(scaled(2), losses.rloo, *given, batch_size=3, **places)
 
 
 def test_a_nan_is_never_unbiased():
@@ -175,6 +363,8 @@ def test_a_loss_on_the_whole_support_has_the_mean_of_one_on_samples():
     assert_same_gradient(losses.exact, losses.exact)
     assert_same_gradient(losses.exact, losses.rloo, in_expectation=True)
     assert_unbiased(losses.exact, "objective")
+    with pytest.raises(InputError, match="no batch is given to both; compare with in_expectation"):
+        assert_same_gradient(losses.exact, losses.rloo)
 
 
 def test_losses_on_full_distributions_are_compared_too():
@@ -225,9 +415,12 @@ def test_losses_of_named_tensors_are_understood_and_random_ones_have_only_a_mean
 
 
 def test_k3_varies_less_than_k1_where_policy_and_prior_are_close():
-    assert_variance_at_most(kl_values.k3, kl_values.k1)
+    close = four_sentences_policy(), four_sentences(0.5)
+    assert_variance_at_most(kl_values.k3, kl_values.k1, *close)
     with pytest.raises(AssertionError, match=r"k1 has variance .* expected at most .*, that of k3"):
-        assert_variance_at_most(kl_values.k1, kl_values.k3)
+        assert_variance_at_most(kl_values.k1, kl_values.k3, *close)
+    with pytest.raises(AssertionError, match=r"k3 has variance .* expected at most .*, that of k1"):
+        assert_variance_at_most(kl_values.k3, kl_values.k1)
 
 
 def test_a_number_bounds_the_variance_of_a_batch():

@@ -183,3 +183,64 @@ def test_a_failing_assertion_says_what_it_saw_its_error_probabilities_and_a_reme
         ]
     )
     result.stdout.fnmatch_lines(["*Remedy: *"])
+
+
+FAILING_IN_EVERY_WAY = """
+    import torch
+    from klrl_edu import SequenceTable, losses
+    from klrl_edu.testing import (
+        assert_is_language_model, assert_mean_is, assert_same_gradient, assert_samples_from,
+        assert_unbiased, assert_variance_at_most,
+    )
+
+    def mine(batch):
+        return -losses.rloo(batch)
+
+    class Broken(SequenceTable):
+        def forward(self, tokens, prompt=None):
+            return 2 * super().forward(tokens, prompt)  # step does not
+
+    def table(share):
+        return SequenceTable.from_texts({"head": share, "tail": 1 - share})
+
+    def test_mean():
+        assert_unbiased(mine, "objective")  # the line that asserts
+
+    def test_gradient():
+        assert_same_gradient(mine, losses.rloo)  # the line that asserts
+
+    def test_variance():
+        assert_variance_at_most(mine, 0.0)  # the line that asserts
+
+    def test_samples():
+        assert_samples_from(table(0.9).sample, table(0.5))  # the line that asserts
+
+    def test_samples_mean():
+        assert_mean_is(torch.ones(9999), 0.0, sigma=1, value_range=(-1, 1))  # the line that asserts
+
+    def test_model():
+        model = table(0.5)
+        broken = Broken(model.space, model.tokens, torch.tensor([0.0, 1.0]))
+        assert_is_language_model(broken)  # the line that asserts
+"""
+
+
+def test_a_failure_shows_the_line_that_asserts_and_the_report_and_no_line_of_the_package(
+    pytester, run
+):
+    pytester.makepyfile(FAILING_IN_EVERY_WAY)
+    result = run()
+    result.assert_outcomes(failed=6)
+    shown = result.stdout.str()
+    assert "klrl_edu/testing/" not in shown
+    assert "klrl_edu/audit/" not in shown
+    assert sum(line.startswith(">") for line in shown.splitlines()) == 6
+    assert sum("  # the line that asserts" in line for line in shown.splitlines()) == 6
+    result.stdout.fnmatch_lines(
+        [
+            "E *mine is biased for objective (four sentences at ? = 0.5, batches of 2): *",
+            "E *mine follows objective, scaled by -1: it lowers J.",
+            "E *raises expected_reward *",
+            "E *Remedy: *the sign is wrong*",
+        ]
+    )

@@ -252,12 +252,15 @@ def test_a_value_outside_the_enumerated_range_and_a_nan_are_refused():
             assert_mean_is(torch.tensor([0.5, stray]), 0.5, sigma=0.5, value_range=(0, 1))
 
 
-def test_a_constant_must_be_met_but_for_rounding():
-    third = torch.full((1000,), 1 / 3, dtype=torch.float64)
-    assert_mean_is(third, 1 / 3, sigma=0.0, value_range=(1 / 3, 1 / 3))
-    assert_mean_is(third + 1e-16, 1 / 3, sigma=0.0, value_range=(1 / 3, 1 / 3))
-    with pytest.raises(AssertionError):
-        assert_mean_is(third + 1e-9, 1 / 3, sigma=0.0, value_range=(1 / 3, 1 / 3))
+def test_a_constant_is_no_matter_of_chance():
+    for value_range in ((0.0, 0.0), (-1.0, 1.0)):
+        with pytest.raises(InputError, match=r"sigma = 0: .* compare the samples with it directly"):
+            assert_mean_is(torch.zeros(9), 0.0, sigma=0, value_range=value_range)
+
+
+def test_no_samples_at_all_are_from_no_model():
+    with pytest.raises(InputError, match="samples hold no sequence"):
+        assert_samples_from(COIN.sample(1, draw=seeded_draw(0))[:0], COIN)
 
 
 @pytest.mark.parametrize(
