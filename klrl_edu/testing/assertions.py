@@ -298,8 +298,14 @@ def _audit(estimator: Estimator, case: AuditCase, batches: _Batches) -> AuditRep
         "adapt": batches.adapt,
     }
     if batches.adapt is not None or not _reads_log_ratios(estimator):
-        places = {"micro_batches": batches.micro_batches, "ordered": batches.ordered}
-        return audit_gradient(estimator, case.policy, case.problems, **options, **places)
+        return audit_gradient(
+            estimator,
+            case.policy,
+            case.problems,
+            micro_batches=batches.micro_batches,
+            ordered=batches.ordered,
+            **options,
+        )
     if batches.places_count:
         raise InputError(
             f"{name_of(estimator)} is a function of log-ratios, where places mean nothing; leave"
