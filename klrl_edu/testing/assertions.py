@@ -72,10 +72,14 @@ def _long_texts() -> AuditCase:
         "a a a a": (1e-10, 22.0, 0.5),
     }
     prior = SequenceTable.from_texts(
-        {"b b": 0.0, **{text: mass for text, (mass, _, _) in rows.items()}}, normalize=True
+        # a sequence in the prior's table, and without mass there
+        {"b b": 0.0, **{text: mass for text, (mass, _, _) in rows.items()}},
+        normalize=True,
     )
     values = {text: value for text, (_, _, value) in rows.items()}
     problem = Problem(prior, table_reward({"b b": 0.0, **values}, prior.space), 2.0)
+    # clamps in use stand at 2, 5, 10 and 20 nats, so u goes past all of them; e^{−u} does not go
+    # beyond e^{12}, which keeps twelve digits of every mean
     tilt = torch.tensor([log_ratio for _, log_ratio, _ in rows.values()], dtype=torch.float64)
     # without "b b", where the prior has no mass
     policy = SequenceTable(prior.space, prior.tokens[1:], prior.logits.detach()[1:] + tilt)
@@ -318,6 +322,7 @@ def _reads_log_ratios(estimator: Estimator) -> bool:
     """Whether it maps u [N] rather than a Batch: a loss asks its argument for fields, which a
     tensor has not.
     """
+    # two of them, equal to 0: every divergence estimator is defined there
     try:
         estimator(torch.zeros(2, dtype=torch.float64))
     except (AttributeError, TypeError):
@@ -479,6 +484,7 @@ class _Comparison:
     def _gradients(self, function: Estimator, whole: Batch) -> Tensor:
         parameters = [p for p in self.case.policy.parameters() if p.requires_grad]
         found = []
+        # plain backward passes: what the audit does by vmap and in closed form is not relied on
         for rows in self.rows:
             value = function(dataclasses.replace(whole.pick(rows), complete=self.complete))
             check_loss(value)
@@ -507,7 +513,9 @@ def _with_graph(whole: Batch, policy: LanguageModel, *, distributions: bool) -> 
 def _remedy(report: AuditReport, expected: Tensor, problems: int) -> str:
     """What usually makes this bias."""
     size, batch_size = float(expected.norm()), report.batch_size
+    # not the user's tolerance: whether a factor is exactly ½ is a matter of rounding
     rounding = max(TOLERANCE * max(size, math.sqrt(report.variance)), report.rounding)
+    # the multiple of the target that comes closest to the mean
     scale = float(report.mean @ expected) / size**2 if size else math.nan
     if float(report.mean.norm()) <= rounding:
         return (

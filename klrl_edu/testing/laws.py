@@ -127,6 +127,7 @@ def check_normalised(
     `check_language_model`.
     """
     tokens = _to_read(model.space, tokens)
+    # a NaN anywhere in a row makes its sum NaN, which equals nothing
     log_total = logspace.logsumexp(conditional_log_probs(model, tokens, prompt))
     zero = torch.zeros(tokens.shape, dtype=torch.float64)
     _agree(log_total, zero, "normalised: log Σ_v π(v|prefix)", model, tolerance)
@@ -149,6 +150,7 @@ def check_causal(
         # three other continuations, each with every later token changed
         for shift in range(1, min(columns, 4)):
             changed = torch.cat([tokens[:, :t], (tokens[:, t:] + shift) % columns], 1)
+            # past T − 1 or after EOS such ids are no sequence; a network reads them all the same
             seen = _read(model, changed, prompt)[:, t]
             _agree(seen, log_probs[:, t], law, model, tolerance)
 
@@ -205,7 +207,7 @@ def check_rows_independent(
     rows, n = batch_prompt(prompt, len(tokens)), len(tokens)
     expected = _read(model, tokens, prompt)
     law = "rows independent of the batch"
-    for i in range(min(n, 6)):
+    for i in range(min(n, 6)):  # what mixes rows, mixes them all
         alone = _read(model, tokens[i : i + 1], None if rows is None else rows[i : i + 1])
         _agree(alone[0], expected[i], f"{law}: row {i} alone", model, tolerance)
     # all rows backwards, and every second one again
@@ -232,6 +234,7 @@ def check_eos_absorbs(
     log_probs = conditional_log_probs(model, tokens, prompt)
     ended, last = ended_and_last(model.space, tokens)
     if model.space.eos:
+        # exactly: 0 and −inf are written there, not computed
         forced = log_probs[ended | last]
         assert bool((forced[:, -1] == 0).all()), (
             "EOS forced and absorbing: π(EOS) is not 1 after EOS or at T"
@@ -284,6 +287,7 @@ def check_decoding_gradient(
     law = "gradient of step ≡ forward"
     themselves = f"{law}: the log-probabilities themselves"
     _agree(decoded.detach(), read.detach(), themselves, model, tolerance)
+    # what has nothing to train has no gradient to compare
     if not parameters or not read.requires_grad:
         return
     assert decoded.requires_grad, (
@@ -324,6 +328,7 @@ def check_state_dict(
     torch.save(model.state_dict(), file)
     file.seek(0)
     other = _scrambled(model) if fresh is None else fresh()
+    # weights only: what needs pickled code to come back is not in the state
     other.load_state_dict(torch.load(file, weights_only=True))
     seen, expected = _read(other, tokens, prompt), _read(model, tokens, prompt)
     _agree(seen, expected, "state_dict round trip", model, tolerance)
@@ -337,6 +342,7 @@ def check_refuses_past_end(
     _, state = model.start(len(tokens), batch_prompt(prompt, len(tokens)))
     for t in range(model.space.max_length - 1):
         _, state = model.step(state, tokens[:, t])
+    # the last token has been given its logits; to step into it would ask for those of T
     try:
         model.step(state, tokens[:, -1])
     except InputError:
@@ -353,6 +359,7 @@ def check_prompts(model: LanguageModel, *, tokens: Tensor | None = None) -> None
     does.
     """
     tokens = _to_read(model.space, tokens)[:1]
+    # of two lengths, as a model may be bound to one prompt
     some = [torch.zeros(1, length, dtype=torch.long, device=tokens.device) for length in (1, 2)]
     refused = [prompt for prompt in some if _refuses(model.check_prompt, prompt)]
     assert refused or model.reads_prompt, (
@@ -412,6 +419,7 @@ def check_causal_reward(
             mixed = torch.cat([tokens[:, : t + 1], tokens.roll(shift, 0)[:, t + 1 :]], 1)
             changed = _close(mixed, space)
             seen = reward(changed, rows)[:, t]
+            # NaN may stand where the prior has no mass, and must not move either
             same = torch.isclose(seen, values[:, t], rtol=0, atol=1e-12, equal_nan=True)
             assert bool(same.all()), (
                 f"causal reward: column {t} moved with later tokens,"
@@ -444,6 +452,7 @@ def _agree(
     # a nat is a factor of e: nothing that allows it holds anybody to a law
     rule = "in nats, at least 0 and below 1, such as 1e-12 (1e-5 in float32)"
     tolerance = check_number(tolerance, "tolerance", rule, lambda nats: 0 <= nats < 1)
+    # −inf is close to −inf alone, so a mass that is 0 must be 0
     same = torch.isclose(seen.cpu(), expected.detach().cpu(), rtol=tolerance, atol=tolerance)
     assert bool(same.all()), (
         f"{type(model).__name__} breaks the law '{law}': {_first(same, seen, expected)}; tolerance"
@@ -463,6 +472,7 @@ def _scrambled(model: LanguageModel) -> LanguageModel:
     """A copy with other parameters, drawn from a generator of its own."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     for parameter in other.parameters():
+        # by a generator of its own: the global one belongs to the user's test
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return other
 

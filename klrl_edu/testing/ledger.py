@@ -46,6 +46,7 @@ class Ledger:
         """Σ δ (1), an upper bound on the probability that a correct library fails the run; at most
         1.
         """
+        # the union bound may exceed 1, and then says nothing
         return min(1.0, math.fsum(entry.false_alarm for entry in self.entries))
 
     def record(self, assertion: str, *, false_alarm: float, detectable: float, unit: str) -> None:

@@ -53,6 +53,7 @@ def log_weights(draw: st.DrawFn, size: int, extremes: bool = True) -> Tensor:
     if extremes:
         value = value | st.sampled_from(EXTREME_LOG_WEIGHTS)
     values = torch.tensor(draw(st.lists(value, min_size=size, max_size=size)), dtype=torch.float64)
+    # one entry at least has mass
     values[draw(st.integers(0, size - 1))] = draw(st.sampled_from((0.0, 1.0)))
     return values
 
@@ -99,7 +100,7 @@ def rewards(
     ignored.
     """
     space, supported = prior.space, prior.log_probs.detach() > -math.inf
-    if draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 3)) == 0:  # one in four has a value a token
         size = space.vocab_size
         return token_reward(draw(st.lists(st.floats(-2, 2), min_size=size, max_size=size)), space)
     value = st.sampled_from((0.0, 1.0, 2.0, -1.0)) | st.floats(-3, 3)
@@ -108,6 +109,7 @@ def rewards(
     if extremes:
         value = value | st.sampled_from((1e300, -1e300, 1e308, 5e-324))
     texts = space.decode(prior.tokens[supported])
+    # equal rewards, where the posterior is the prior, would hardly come by chance
     equal = draw(st.sampled_from((True, False, False)))
     if equal:
         values = [draw(value)] * len(texts)

@@ -1,7 +1,10 @@
 """The ledger's sum and its text."""
 
+import math
+
 import pytest
 
+from klrl_edu.core.errors import InputError
 from klrl_edu.testing.ledger import Ledger
 
 
@@ -16,6 +19,16 @@ def test_the_union_bound_is_the_sum_and_a_probability():
     assert ledger().false_alarm == 0
     assert ledger(*[1e-9] * 1000).false_alarm == pytest.approx(1e-6, rel=1e-12)
     assert ledger(0.7, 0.6).false_alarm == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-9, True, 1 + 1j])
+def test_what_is_no_probability_is_not_added_up(value):
+    made = Ledger()
+    for name in ("false_alarm", "detectable"):
+        given = {"false_alarm": 1e-9, "detectable": 0.5, name: value}
+        with pytest.raises(InputError, match=f"^{name} = .* must be a number from 0 to 1"):
+            made.record("assert_mine", **given, unit="of a mean")
+    assert made.entries == []
 
 
 def test_an_entry_has_the_name_of_its_test(request):

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from klrl_edu import testing
+from klrl_edu.core.errors import InputError
+from klrl_edu.core.spaces import SequenceSpace
 from klrl_edu.models.contract import sequence_log_probs
 from klrl_edu.models.restricted import RestrictedModel
 from klrl_edu.models.table import SequenceTable
@@ -20,6 +22,24 @@ INF = math.inf
 def test_spaces_stay_within_their_bounds(space):
     assert len(space.vocabulary) <= 2
     assert space.max_length <= 3
+
+
+@pytest.mark.parametrize(
+    "of_size",
+    [
+        lambda n: testing.spaces(max_words=n),
+        lambda n: testing.spaces(max_length=n),
+        testing.log_weights,
+        testing.distributions,
+        lambda n: testing.sequence_tables(SequenceSpace(("a", "b"), 2), max_sequences=n),
+    ],
+)
+def test_a_size_is_a_whole_number_above_zero(of_size):
+    for size in (math.nan, math.inf, -math.inf, -1, 0, True, 1e30, 1j):
+        with pytest.raises(InputError, match=r"= .* must be a whole number of at least 1\."):
+            find(of_size(size), lambda _: True)
+    with pytest.raises(InputError, match="max_words = 13 must be at most 12"):
+        find(testing.spaces(max_words=13), lambda _: True)
 
 
 @given(log_p=testing.log_probs(4), p=testing.distributions())
