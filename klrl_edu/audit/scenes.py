@@ -336,8 +336,7 @@ def _support(
         raise TooLargeError(
             f"the policy's support holds more than {max_sequences:,} sequences (the whole space:"
             f" {readable_count(space.size)}), as many as max_executions allows; raise it,"
-            " shorten the space, or sample up to a million sequences: monte_carlo=n with draw= and"
-            " bound=."
+            " shorten the space, or sample up to a million sequences: monte_carlo=n with draw=."
         ) from None
 
 

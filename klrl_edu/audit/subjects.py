@@ -242,7 +242,7 @@ class Subject(ABC):
             raise TooLargeError(
                 f"with its own draws the {self.kind} {self.name} has more than max_executions ="
                 f" {max_executions:,} outcomes; take a smaller batch_size or space, raise"
-                " max_executions, or sample: monte_carlo=n with draw= and bound=."
+                " max_executions, or sample: monte_carlo=n with draw=."
             ) from None
         results = torch.stack([outcome.result for outcome in outcomes])
         log_probs = [outcome.log_prob for outcome in outcomes]

@@ -315,6 +315,31 @@ def test_several_prompts_go_through_every_kind_of_loss():
     assert value.verdict == "k1 is unbiased for reverse_kl and reverse_kl_per_token."
 
 
+def test_values_and_samples_of_several_problems_read_each_its_own_reward(problem, policy):
+    other = Problem(problem.prior, reward((0.5, -0.2, 1.0)), 0.1)
+
+    def mean_reward(batch):
+        return batch.rewards.sum(-1)
+
+    values = audit_value(mean_reward, policy, [problem, other])
+    mass = policy.log_prob(SPACE.encode(["", "a", "b"])).detach().exp()
+    each = torch.tensor([[0.1, 0.7, -0.3], [0.5, -0.2, 1.0]], dtype=torch.float64) @ mass
+    assert float(values.mean) == pytest.approx(float(each.mean()), rel=1e-14)
+
+    exact = audit_gradient(losses.rloo, policy, [problem, other], batch_size=2)
+    drawn = audit_gradient(
+        losses.rloo,
+        policy,
+        [problem, other],
+        batch_size=2,
+        monte_carlo=5_000,
+        draw=klrl.seeded_draw(0),
+    )  # seed 0; 9 intervals of 99.9 %
+    for name, (low, high) in drawn.distances.items():
+        assert low - 1e-12 <= exact.bias[name] <= high
+    assert drawn.distances["expected_reward"][0] > 0
+
+
 # --- what it is held against ----------------------------------------------------------------------
 
 
