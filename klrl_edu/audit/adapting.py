@@ -63,6 +63,7 @@ def _attribute(name: str) -> Reader:
 
 
 _OWN: dict[str, Reader] = {
+    # `complete` is a flag of the batch; the others have the sequences as an axis
     **{name: _attribute(name) for name in Batch.__dataclass_fields__ if name != "complete"},
     "log_ratio": _log_ratio,  # u [N]
     "token_log_ratio": lambda batch: batch.log_probs - batch.prior_log_probs,
@@ -95,6 +96,7 @@ FIELDS: dict[str, Reader] = {
     **_VERL,
     **_TRL,
     **_OPENRLHF,
+    # the libraries mean different things by it, so a note says what was given
     "advantages": _sequence_reward,
 }
 """Parameter name -> what a function gets for it: [N,T] per token, with 0 after EOS; `rewards` has a
@@ -167,12 +169,15 @@ def kind_and_reason(function: Callable[..., Any]) -> tuple[Kind | None, str]:
     named = list(parameters_of(function).values())
     if named and _is_batch(named[0]):
         return "gradient", "it takes a Batch"
+    # what it takes says more than what it is called
     for parameter in named:
         if parameter.name in _OF_LOSSES:
             return "gradient", f"its parameter {parameter.name}"
     own = name_of(function).lower()
     whole = f"{getattr(function, '__module__', '')}.{own}".lower()
+    # before the words of values, as a kl_loss is a loss
     for word in _LOSS_WORDS:
+        # within a longer word, too: losses, kl_gradients
         if word in whole:
             return "gradient", f"{word!r} in its {'name' if word in own else 'module'}"
     if named and named[0].name in _LOG_RATIOS:
@@ -190,6 +195,7 @@ def takes_a_batch(function: Callable[..., Any]) -> bool:
     """
     required = _required(function)
     if len(required) != 1:
+        # none required (defaults, *args, no known signature): the Batch goes in as it stands
         return not required
     return _is_batch(required[0]) or required[0].name not in FIELDS
 
@@ -239,6 +245,7 @@ def adapted(function: Callable[..., Any], adapt: Adapter | None) -> Callable[...
         result = function(**given, **draw)
         return result[0] if isinstance(result, tuple) else result
 
+    # the wrapper needs what the function is marked with, and what its names read
     asked = set(needs_of(function))
     if {"log_dists", "prior_log_dists"} & set(readers):
         asked.add("distributions")
@@ -254,7 +261,7 @@ def notes_of(function: Any) -> tuple[str, ...]:
 
 def name_of(function: Any) -> str:
     """What to call a function, a partial or a module."""
-    while hasattr(function, "func"):
+    while hasattr(function, "func"):  # a partial of a partial
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
@@ -290,7 +297,7 @@ def _readers(
             notes.append(
                 f"{name}: the live tokens, and not its default None, with which padding counts."
             )
-        elif not missing or name == "draw":
+        elif not missing or name == "draw":  # a default, or handed on at the call
             continue
         elif _is_batch(parameter):
             readers[name] = lambda batch: batch
@@ -323,11 +330,13 @@ def _reader_of(given: Any) -> Reader:
 
 
 def _is_batch(parameter: inspect.Parameter) -> bool:
+    # a module that postpones its annotations holds them as text
     return parameter.name == "batch" or parameter.annotation in (Batch, "Batch", "klrl_edu.Batch")
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Named parameters; those of `forward` for a module, none where Python knows no signature."""
+    # the __call__ of a module is (*args, **kwargs), which names nothing
     target = function.forward if isinstance(function, torch.nn.Module) else function
     try:
         found = inspect.signature(target).parameters

@@ -158,10 +158,12 @@ def audit_gradient(
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)
     asked = needs_of(function)
     plan = planned(source, batch_size, behaviour, asked, micro_batches, ordered=ordered)
+    # one scene serves all, so it is scored with everything that any of the losses reads
     for other in other_losses(others).values():
         plan = dataclasses.replace(
             plan, distributions=plan.distributions or "distributions" in needs_of(other)
         )
+    # enumerated multisets are no fewer than the sequences; batches that are drawn may be
     limit = MAX_SEQUENCES if max_executions is None or monte_carlo else max_executions
     scene, targets_of = plan.scene(policy, limit)
     coordinates = coordinates_of(policy, scene.tree)
@@ -170,17 +172,19 @@ def audit_gradient(
 
     coefficients = scene.mean_over_problems(targets_of)
     zero = _zero_targets(scene, targets_of, coefficients)
+    # stacked, so that each forward pass of a network serves all of them
     vectors = coordinates.combine(torch.stack(list(coefficients.values())))
     targets = dict(zip(coefficients, vectors, strict=True))
     targets |= other_reports(others, coordinates.name, len(vectors[0]))
     compared: dict[str, Tensor] = dict(targets)  # parts [K,P] where a target is sampled itself
     for name, other in other_losses(others).items():
         theirs = planned(source, batch_size, behaviour, needs_of(other))
+        # the whole support is one batch, which has no parts to split
         if not theirs.complete:
             theirs = dataclasses.replace(theirs, micro_batches=plan.micro_batches)
         seen = run(other, other, theirs)
         targets[name], compared[name] = seen["mean"], seen.get("parts", seen["mean"])
-    parts = found.pop("parts", None)
+    parts = found.pop("parts", None)  # no field of a report
     if parts is not None:
         found["distances"] = {n: distance_interval(parts, other) for n, other in compared.items()}
         found["size"] = distance_interval(parts, torch.zeros_like(vectors[0]))
@@ -248,6 +252,7 @@ def audit_value(
     check_function(estimator, "estimator", "kl_values.k3")
     check_count(batch_size, "batch_size")
     check_monte_carlo(monte_carlo, draw, bound)
+    # KL reads no reward, and where q has no mass it is infinite: a result, and no error
     scene = build_scene(
         policy, problems, behaviour, MAX_SEQUENCES, distributions=True, supported=False
     )
@@ -261,6 +266,7 @@ def audit_value(
     each = [value_targets(view.whole, view.tree, view.missed) for view in scene.views]
     targets = {name: torch.stack([found[name] for found in each]).mean(0) for name in each[0]}
     notes = scene.remarks
+    # E_π[q/π], of which the note speaks, is a mean over π's own samples of one problem
     if behaviour is None and len(each) == 1:
         bias = float(found["mean"] - targets["reverse_kl"])
         notes += tuple(missing_mass_notes(subject.name, scene.views[0].missed, bias))
@@ -298,6 +304,7 @@ class _Run:
         subject = LossOnSupport(
             function,
             name_of(loss),
+            # another loss may read the whole support where the audited one does not
             whole if whole.complete == plan.complete else dataclasses.replace(whole, complete=True),
             self.scene.tree,
             draws_random_numbers(function),
@@ -321,10 +328,12 @@ class _Run:
             log_weight = torch.zeros(1, dtype=torch.float64, device=device)
             return self._over(dataclasses.replace(loss, block=loss.width), rows, log_weight)
         shape = self.scene.drawn, plan.block, plan.micro_batches
+        # pairs only where batches are many: that (1) of `decomposition` holds is tried, not proved
         if count_blocks(*shape) > MAX_EXECUTIONS:
             found = self._over_pairs(loss, plan)
             if found is not None:
                 return found
+        # only now, as a sum over pairs needs few batches, however many there are
         check_executions(self.scene.drawn, plan.block, self._limit, plan.micro_batches)
         rows, log_weight = self.scene.every_batch(plan.block, plan.micro_batches)
         return self._over(loss, rows, log_weight)
@@ -335,8 +344,10 @@ class _Run:
 
     def _over(self, loss: LossOnSupport, rows: Tensor, log_weight: Tensor) -> dict[str, Any]:
         """Moments over batches [X,B] with log-probabilities [X]."""
+        # plain results first: they are what vmap is held against
         loss, picked, gradients = _looked_at(loss, rows)
         reason = loss.why_not_vmap(picked, gradients)
+        # a million is meant for batches at once; a limit that was given holds either way
         if reason is not None and self.max_executions is None and len(rows) > MAX_EXECUTIONS:
             raise TooLargeError(
                 f"{len(rows):,} batches one by one ({reason}) take long; give max_executions ="
@@ -362,6 +373,7 @@ class _Run:
 
     def _over_pairs(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any] | None:
         """Moments over all batches of a loss that is a sum over their pairs; None for others."""
+        # (1) of `decomposition` is of one law and without draws; of two sequences nothing is saved
         single = len(self.scene.views) == 1 and plan.micro_batches == 1 and loss.width == 1
         if not single or loss.draws or plan.block < 3:
             return None
@@ -371,6 +383,7 @@ class _Run:
             return None
         rows = whole_batches(drawn, plan.block)
         loss, picked, gradients = _looked_at(loss, rows)
+        # the trial of (1) runs by vmap itself
         if loss.why_not_vmap(picked, gradients) is not None:
             return None
         if not is_sum_over_pairs(loss, rows, drawn[0]):
@@ -384,6 +397,7 @@ class _Run:
     def _report(
         self, loss: LossOnSupport, moments: GradientMoments, noise: float, how: str
     ) -> dict[str, Any]:
+        # sums lose an ε of their size, the loss its noise; ‖Σ c φ‖ ≤ Σ|c| max ‖φ‖
         unresolved = torch.finfo(torch.float64).eps * moments.size + noise
         return {
             "mean": self.coordinates.combine(moments.coefficients[None])[0],
@@ -408,6 +422,7 @@ class _Run:
         # batches come in the order in which they were drawn, so order may mean something
         loss, picked, gradients = _looked_at(dataclasses.replace(loss, block=loss.width), rows)
         reason = loss.why_not_vmap(picked, gradients)
+        # the part of each batch, in the order of the draws; sizes differ by one at most
         part = torch.arange(count, device=rows.device) * PARTS // count
         edges, sums, norms = self.scene.tree.edges, [], []
 
@@ -419,10 +434,12 @@ class _Run:
                 total.index_add_(0, part[seen : seen + len(dense)], dense)
                 seen += len(dense)
                 yield dense
+            # through the list, as a generator hands on only what it yields
             sums.append(total)
 
         found: dict[str, Any] = {}
         if bound is None:
+            # without a bound no entry needs an interval, and norms alone give the variance
             norms = [float(self.coordinates.squared_norms(dense).sum()) for dense in estimates()]
             mean = self.coordinates.combine(sums[0].sum(0, keepdim=True) / count)[0]
             variance = (math.fsum(norms) - count * float(mean @ mean)) / (count - 1)
@@ -460,7 +477,7 @@ class _Run:
 
 def _looked_at(loss: LossOnSupport, rows: Tensor) -> tuple[LossOnSupport, Tensor, Tensor]:
     """The loss with the precision of its arithmetic, and some batches with their gradients."""
-    if not loss.draws:
+    if not loss.draws:  # one that draws needs its Draw to run, and counts as float64
         arithmetic = arithmetic_of(lambda: loss.call(loss.fields(rows[0])))
         loss = dataclasses.replace(loss, arithmetic=arithmetic)
     return loss, *probe(loss, rows)
@@ -470,16 +487,18 @@ def _noise(loss: LossOnSupport, picked: Tensor, gradients: Tensor, *, vmap: bool
     """The most that a rounding of the inputs moves the gradient on some batches [x,B], where it is
     `gradients` [x,n]: Σ_e |Δc_e|.
     """
+    # every outcome of its draws is run for each batch and each nudge, so one batch must do
     if loss.draws:
         picked = picked[:1]
         gradients = average_over_draws(loss, picked[0])[None]
+    # the sequences of these batches alone are nudged, and numbered anew by their places
     sequences = picked.flatten()
     places = torch.arange(len(sequences), device=picked.device).view_as(picked)
     moved = [0.0]
     for batch in nudged_batches(loss.whole.pick(sequences), loss.arithmetic):
         nudged = dataclasses.replace(
             loss,
-            whole=dataclasses.replace(batch, complete=loss.whole.complete),
+            whole=dataclasses.replace(batch, complete=loss.whole.complete),  # which pick unsets
             place=loss.in_tree(sequences),
         )
         if loss.draws:
@@ -501,6 +520,7 @@ def _zero_targets(
     """The targets [E] that are 0 here: no larger than what rounding makes of them."""
     largest = {name: float(target.abs().max()) for name, target in targets.items()}
     size = float(scene.tree.edge_log_probs.abs().max())  # nats, of which u may lose an ε
+    # plainly larger than rounding can be: no need to nudge the views and sum again
     if min(largest.values()) > _CLEARLY * (1 + size):
         return ()
     moved = [scene.nudged(torch.float64, way).mean_over_problems(targets_of) for way in range(2)]

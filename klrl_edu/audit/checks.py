@@ -50,6 +50,7 @@ def _refuse_moved(before: dict[str, object], what: str) -> None:
 
 def _generator_states() -> dict[str, object]:
     return {
+        # as bytes and tuples, which compare as a whole
         "torch": torch.get_rng_state().numpy().tobytes(),
         "numpy": pickle.dumps(get_state()),
         "Python": random.getstate(),
@@ -76,6 +77,7 @@ def probe(subject: Subject, rows: Tensor) -> tuple[Tensor, Tensor]:
                 f" batch.{changed}.clone()."
             )
         results = torch.stack([subject.one(batch) for batch in picked])
+        # to the last bit, as the same work on the same numbers rounds alike
         if not torch.equal(subject.one(picked[0]), results[0]):
             raise InputError(
                 f"{what} gives two results for one batch {subject.describe(picked[0])}: it keeps a"
@@ -109,7 +111,9 @@ def _most_varied(rows: Tensor) -> Tensor:
     """A few of the batches [X,B] that hold the most different sequences, spread over all
     of them.
     """
+    # sorted, unequal neighbours count the different sequences, less one
     different = (rows.sort(-1).values.diff(dim=-1) != 0).sum(-1)
+    # equal sequences hide where the place in the batch counts
     best = (different == different.max()).nonzero().squeeze(-1)
     count = min(_PROBES, len(best))
     evenly = torch.linspace(0, len(best) - 1, count, device=rows.device).long()

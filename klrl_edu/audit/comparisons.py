@@ -28,7 +28,7 @@ def others_of(against: Against | Mapping[str, Against] | None) -> dict[str, Loss
     """
     if against is None:
         return {}
-    given = against if isinstance(against, Mapping) else {None: against}
+    given = against if isinstance(against, Mapping) else {None: against}  # named after itself below
     found: dict[str, Loss | AuditReport] = {}
     for name, other in given.items():
         if isinstance(other, str | Path):
@@ -65,6 +65,7 @@ def other_reports(
     for name, other in others.items():
         if not isinstance(other, AuditReport):
             continue
+        # derivatives by other parameters do not compare, even where there are as many
         if other.coordinates != coordinates or len(other.mean) != size:
             raise InputError(
                 f"against: {name} is a vector of {len(other.mean)} {other.coordinates}, and this"

@@ -28,7 +28,7 @@ from klrl_edu.models.table import PrefixTable, SequenceTable
 
 _BLOCK = 1 << 25  # numbers in one block of Jacobian rows: 256 MiB
 _MAX_GRAM = 1 << 26  # numbers in the Gram matrix of a model without a closed form: 512 MiB
-_FORWARD_ROWS = 256
+_FORWARD_ROWS = 256  # sequences in one forward pass
 _MAX_ENTRIES = 10_000  # parameters with names; more are not read
 
 
@@ -148,6 +148,7 @@ class SequenceLogits:
         self.entries = tuple(table.space.decode(table.tokens)) if few else None
         self.tree = tree
         _, edges = table.trie.find(tree.tokens)
+        # the edge of its last live token leads to the row of a sequence in the table
         last_place = table.space.live(tree.tokens).sum(-1, keepdim=True) - 1
         last = edges.gather(1, last_place).squeeze(-1)
         self.row = table.trie.leaf[last]  # [S], where each supported sequence stands in the table
@@ -175,7 +176,8 @@ class SequenceLogits:
         none = torch.full((count,), -1, device=index.device)
         last = none.scatter_reduce(0, index, sequence, "amax")
         depths = torch.zeros(count, dtype=torch.long, device=index.device)
-        depths = depths.index_put((index,), depth)
+        depths = depths.index_put((index,), depth)  # all pairs of a block write one depth
+        # in logs until the quotient: masses of long sequences underflow, their shares do not
         squares = torch.exp(2 * (tree.log_probs[sequence] - log_mass[index]))
         concentration = torch.zeros_like(log_mass).index_add(0, index, squares)
         return first, last, depths, log_mass, concentration
@@ -196,8 +198,10 @@ class SequenceLogits:
         """<π_|a, π_|b> of blocks: 0 unless one lies within the other."""
         deeper = self.depth[b] >= self.depth[a]
         upper, lower = torch.where(deeper, a, b), torch.where(deeper, b, a)
+        # blocks of a tree are nested or apart, so their ends tell which
         nested = (self.first[upper] <= self.first[lower]) & (self.last[lower] <= self.last[upper])
         log_share = self.log_mass[lower] - self.log_mass[upper]
+        # masked before exp: of blocks that are apart the quotient may overflow
         share = torch.exp(torch.where(nested, log_share, -torch.inf))
         return share * self.concentration[lower]
 
@@ -303,6 +307,7 @@ class NetworkParameters:
         edge.
         """
         length = self.tree.tokens.shape[1]
+        # φ_e is the same in every sequence through the edge, so the first serves
         places = self.tree.first_use[edges]
         sequences, positions = places // length, places % length
         out = torch.empty(len(edges), self.size, dtype=torch.float64, device=self.device)

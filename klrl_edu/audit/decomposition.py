@@ -41,6 +41,7 @@ def whole_batches(drawn: Tensor, size: int) -> Tensor:
     """Some batches [X,B] of the sequences `drawn` [S]: spread over all of them, and one that
     repeats itself.
     """
+    # strides of their own spread the batches; steps // 2 repeats each sequence
     steps = torch.arange(size, device=drawn.device)
     tried = _TRIED if size <= _LARGE else 2
     places = [steps * (2 * k + 1) + k * k + 1 for k in range(tried - 1)]
@@ -61,9 +62,11 @@ def is_sum_over_pairs(loss: LossOnSupport, batches: Tensor, anchor: Tensor) -> b
     size = batches.shape[1]
     pairs = list(combinations(range(size), 2))
     for batch in batches:
+        # in the order of (1): g_0, then what gives f_1, then what gives f_2
         subsets = [[], *([i] for i in range(size)), *map(list, pairs)]
         rows = torch.stack([_filled(batch[subset], anchor, size) for subset in subsets])
         results = loss.results(rows, None, vmap=True)
+        # as pushes on edges: a sequence stands at other places in a subset than in its batch
         pushed = [loss.unordered(row, seen) for row, seen in zip(rows, results, strict=True)]
         nothing, both = pushed[0], pushed[size + 1 :]
         f_1 = [one - nothing for one in pushed[1 : size + 1]]
@@ -85,7 +88,7 @@ def pair_moments(
     probs, edges = law[drawn].exp(), loss.tree.edges
     rows, log_weight = multisets(law[drawn], 2)
     pairs = _Pairs(loss, drawn, size, coordinates, edges)
-    nothing = pairs.gradients(drawn[:0][None])[0]
+    nothing = pairs.gradients(drawn[:0][None])[0]  # o at all places
     f_1 = pairs.gradients(drawn[:, None]) - nothing
 
     given = torch.zeros(len(drawn), edges, dtype=torch.float64, device=law.device)
@@ -99,6 +102,7 @@ def pair_moments(
         for mine, other in ((0, 1), (1, 0)):
             share = probs[some[:, other]] * torch.where(some[:, 0] == some[:, 1], 0.5, 1.0)
             place = (some[:, mine, None] * edges + part.edges)[live]
+            # one index for (sequence, edge), as index_add_ works along one axis
             given.view(-1).index_add_(0, place, (share[:, None] * part.coefficients)[live])
 
     def spread(vectors: Tensor, centre: Tensor | float = 0.0) -> float:
@@ -110,15 +114,18 @@ def pair_moments(
         return float(coordinates.squared_norms(vector[None]))
 
     own = f_1 + nothing / 2  # f_2(y, z) = g − own(y) − own(z)
+    # (1) averaged over z
     e = given - own - probs @ own
     mean_1, mean_2, count = probs @ f_1, probs @ e, math.comb(size, 2)
     # E‖f_2‖², with <a, b> = (‖a + b‖² − ‖a − b‖²)/4
     cross = (spread(given + own) - spread(given - own)) / 4
     all_of_f_2 = second - 4 * cross + 2 * spread(own) + 2 * square(probs @ own)
+    # Hoeffding's terms are orthogonal: the last of (3) is what the others leave of E‖f_2‖²
     beyond_e = all_of_f_2 - 2 * spread(e, mean_2) - square(mean_2)
     phi, mean_phi = f_1 + (size - 1) * e, mean_1 + (size - 1) * mean_2
     return GradientMoments(
         coefficients=nothing + size * mean_1 + count * mean_2,
+        # a difference of squares, which rounding may take below 0
         variance=size * spread(phi, mean_phi) + count * max(0.0, beyond_e),
         executions=len(rows),
         size=math.sqrt(largest),
@@ -160,11 +167,13 @@ class _Pairs:
 
     def _copies_together(self, part: Contributions) -> Contributions:
         edges, depths, coefficients, start = [], [], [], 0
+        # entries stand field by field, and within a field sequence by sequence
         for width in self.loss.widths:
             each = part.coefficients[:, start : start + self.size * width]
             each = each.unflatten(1, (self.size, width))
             copies = each[:, 2:].sum(1, keepdim=True)
             coefficients.append(torch.cat([each[:, :2], copies], 1).flatten(1))
+            # the edges of the pair and of the first o, which stands for all its copies
             edges.append(part.edges[:, start : start + 3 * width])
             depths.append(part.depths[start : start + 3 * width])
             start += self.size * width

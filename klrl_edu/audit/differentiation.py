@@ -77,9 +77,11 @@ class LossOnSupport(Subject):
             InputError: the loss returns anything but a finite scalar with a gradient.
         """
         fields = self.fields(rows)
+        # fresh from indexing, so leaves
         leaves = [fields[name].requires_grad_() for name in self.leaves]
         value = self.call(fields, draw)
         check_loss(value)
+        # a field that the loss does not read counts 0
         gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         return self._checked(value.detach()[None], flat[None], rows[None])[0]
@@ -110,7 +112,7 @@ class LossOnSupport(Subject):
         """
         size = len(order)
         parts = result.split([size * width for width in self.widths], -1)
-        back = torch.argsort(order)
+        back = torch.argsort(order)  # the inverse of a permutation
         by_sequence = [part.unflatten(-1, (size, -1))[..., back, :] for part in parts]
         return torch.cat([part.flatten(-2) for part in by_sequence], -1)
 
@@ -137,6 +139,7 @@ class LossOnSupport(Subject):
                 not finite; or a push on tokens without mass.
         """
         edges, gradients = self.edges(rows), gradients.detach().double()
+        # after EOS log π is a constant, so what the loss does there, NaN included, moves nothing
         movable = torch.where(edges >= 0, gradients, 0.0)
         bad = ~(torch.isfinite(values) & torch.isfinite(movable).all(-1))
         if bool(bad.any()):
@@ -167,6 +170,7 @@ class LossOnSupport(Subject):
             sequences = self.in_tree(batch)
             pushed = stray[place, len(batch) * length :].view(len(batch), length, columns)
             nodes = set(self.tree.trie.node_of[sequences][pushed.any(-1)].tolist()) - {-1}
+            # what was found out of reach is not tried again: a try costs a backward pass
             if nodes <= self.unreachable:
                 continue
             if not self.reaches(sequences, pushed):

@@ -79,6 +79,7 @@ def gradient_moments(
         # (2) takes P numbers an execution and (1) n²: where P is fewer, straight to (2)
         direct = coordinates.squares_are_cheap and coordinates.size <= part.edges.shape[1] ** 2
         weight = torch.exp(part.log_weight)
+        # −1 stands for no edge, and is no index
         live = part.edges >= 0
         mean.index_add_(0, part.edges[live], (weight[:, None] * part.coefficients)[live])
         executions += len(weight)
@@ -86,6 +87,7 @@ def gradient_moments(
         if not direct:
             second += float(weight @ kernel.squared_norms(part))
     variance = second - float(coordinates.squared_norms(mean[None]))  # (1)
+    # (Σ|c|)² max ‖φ‖² bounds what (1) adds up, and so what may cancel in it
     if direct or variance < _KEEPS_DIGITS * largest * kernel.longest**2:
         variance = _about_the_mean(contributions(), coordinates, mean)
     return GradientMoments(mean, variance, executions, math.sqrt(largest), kernel.longest)
@@ -109,6 +111,7 @@ def dense_coefficients(
         for indices, values, weight in _split(part, max(1, _CHUNK // edges)):
             live = indices >= 0
             dense = torch.zeros(len(values), edges, dtype=torch.float64, device=values.device)
+            # where there is no edge, 0 is added to the first
             yield dense.scatter_add(1, indices.clamp(min=0), torch.where(live, values, 0.0)), weight
 
 

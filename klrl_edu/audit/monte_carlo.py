@@ -23,8 +23,8 @@ from torch import Tensor
 from klrl_edu.core.arguments import check_draw
 from klrl_edu.core.errors import InputError
 
-FAILURE_PROBABILITY = 1e-6
-PARTS = 20
+FAILURE_PROBABILITY = 1e-6  # δ of (1), over all entries
+PARTS = 20  # K of (2)
 CONFIDENCE = 0.999  # of one interval by (2)
 
 
@@ -54,6 +54,7 @@ def distance_interval(parts: Tensor, target: Tensor) -> tuple[float, float]:
         return max(0.0, mean - reach), mean + reach
     squared, error = squared_distance(apart)
     low, high = squared - quantile * error, squared + quantile * error
+    # D² is unbiased, and so below 0 at times; a distance is not
     return math.sqrt(max(0.0, low)), math.sqrt(max(0.0, high))
 
 
@@ -108,6 +109,7 @@ def sampled_moments(samples: Iterable[Tensor], bound: float) -> SampledMoments:
     Raises:
         InputError: an estimate lies beyond `bound`.
     """
+    # [] until the first chunk says what P is, and [P] from then on
     count, mean, squares, negative = 0, torch.zeros(()), torch.zeros(()), 0
     for chunk in samples:
         largest = float(chunk.abs().max())

@@ -94,12 +94,14 @@ def planned(
         if given is not None:
             raise InputError(f"{name} belongs to the source: give it there, not to the audit.")
     if isinstance(source, PolicySamples):
+        # training would score them for this source, asked for by the loss or not
         distributions |= source.distributions
         plan = Plan(_finite(source.problems), source.size, source.behaviour, distributions, False)
     elif isinstance(source, WholeSupport):
         distributions |= source.distributions
         plan = Plan(_finite(source.problems), 1, None, distributions, True)
     elif isinstance(source, Table):
+        # no size: the whole table
         plan = Plan(source, source.size or len(source.rows), None, False, source.size is None)
     else:
         raise InputError(
@@ -128,7 +130,7 @@ def _split(plan: Plan, micro_batches: int | None, ordered: bool) -> Plan:
     if micro_batches is None:
         if not ordered:
             return plan
-        parts = plan.batch_size
+        parts = plan.batch_size  # blocks of one unit: all orders
     elif ordered:
         raise InputError("ordered=True gives every place its meaning; leave micro_batches out.")
     else:

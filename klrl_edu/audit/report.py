@@ -129,6 +129,7 @@ class AuditReport:
         }
 
     def _is_zero(self, name: str) -> bool:
+        # exactly 0 counts as well: values come without a list of zero targets
         return name in self.zero_targets or not bool(self.targets[name].any())
 
     @property
@@ -163,6 +164,7 @@ class AuditReport:
     def _tolerance(self, vector: Tensor) -> float:
         """How far from a vector the mean may lie, and equal it."""
         size = float(vector.norm())
+        # inf · ε is inf, within which every mean would equal an infinite vector
         return self.rounding + (self.precision * size if math.isfinite(size) else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,6 +198,7 @@ class AuditReport:
                 "rounding": self.rounding,
                 "arithmetic": self.arithmetic,
                 "entries": self.entries,
+                # what follows from the above, for readers without this package
                 "bias": self.bias,
                 "relative_bias": self.relative_bias,
                 "cosine": self.cosine,
@@ -228,9 +231,11 @@ class AuditReport:
             InputError: something is missing, or is not what it should be.
         """
         try:
+            # verdict, bias and the like are computed from these
             kept = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
             for name in ("mean", "interval", "standard_error"):
                 kept[name] = None if kept[name] is None else _vector(kept[name])
+            # JSON turns tuples into lists
             if kept["distances"] is not None:
                 kept["distances"] = {n: tuple(pair) for n, pair in kept["distances"].items()}
                 kept["size"] = tuple(kept["size"])
@@ -238,7 +243,7 @@ class AuditReport:
             for name in ("notes", "zero_targets"):
                 kept[name] = tuple(kept[name])
             kept["entries"] = None if kept["entries"] is None else tuple(kept["entries"])
-            kept["variance"] = float(kept["variance"])
+            kept["variance"] = float(kept["variance"])  # may be the word inf
             return cls(**kept)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(

@@ -81,7 +81,9 @@ def nudged_batches(whole: Batch, dtype: torch.dtype) -> list[Batch]:
 
 def _nudged(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     # the sign comes from the bits of the number itself
+    # widened first, which is exact, so that equal numbers have equal bits
     bits = values.detach().double().contiguous().view(torch.int64)
+    # the product wraps, so that its sign hangs on all bits of the number
     sign = (1 + 2 * ((bits * seed) >> 63)).double()  # 1, or −1 where the product is negative
     moved = values * (1 + torch.finfo(dtype).eps * sign)
     # whole numbers are exact, and losses ask whether a reward is 1

@@ -120,6 +120,7 @@ class Scene:
         """`count` batches of `size` units a problem, as they are drawn: rows [count,B]."""
         parts = []
         for view, start in zip(self.views, self.starts, strict=True):
+            # the law's one row
             every = torch.zeros(count * size, dtype=torch.long, device=view.law.device)
             parts.append(draw(view.law[None], every).view(count, size) + start)
         return self.rows(torch.cat(parts, 1))
@@ -130,6 +131,7 @@ class Scene:
         for view in self.views:
             whole = nudged_batches(view.whole, dtype)[way]
             tree = view.tree.with_log_probs(whole.log_probs)
+            # π's own law moves with π; that of μ or of a table does not depend on it
             on_policy = torch.equal(view.law, view.tree.log_probs)
             law = tree.log_probs if on_policy else view.law
             views.append(dataclasses.replace(view, whole=whole, tree=tree, law=law))
@@ -144,6 +146,7 @@ class Scene:
         mean = {name: self.tree.log_probs.new_zeros(self.tree.edges) for name in names}
         for found, start in zip(each, self.first_edges, strict=True):
             for name in names:
+                # problems of one prompt share their edges, on which they add up
                 mean[name][start : start + len(found[name])] += found[name] / len(each)
         return mean
 
@@ -209,12 +212,14 @@ def build_scene(
         missed = missed_log_mass(problem.prior, tokens[m], trie, problem.prompt)
         law, remarks = tree.log_probs, _missing_mass(mine, tree, missed)
         if behaviour is not None:
+            # what μ draws beyond π is an error, what it never draws a remark
             _refuse_stray(behaviour, tokens[m], trie, problem)
             law = mine.behaviour_log_probs.sum(-1)
             remarks += _undrawn_mass(tree, law, space)
         views.append(View(mine, tree, law, missed, remarks, problem.kl_coef))
 
     heads = sorted(trees)  # the problem that brought each tree
+    # not strict: _starts also says where the last one ends
     sequences = dict(zip(heads, _starts([len(tokens[k]) for k in heads]), strict=False))
     edges = dict(zip(heads, _starts([trees[k].edges for k in heads]), strict=False))
     counts = [torch.arange(len(part), device=part.device) for part in tokens]
@@ -319,6 +324,7 @@ def _undrawn_mass(tree: SupportTree, law: Tensor, space: SequenceSpace) -> tuple
     undrawn = math.exp(float(logspace.logsumexp(torch.where(never, tree.log_probs, -math.inf))))
     if undrawn == 0:
         return ()
+    # one more than is listed, to know whether there are more
     texts = [repr(text) for text in space.decode(tree.tokens[never][: _NAMED + 1])]
     listed = ", ".join(texts[:_NAMED]) + (", …" if len(texts) > _NAMED else "")
     return (
@@ -369,6 +375,7 @@ def _scored_anyway(
     log_probs, prior_log_probs = (
         token_log_probs(model, tokens, prompt) for model in (policy, prior)
     )
+    # a reward need not be defined where the prior has no mass
     inside = prior_log_probs.sum(-1) > -math.inf
     rewards = torch.zeros_like(log_probs)
     for m, problem in enumerate(problems):
@@ -381,6 +388,7 @@ def _scored_anyway(
         live=problems[0].space.live(tokens),
         log_probs=log_probs,
         prior_log_probs=prior_log_probs,
+        # as if π drew: where μ does, build_scene puts it in place
         behaviour_log_probs=log_probs,
         rewards=rewards,
         group=group,

@@ -166,6 +166,7 @@ def audit_staleness(
         "monte_carlo": monte_carlo,
         "draw": draw,
     }
+    # audits first: they refuse a μ that leaves π's support, which KL(π‖μ) would not notice
     reports = {
         label: audit_gradient(loss, policy, problem, behaviour=model, **options)
         for label, model in named.items()

@@ -93,11 +93,13 @@ class Subject(ABC):
         """The fields of the batches of sequences `rows` [B] or [X,B]; `group` and `kl_coef` [B]
         always.
         """
+        # all batches have the same problems at the same places, so the first speaks for each
         alike = rows if rows.ndim == 1 else rows[0]
         found = {
             name: value[alike if name in SHARED else rows]
             for name, value in self.whole.tensors().items()
         }
+        # each unit of a batch is a group, numbered anew
         if self.width > 1:
             found["group"] = torch.arange(len(alike), device=rows.device) // self.width
         return found
@@ -153,6 +155,7 @@ class Subject(ABC):
                 left -= len(found[-1][0])
                 if order is not None:
                     moved = batch[order]
+                    # not counted against what is left: it is the same batch, and no execution
                     again = self.outcomes(moved, max_executions, max_executions)
                     if not self.same(
                         self._average(moved, *again), self._average(batch, *found[-1])
@@ -187,6 +190,7 @@ class Subject(ABC):
             InputError: one does not.
         """
         again = self.reordered(self.results(rows[:, order], None, vmap), order)
+        # relative to the largest entry, as small ones may be what is left of large ones
         rounding = self.precision * (1 + float(results.abs().max()))
         apart = ((again - results).abs() > rounding).any(-1)
         # of two copies of one sequence the other may have got what the first got before
@@ -256,10 +260,11 @@ class Subject(ABC):
             return f"the {self.kind} draws random numbers"
         try:
             seen = self.many(rows)
-        except KlrlError:
+        except KlrlError:  # a fault of the function, and no limit of vmap
             raise
         except Exception as error:  # whatever a user's code raises under vmap; without vmap it ran
             return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        # nearly without an absolute part: small gradients must agree in digits of their own
         if not torch.allclose(seen, expected, rtol=self.precision, atol=self.precision / 1000):
             return "under vmap it gives other results"
         return None

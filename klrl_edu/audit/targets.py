@@ -77,6 +77,7 @@ def _behaviour_targets(tree: SupportTree, law: Tensor, rewards: Tensor) -> dict[
     mu = law.exp()
     found = {
         "behaviour_reward": tree.path_sums(-mu * (rewards - logspace.expectation(law, rewards))),
+        # −Σ μ ∇log π, with Σ π ∇log π = 0 added, which keeps the digits near μ = π
         "behaviour_kl": tree.path_sums(tree.log_probs.exp() - mu),
     }
     drawn = tree.path_sums(mu) > 0
@@ -98,7 +99,7 @@ def _truncated_reward(tree: SupportTree, drawn: Tensor, rewards: Tensor) -> Tens
     total = torch.where(alive, total, 0.0)
     edges = tree.trie.edge_of
     step = torch.where(edges >= 0, (kept - total[tree.trie.parent])[edges.clamp(min=0)], 0.0)
-    reached = torch.isfinite(step).all(-1)
+    reached = torch.isfinite(step).all(-1)  # a sequence with a cut edge has no mass left
     log_cut = step[reached].sum(-1)
     value = -(log_cut.exp() @ rewards[reached])
     (gradient,) = torch.autograd.grad(value, log_probs)
@@ -153,7 +154,7 @@ def value_targets(whole: Batch, tree: SupportTree, missed: float) -> dict[str, T
     found = {
         "reverse_kl": reverse,
         "forward_kl": forward,
-        "reverse_kl_per_token": reverse,
+        "reverse_kl_per_token": reverse,  # by the chain rule
         "forward_kl_per_token": per_token,
     }
     return {name: value.reshape(1) for name, value in found.items()}

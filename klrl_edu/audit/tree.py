@@ -99,6 +99,7 @@ class SupportTree:
         edge_log_probs[edges] = token_log_probs[on_path]
         of_sequence = log_probs[:, None].expand_as(tokens)[on_path]
         mass = logspace.segment_logsumexp(of_sequence, edges, len(trie.parent))
+        # every sequence through a node leaves it by one edge
         node_mass = logspace.segment_logsumexp(mass, trie.parent, trie.nodes)
         edge_at = torch.full((trie.nodes * columns,), -1, device=tokens.device)
         edge_at[trie.parent * columns + trie.token] = torch.arange(
@@ -109,6 +110,7 @@ class SupportTree:
 
     def with_log_probs(self, token_log_probs: Tensor) -> "SupportTree":
         """The same sequences under another policy [S,T]."""
+        # the prompts [S,L] are a row a sequence already, and build takes one prompt [L]
         built = SupportTree.build(self.trie, self.tokens, token_log_probs)
         return replace(built, prompt=self.prompt)
 
@@ -124,6 +126,7 @@ class SupportTree:
 
         def numbered_on(name: str, starts: list[int]) -> Tensor:
             arrays = [getattr(tree.trie, name) for tree in trees]
+            # not strict: starts has the end as well
             return torch.cat([_shifted(a, by) for a, by in zip(arrays, starts, strict=False)])
 
         def joined(name: str) -> Tensor:
@@ -172,6 +175,7 @@ class SupportTree:
         place = torch.arange(self.tokens.numel(), device=self.tokens.device).view_as(self.tokens)
         on_path = self.trie.edge_of >= 0
         first = torch.full((self.edges,), self.tokens.numel(), device=self.tokens.device)
+        # by the least: which of several plain writes stays is not defined
         return first.scatter_reduce(0, self.trie.edge_of[on_path], place[on_path], "amin")
 
     def taken_edges(self, rows: Tensor) -> Tensor:
@@ -184,6 +188,7 @@ class SupportTree:
         """
         node = self.trie.node_of[rows].unsqueeze(-1)
         columns = self.trie.space.vocab_size
+        # after EOS any node will do, as the next line masks it
         key = node.clamp(min=0) * columns + torch.arange(columns, device=node.device)
         return torch.where(node >= 0, self.edge_at[key], -1)
 

@@ -43,7 +43,7 @@ from klrl_edu.core.multisets import blocks, count_blocks
 from klrl_edu.learning.batches import Batch
 from klrl_edu.models.contract import readable_count
 
-_AGREE = 1e-9
+_AGREE = 1e-9  # of a sequence's value in one batch and in another
 _ROUNDING = 1e-14  # of the largest estimate: what lies this little below 0 is 0
 
 
@@ -68,6 +68,7 @@ class ValueOnSupport(Subject):
         """
         value, live = self.call(fields, draw), fields["live"]
         if isinstance(value, Tensor) and value.shape == live.shape:
+            # after EOS an estimator may give anything: there its inputs are 0
             value = torch.where(live, value, 0.0).sum(-1)
         if not isinstance(value, Tensor) or value.shape not in ((), live.shape[:1]):
             raise InputError(
@@ -121,6 +122,7 @@ class ValueOnSupport(Subject):
         # every second sequence, from the last: other neighbours, another place, another batch size
         half = torch.arange(len(rows) - 1, -1, -2, device=rows.device)
         again = self.values(self.fields(rows[half]))
+        # a NaN is refused below, by the name of its sequence
         if not torch.allclose(again, values[half], rtol=_AGREE, atol=_AGREE, equal_nan=True):
             return None
         self._checked(values[:, None], rows[:, None])
@@ -135,6 +137,7 @@ class ValueOnSupport(Subject):
         fields = self.fields(torch.arange(len(self.whole.tokens), device=log_law.device))
         live = fields["live"]
         if self.of_token is not None:
+            # live tokens alone, in a row, as an estimator of u sees sequences
             ratio = (fields["log_probs"] - fields["prior_log_probs"])[live]
             at_token = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
             at_token[live] = self.of_token(ratio).double()
@@ -144,6 +147,7 @@ class ValueOnSupport(Subject):
                 return None
         weight = log_law.exp() / problems
         below = (at_token < -_ROUNDING * _largest(at_token[live])) & live
+        # a quotient of expected numbers of tokens, so that each token counts alike
         return float(weight @ below.double().sum(-1)) / float(weight @ live.double().sum(-1))
 
     def _checked(self, estimates: Tensor, rows: Tensor) -> Tensor:
@@ -207,6 +211,7 @@ def enumerated_value(
     if not subject.draws:
         arithmetic = arithmetic_of(lambda: subject.call(subject.fields(every)))
         subject = dataclasses.replace(subject, arithmetic=arithmetic)
+        # faults first, on the whole support as one batch
         probe(dataclasses.replace(subject, block=1), every[None])
     values = subject.by_sequence(every)
     per_token = subject.negative_tokens(torch.cat(laws), len(laws))
@@ -243,6 +248,7 @@ def enumerated_value(
             for batch in picked
         )
         size = _weighted(weights.exp(), estimates)
+    # inf − inf, where both estimates are infinite, says nothing of rounding
     unresolved = noise + torch.finfo(torch.float64).eps * size
     return {
         **found,
@@ -290,7 +296,9 @@ def _of_sequences(
         )
     return {
         "mean": torch.stack(means).mean(0),
+        # problems are independent, so their mean has 1/M² of the summed variances
         "variance": spread / (batch_size * problems**2),
+        # the moments need the values of single sequences alone
         "executions": sum(map(len, values)) if negative is None else batches,
         "probability_negative": negative,
         "notes": notes,

@@ -59,6 +59,7 @@ def verdict(
     """
     size = float(mean.norm())
     if math.isinf(size):
+        # compared as they stand: the difference of two infinite means is NaN
         alike = [other for other, target in targets.items() if torch.equal(mean, target)]
         company = f", as {_have(alike)} {_and(alike)}" if alike else ""
         return f"{name} has an infinite mean{company}."
@@ -69,6 +70,7 @@ def verdict(
         if float((mean - target).norm()) <= tolerance(target)
     ]
     none = torch.zeros_like(mean)
+    # a mean of 0 first: every target that is as small would fit it
     if size <= tolerance(none):
         if exact:
             return (
@@ -79,6 +81,7 @@ def verdict(
         return f"{name} has expectation 0{company}."
     if exact:
         return f"{name} is unbiased for {_and(exact)}."
+    # of a number every target is a multiple, so no scale is looked for
     if value:
         nearest, distance = nearest_target(mean, targets)
         return (
@@ -90,6 +93,7 @@ def verdict(
             f"{name} is biased for all targets; its gradient is one number, which is a multiple of"
             f" any other: {', '.join(scales)}."
         )
+    # the plainest first: one target before two
     combined = _scaled(mean, compared, tolerance) or _sum_of_two(mean, compared, tolerance)
     return f"{name} {combined or _nearest(mean, compared)}."
 
@@ -118,6 +122,7 @@ def sampled_verdict(
             " draw more, or audit exactly."
         )
     sizes = {other: float(vector.norm()) for other, vector in targets.items() if other not in zero}
+    # by the most they may be off: the least is 0 for all that are near
     ranked = sorted((other for other in sizes if sizes[other] > 0), key=lambda n: distances[n][1])
     near = [other for other in ranked if distances[other][0] == 0]
     far = [
@@ -171,6 +176,7 @@ def _nearest(mean: Tensor, targets: Mapping[str, Tensor]) -> str:
         for name, target in targets.items()
         if bool(target.any())
     }
+    # NaN compares with nothing, so the largest would depend on the order
     finite = {name: angle for name, angle in angles.items() if not math.isnan(angle)}
     if not finite:
         return "is biased for all targets"
@@ -190,6 +196,7 @@ def _nearest(mean: Tensor, targets: Mapping[str, Tensor]) -> str:
 
 def _digits_below_one(angle: float) -> str:
     """A cosine that is not 1 with as many digits as show it."""
+    # float64 has no more than 15 digits
     digits = 4 if angle < 0.9995 else min(15, 1 - math.floor(math.log10(max(1 - angle, 1e-14))))
     return f"{angle:.{digits}f}"
 
@@ -229,6 +236,7 @@ def _sum_of_two(
     if len(targets) < 2:
         return None
     size = float(mean.norm())
+    # the tolerance as a share of the mean, for ranks and coefficients, which have no unit
     relative = tolerance(mean) / size
     vectors = torch.stack([mean, *targets.values()])
     if int(torch.linalg.matrix_rank(vectors, rtol=relative)) < 3:
@@ -238,6 +246,7 @@ def _sum_of_two(
         basis = torch.stack([targets[one], targets[other]], 1)
         if _nearly_parallel(*basis.unbind(1)):
             continue
+        # gelsd, by singular values, is the driver for targets that are far from orthogonal
         a, b = torch.linalg.lstsq(basis, mean[:, None], driver="gelsd").solution[:, 0].tolist()
         rest = basis @ torch.tensor([a, b], dtype=mean.dtype) - mean
         if float(rest.norm()) <= tolerance(mean):

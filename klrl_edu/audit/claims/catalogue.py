@@ -138,7 +138,7 @@ def check_catalogue(
 
 def catalogue_text(rows: Sequence[CheckedEntry]) -> str:
     """The check as a table in plain text, an entry a line, and what it comes to."""
-    cases = list(dict.fromkeys(row.case for row in rows))
+    cases = list(dict.fromkeys(row.case for row in rows))  # each once, in order
     by_entry: dict[str, dict[str, CheckedEntry]] = {}
     for row in rows:
         by_entry.setdefault(row.entry.name, {})[row.case] = row
@@ -174,6 +174,7 @@ def markdown_table() -> str:
                 _said(entry),
                 f"{check_entry(entry, case).variance:.6f}{drawn}",
             ]
+            # a bare | would end the cell
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

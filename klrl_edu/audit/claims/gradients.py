@@ -42,12 +42,12 @@ from klrl_edu.problems.problem import Problem
 
 _LESS_FORWARD = {"reverse_kl": 1.0, "forward_kl": -1.0}
 _LESS_FORWARD_PER_TOKEN = {"reverse_kl": 1.0, "forward_kl_per_token": -1.0}
-_LATER_ALONE = {"reverse_kl": 1.0, "reverse_kl_per_token": -1.0}
+_LATER_ALONE = {"reverse_kl": 1.0, "reverse_kl_per_token": -1.0}  # what a token does to later KL
 _PER_TOKEN, _PER_TOKEN_FORWARD = "Σ_t ∇KL(π_t‖q_t)", "Σ_t ∇KL(q_t‖π_t)"
 
 
 def _clamp(policy: LanguageModel, problem: Problem) -> dict[str, Any]:
-    return {"bound": 0.05}
+    return {"bound": 0.05}  # some k3 of both cases lie above it
 
 
 KL_GRADIENTS: tuple[Entry, ...] = (
@@ -62,9 +62,11 @@ KL_GRADIENTS: tuple[Entry, ...] = (
         "∇KL(π‖q)",
         unbiased=True,
     ),
+    # Σ_t KL_t counts as a reward alone: its own gradient, the part per token, is missing
     gradient_entry(
         kl.reward_full_kl, "⟦Σ_t KL_t⟧ log π", _LATER_ALONE, "∇KL(π‖q) − Σ_t ∇KL(π_t‖q_t)"
     ),
+    # k3 = u + (w − 1), and E_π[(w − 1)s] = Σ q s = −∇KL(q‖π)
     gradient_entry(kl.reward_k3, "⟦k3(u)⟧ log π", _LESS_FORWARD, "∇KL(π‖q) − ∇KL(q‖π)"),
     gradient_entry(
         kl.reward_k3_token,
@@ -72,6 +74,7 @@ KL_GRADIENTS: tuple[Entry, ...] = (
         _LESS_FORWARD_PER_TOKEN,
         "∇KL(π‖q) − Σ_t ∇KL(q_t‖π_t)",
     ),
+    # ∇u = s, and E_π[s] = 0: as a loss it pushes nothing on average
     gradient_entry(kl.loss_k1, "u", NOTHING, "0"),
     gradient_entry(kl.loss_k2, "u²/2", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient_entry(kl.loss_k3, "k3(u)", FORWARD, "∇KL(q‖π)", unbiased=True),
@@ -104,6 +107,7 @@ KL_GRADIENTS: tuple[Entry, ...] = (
     gradient_entry(
         kl.reward_and_loss_k2, "⟦u²/2⟧ log π + u²/2", predictions.of_mean_k2, "∇E_π[u²/2]"
     ),
+    # as a loss k3 follows ∇KL(q‖π), which is what it lacks as a reward
     gradient_entry(
         kl.reward_and_loss_k3, "⟦k3(u)⟧ log π + k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True
     ),
@@ -121,6 +125,7 @@ KL_GRADIENTS: tuple[Entry, ...] = (
         "∇KL(π‖q)",
         unbiased=True,
     ),
+    # ⟦ ⟧ makes the value k3, and leaves the gradient of u²/2
     gradient_entry(
         kl.straight_through_k2,
         "Σ_t [u_t²/2 + ⟦k3 − u_t²/2⟧]",
@@ -128,11 +133,13 @@ KL_GRADIENTS: tuple[Entry, ...] = (
         _PER_TOKEN,
         unbiased=True,
     ),
+    # on-policy ρ = 1, and its gradient brings the score back: k3 in the reward and in the loss
     gradient_entry(
         kl.live_ratio_k3_token, "Σ_t ρ_t k3(u_t)", REVERSE_PER_TOKEN, _PER_TOKEN, unbiased=True
     ),
     gradient_entry(kl.live_ratio_k3_prefix, "Σ_t ρ_≤t k3(u_t)", REVERSE, "∇KL(π‖q)", unbiased=True),
     gradient_entry(kl.live_ratio_k3, "ρ k3(u)", REVERSE, "∇KL(π‖q)", unbiased=True),
+    # on-policy a ratio without gradient is 1, and leaves the loss k3
     gradient_entry(
         kl.detached_ratio_k3_token,
         "Σ_t ⟦ρ_t⟧ k3(u_t)",
@@ -144,6 +151,7 @@ KL_GRADIENTS: tuple[Entry, ...] = (
 )
 
 OFF_POLICY: tuple[Entry, ...] = (
+    # ρ_t weighs the token right, and leaves the prefix as μ drew it
     gradient_entry(
         kl.live_ratio_k3_token,
         "Σ_t ρ_t k3(u_t)",
@@ -187,6 +195,7 @@ OFF_POLICY: tuple[Entry, ...] = (
         drawn_by="behaviour",
         label="off-policy",
     ),
+    # u ∇u = ∇½u², whoever draws
     gradient_entry(
         kl.off_policy_unweighted,
         "⟦u⟧ log π",
@@ -223,6 +232,7 @@ OFF_POLICY: tuple[Entry, ...] = (
 def _squared_score_norms(policy: LanguageModel, tokens: Tensor) -> Tensor:
     """‖∇log π(y)‖² [S]."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    # sequence by sequence: norms do not add up as gradients do
     rows = [
         torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True)
         for one in policy.log_prob(tokens)
@@ -261,9 +271,11 @@ POLICY_GRADIENTS: tuple[Entry, ...] = (
     gradient_entry(
         losses.rloo, "−⟦R − mean of others⟧ log π", OBJECTIVE, "−∇J", unbiased=True, batch_size=2
     ),
+    # a reward's own share 1/G of the mean goes off its advantage; G = 2
     gradient_entry(
         losses.group_mean, "−⟦R − mean⟧ log π", {"objective": 0.5}, "−(G − 1)/G ∇J", batch_size=2
     ),
+    # on-policy all ratios are 1, which no clip touches
     gradient_entry(
         losses.ppo_clip, "−Σ_t min(ρ_t A_t, clip(ρ_t) A_t)", OBJECTIVE, "−∇J", unbiased=True
     ),
@@ -298,9 +310,11 @@ POLICY_GRADIENTS: tuple[Entry, ...] = (
     gradient_entry(
         losses.dapo, "−Σ_i Σ_t ρ_t A / Σ_i L", predictions.of_dapo, "−E[ΣAs/ΣL]", batch_size=2
     ),
+    # at ρ = 1 the gradient of ρ^{1/L} is s/L, as GRPO's is
     gradient_entry(
         losses.gspo, "−ρ^{1/L} A", predictions.of_grpo_without_kl, "−E[As/L]", batch_size=2
     ),
+    # at ρ = 1 ∇log π_t = ∇ρ_t, so it is DAPO's
     gradient_entry(
         losses.cispo,
         "−Σ_i Σ_t ⟦ρ_t⟧ A log π_t / Σ_i L",
@@ -358,7 +372,7 @@ CLIPPED: tuple[Entry, ...] = (
     _clipped(
         losses.dapo,
         "−Σ_i Σ_t min(ρ_t A, clip(ρ_t) A) / Σ_i L",
-        of_clipped_pairs(sample_score, all_tokens, 0.2, 0.28),
+        of_clipped_pairs(sample_score, all_tokens, 0.2, 0.28),  # DAPO's defaults
         f"−E_μ[ΣA Σ_t ρ_t s_t/ΣL] {_UNCLIPPED}",
     ),
     _clipped(
@@ -375,6 +389,7 @@ CLIPPED: tuple[Entry, ...] = (
         "−Σ_i Σ_t ⟦min(ρ_t, 1.1)⟧ A log π_t / Σ_i L",
         predictions.of_capped_pairs(0.1),
         "−E_μ[ΣA Σ_t min(ρ_t, 1.1) s_t/ΣL]",
+        # its own cap, 5, would leave every ratio of these small cases alone
         clip_high=0.1,
     ),
 )

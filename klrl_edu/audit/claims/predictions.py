@@ -33,7 +33,7 @@ def sample_score(difference: Tensor) -> Tensor:
 
 def own_tokens(length: Tensor, other: Tensor) -> Tensor:
     """1/L: the mean over a sequence's own tokens."""
-    return 1 / length + 0 * other
+    return 1 / length + 0 * other  # 0 · other: the shape of pairs
 
 
 def all_tokens(length: Tensor, other: Tensor) -> Tensor:
@@ -66,6 +66,7 @@ def of_grpo_without_kl(policy: LanguageModel, problem: Problem, behaviour: Langu
 def of_grpo(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """That of `of_grpo_without_kl`, plus λ E_π[(1/L) Σ_t (1 − w_t) s_t]."""
     whole = _whole(policy, problem, behaviour)
+    # a weight of s_t, without gradient
     log_weight = whole.prior_log_probs - whole.log_probs.detach()
     slopes = -torch.expm1(log_weight) / whole.live.sum(-1, keepdim=True)  # (1 − w_t)/L
     penalty = problem.kl_coef * _of_tokens(whole, slopes, policy)
@@ -110,7 +111,9 @@ def of_clipped_pairs(
         weight = weight * share(length[:, None], length)  # [S,S]: the first of a pair down
         ratio = _ratio(whole)
         if sequence_ratio:
+            # after EOS log ρ is 0
             ratio = (ratio.log().sum(-1) / length).exp()[:, None].expand_as(ratio)
+        # which clip acts hangs on the sign of a pair's A, so gains and losses are summed apart
         gained, lost = (
             part.sum(1, keepdim=True) for part in (weight.clamp(min=0), weight.clamp(max=0))
         )
@@ -254,6 +257,7 @@ def of_kept_terms(k: int, *, bucket: bool) -> Prediction:
 
     def predicted(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
         log_dists, prior, frozen, _ = _conditionals(policy, problem, behaviour)
+        # plain numbers and a sort, so that nothing is shared with the estimators
         columns = frozen.tolist(), log_dists.exp().tolist(), prior.exp().tolist()
         total = 0.0
         for probability, rows, prior_rows in zip(*columns, strict=True):
@@ -324,7 +328,7 @@ def of_inverse_evidence(
 def of_self_normalised(policy: LanguageModel, problem: Problem, behaviour: LanguageModel) -> Tensor:
     """E[(w r + w' r')/(w + w')] of two samples."""
     log_star, _, log_pi, rewards = _posterior(policy, problem, behaviour)
-    weight = (log_star - log_pi).exp()
+    weight = (log_star - log_pi).exp()  # up to Z, which cancels
     pairs = ((weight * rewards)[:, None] + weight * rewards) / (weight[:, None] + weight)
     return (log_pi.exp()[:, None] * log_pi.exp() * pairs).sum().reshape(1)
 
@@ -402,6 +406,7 @@ def _of_pairs(
     advantages = advantage(rewards[:, None] - rewards)
     shares = share(length[:, None], length[None])
     weight = pi[:, None] * pi * advantages * shares
+    # the two of a pair are exchangeable, so their mean is that of the first
     return _slope(-(weight.sum(1) * log_pi).sum(), policy)
 
 
@@ -436,5 +441,6 @@ def _of_tokens(whole: Batch, slopes: Tensor, policy: LanguageModel) -> Tensor:
 def _slope(value: Tensor, policy: LanguageModel) -> Tensor:
     """The gradient of a scalar by the policy's trainable parameters, in their order: [P]."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    # a parameter that the value does not touch counts 0
     gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
     return torch.cat([gradient.reshape(-1).double() for gradient in gradients])

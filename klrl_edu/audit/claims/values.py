@@ -81,7 +81,7 @@ def _evidence(
     log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
 ) -> Tensor:
     log_weights = _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
-    return evidence.importance_sampling(log_weights).exp()
+    return evidence.importance_sampling(log_weights).exp()  # Ẑ is unbiased, its log is not
 
 
 def _log_evidence(
@@ -106,6 +106,7 @@ def _inverse_evidence(
     log_probs: Tensor, prior_log_probs: Tensor, rewards: Tensor, kl_coef: Tensor
 ) -> Tensor:
     log_weights = _log_weights(log_probs, prior_log_probs, rewards, kl_coef)
+    # 1/Z is what the mean of 1/w is unbiased for
     return (-evidence.harmonic_mean(log_weights)).exp()
 
 
@@ -156,6 +157,7 @@ _ALPHA = mean_of(lambda pi, q: 2 * (pi + q) - 4 * (pi * q).sqrt())
 def _clamped_mean(pi: Tensor, q: Tensor) -> Tensor:
     """KL with u cut at ±0.3."""
     u = torch.log(pi / q)
+    # by what is cut off, not by a clamp of u as the estimator does it
     return pi * (u + (-0.3 - u).clamp(min=0) - (u - 0.3).clamp(min=0))
 
 
