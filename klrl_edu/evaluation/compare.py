@@ -242,6 +242,7 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
     _refuse_nan(sums.reverse_kl, approximation)
     # J as defined; its gap to the best is taken from the divergence, which cancels nothing
     objective = float(sums.expected_reward) - _product(kl_coef, kl_to_prior)
+    # the second moment of π*/π under π is Σ π*²/π
     log_evidence_error, sample_size = None, math.exp(-float(sums.log_second_moment))
     if isinstance(approximation, WeightedSequences):
         log_evidence = float(approximation.log_evidence)
@@ -249,6 +250,7 @@ def _exact(approximation: LanguageModel | WeightedSequences, target: Posterior) 
         if not approximation.exact or abs(log_evidence) > SUM_TOLERANCE:
             log_evidence_error = log_evidence - float(target.log_evidence)
         if not approximation.exact:
+            # drawn particles: of their own weights, not as a proposal
             sample_size = float(approximation.effective_sample_size) / len(approximation)
     return Comparison(
         reverse_kl=reverse_kl,
@@ -309,19 +311,24 @@ def _sampled(approximation: LanguageModel, target: Posterior, n: int, draw: Draw
     inside = log_ratio < math.inf
     rewards = torch.zeros_like(pi)
     rewards[inside] = problem.rewards(mine[inside])  # elsewhere a reward need not exist
+    # under π* too: where π is thin its own samples hardly come
     pi_there, star_there = _both_log_probs(approximation, target, theirs)
     # the Jensen–Shannon divergence has a half under each; the two samples are independent
     js_mine, mine_error = _mean(pi - _middle(pi, star))
     js_theirs, theirs_error = _mean(star_there - _middle(pi_there, star_there))
     weight, weight_error = _mean(torch.exp(star_there - pi_there))  # E_π*[π*/π]
     values = {
+        # whole next-token laws at each step: log-ratios would add the noise of what was drawn
         "reverse_kl": _mean(_stepwise_kl(approximation, target.model, mine, problem.prompt)),
         "forward_kl": _mean(_stepwise_kl(target.model, approximation, theirs, problem.prompt)),
+        # Σ (π − π*)₊ = E_π[(1 − π*/π)₊]; expm1 keeps the digits where both nearly agree
         "total_variation": _mean((-torch.expm1(star - pi)).clamp(min=0)),
         "jensen_shannon": ((js_mine + js_theirs) / 2, math.hypot(mine_error, theirs_error) / 2),
         "expected_reward": _mean(rewards),
         "kl_to_prior": _mean(log_ratio),
+        # by sample, so that the error knows how r and u move together
         "objective": _mean(rewards - _penalty(problem.kl_coef, log_ratio)),
+        # of a reciprocal, by the delta method
         "effective_sample_size": (1 / weight, weight_error / weight**2),
         "uncovered_mass": _mean((pi_there == -math.inf).double()),
         "violating_mass": _mean((star == -math.inf).double()),
@@ -370,6 +377,7 @@ def _penalty(kl_coef: float, log_ratio: Tensor) -> Tensor:
     """
     if kl_coef == math.inf:
         return torch.where(log_ratio == 0, 0.0, math.inf)
+    # at λ = 0 as well, where the product would be NaN
     return torch.where(torch.isinf(log_ratio), math.inf, kl_coef * log_ratio)
 
 

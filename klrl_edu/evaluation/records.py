@@ -140,14 +140,18 @@ def jsonable(value: Any) -> Any:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all: to a temporary neighbour, renamed over the old one."""
+    # in the same folder: a rename is whole only within one file system
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
             out.flush()
+            # on the disk before the rename, or a crash could leave the new name empty
             os.fsync(out.fileno())
+        # mkstemp's 0600 would shut out all other readers
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    # Ctrl-C among them: no temporary file stays
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -175,6 +179,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}.") from None
+    # SHA-256 has 32 bytes
     data, digest = raw[:-32], raw[-32:]
     if len(raw) <= 32 or hashlib.sha256(data).digest() != digest:
         raise CheckpointError(

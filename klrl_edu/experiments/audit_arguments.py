@@ -67,6 +67,7 @@ def _beside(first: Problem, first_name: str, name: str, kl_coef: float) -> Probl
             f"--problem {name}: its sentences or their probabilities are not those of"
             f" {first_name}; problems in one batch share a prior and differ in rewards and kl_coef."
         )
+    # by text, as the tables may list their sentences in different orders
     return Problem(first.prior, table_reward(rewards, first.space), kl_coef)
 
 
@@ -163,6 +164,7 @@ def adapt_of(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _meaning(word: str, value: str) -> Any:
     """A name as it is, else a Python value, else the text itself."""
+    # names first: to literal_eval they are no values
     if value in FIELDS or value in ADVANTAGES:
         return value
     try:

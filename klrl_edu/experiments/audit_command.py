@@ -106,6 +106,7 @@ def audit(
     if list:
         say(_list_of_functions())
         return
+    # before the audit, which may take minutes
     check_new(out, "audit")
     asked = {
         "problem": problem,
@@ -172,6 +173,7 @@ def audit(
     }
     if isinstance(report, StalenessReport):
         result["nearest_target"] = report.target
+    # only now: an audit that fails leaves no directory behind
     directory = new_directory(out, "audit")
     write_json(directory / "result.json", result)
     _draw(report, directory / "audit")
@@ -289,5 +291,6 @@ def _audit_catalogue(out: Path | None, say: Say) -> None:
     ]
     write_json(directory / "result.json", {"command": "audit", "target": "own", "rows": listed})
     say(f"{catalogue_text(rows)}\n\nresult.json is in {directory}")
+    # last, so that file and table say which claim failed
     if not all(row.holds for row in rows):
         raise SystemExit(CHECK_FAILED)

@@ -41,6 +41,7 @@ def run_check(
     check_count(examples, "examples")
     as_generator(seed)  # a bad seed is refused here, before anything is written
     directory, say = new_directory(out, "check"), speaker(quiet)
+    # of this process alone: a busy machine does not lengthen it
     started = time.process_time()
     trying = check_identities(statements, seed=seed, examples=examples) if statements else ()
     identities = list(

@@ -161,6 +161,7 @@ _ABOUT = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    # several threads make models this small slower, on a busy machine many times
     torch.set_num_threads(1)
     _speak_utf8()
     warnings.showwarning = _show
@@ -168,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         asked = parse(sys.argv[1:] if arguments is None else arguments, COMMANDS, _ABOUT)
         if asked is not None:
             asked.run()
+        # here, where a pipe that was closed is still caught
         sys.stdout.flush()
         return OK
     except BrokenPipeError:  # `| head` has seen enough

@@ -31,6 +31,7 @@ def compare(
     """
     check_new(out, "compare")
     default = run / "compare"
+    # a run from elsewhere may hold a link in the place of compare/
     if out is None:
         check_inside(run, default)
     with blaming("" if model is None else f"--model {model}"):

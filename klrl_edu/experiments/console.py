@@ -62,6 +62,7 @@ def progress(quiet: bool) -> Progress:
             loop,
             desc=label,
             total=steps,
+            # None leaves the bar out where no terminal shows it
             disable=quiet or None,
             leave=False,
             mininterval=0.2,

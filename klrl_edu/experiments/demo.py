@@ -81,6 +81,7 @@ def run_demo(out: Path, seed: int, say: Say, progress: Progress) -> dict[str, An
         for name, network in networks.items()
     }
     collapsed_target = posterior(four_sentences(kl_coef=0.0))
+    # of the same seed, so that both LSTMs start alike and differ in λ alone
     same_network = RecurrentModel(space, hidden_size=32, seed=seed)
     collapsed = _train_small("LSTM, λ = 0", collapsed_target, same_network, seed, progress)
     second = show_networks(target, runs, collapsed, say)
@@ -226,6 +227,7 @@ def show_surnames(path: Path, seed: int, say: Say, progress: Progress) -> dict[s
     rows = target.rows(_SURNAMES_SHOWN)
     shown = problem.space.encode([text for text, *_ in rows])
     learned = sequence_log_probs(policy, shown).exp().tolist()
+    # stable: ties keep their order, and a run prints what the last one did
     by_prior = support.log_prior.argsort(descending=True, stable=True)[:_SURNAMES_SHOWN]
     names = problem.space.decode(support.tokens[by_prior])
     top = list(zip(names, support.log_prior[by_prior].exp().tolist(), strict=True))
@@ -276,6 +278,7 @@ def show_spelling(problem: Problem, say: Say) -> dict[str, Any]:
     target = posterior(Problem(prior, reward, problem.kl_coef))
     model = target.model
     assert isinstance(model, StructuredPosterior)
+    # at λ = inf the posterior is the trigram, with the same exact moments
     before, (mean, _) = posterior(Problem(prior, reward, math.inf)).model, model.reward_moments()
     assert isinstance(before, StructuredPosterior)
     top = model.top_sequences(_SURNAMES_SHOWN)
@@ -329,6 +332,7 @@ def show_count_threes(path: Path, seed: int, say: Say, progress: Progress) -> di
         f" {divergence:.4f}, exact by walking the prefix trie;"
     )
     say("   training reads log q and r from the table that the walk left\n")
+    # from q itself, so the first divergence is KL(q‖π*)
     policy, label = copy_of_prior(problem), "Transformer on count-threes"
     before = compare(policy, target)
     run = _train(policy, target, COUNT_THREES, seed, progress, label, EVALUATE_LARGE_EVERY)
@@ -409,6 +413,7 @@ def _train(
             log_probs, _ = support_log_mass(policy, support.tokens, support.trie)
         trained.entropy.append(float(logspace.entropy(log_probs)))
 
+    # before the first step, where every curve begins
     look({"step": 0})
     loop = train_steps(
         policy,

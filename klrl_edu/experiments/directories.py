@@ -46,6 +46,7 @@ def new_directory(out: Path | None, command: str, default: Path | None = None) -
         InputError: `out` holds something, or cannot be written.
     """
     if out is not None:
+        # again: something may have come since the command began
         check_new(out, command)
         out = resolved(out)
         if not _won(out, command):
@@ -56,6 +57,7 @@ def new_directory(out: Path | None, command: str, default: Path | None = None) -
     first = resolved(Path("runs") / command if default is None else default)
     for number in itertools.count(1):
         place = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        # a link that leads nowhere does not exist, and still takes the name
         if not place.exists() and not place.is_symlink() and _won(place, command):
             return place
     raise AssertionError("unreachable")
@@ -125,6 +127,7 @@ def _won(place: Path, command: str) -> bool:
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / _CONFIG).open("xb").close()  # fails where the file is there: one caller wins
+        # the empty file was the claim; now it says whose
         write_atomically(place / _CONFIG, config)
     except FileExistsError:
         return False

@@ -223,6 +223,7 @@ def _guarded(script: Path, what: str, call: Callable[[], Any]) -> Any:
 
 def data_bytes(data: dict[str, Any]) -> bytes:
     """Strict JSON, one line a key; infinities as the strings "inf" and "-inf"."""
+    # a changed number then shows as one changed line
     lines = (
         f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
         for key, value in jsonable(data).items()
@@ -271,6 +272,7 @@ def check_out(entry: FigureEntry, out: Path) -> None:
 
 
 def _owner(entry: FigureEntry) -> str:
+    # each figure by itself, so that none is written over another
     return f"figure {entry.number or entry.script.stem}"
 
 
@@ -318,6 +320,7 @@ def redraw(numbers: list[str]) -> None:
 
 def main(numbers: list[str]) -> int:
     """Renews the figures of the given numbers, or all; returns the exit code."""
+    # as the command line does: sums of floats then have one order
     torch.set_num_threads(1)
     try:
         redraw(numbers)

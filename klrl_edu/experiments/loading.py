@@ -325,6 +325,7 @@ def _module_of_file(path: Path) -> ModuleType:
         _first_on_the_path(path.parent.resolve()),
         _in_one_line(
             lambda error: f"{path}{line_of(error)} does not import: {said(error)}; fix the file.",
+            # a KlrlError too: its own words would not say which file raised it
             let_through=(KeyboardInterrupt,),
         ),
     ):

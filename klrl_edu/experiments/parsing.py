@@ -129,6 +129,7 @@ def _options_first(words: list[str]) -> list[str]:
 def _print_help(words: list[str], commands: dict[str, Command], about: str) -> None:
     listed = {name: _readable(command, name, print)[0] for name, command in commands.items()}
     for shown in listed.values():
+        # in the list a command has its first paragraph alone
         shown.__doc__ = (shown.__doc__ or "").partition("\n\n")[0]
     with contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(listed, prog="klrl", description=about, args=words)
@@ -176,6 +177,7 @@ def _readable(
     readable.__doc__, readable.__name__ = _unwrapped(command), command.__name__
     readable.__annotations__ = {**read, "return": None}
     renamed = [parameter.replace(annotation=read[key]) for key, parameter in parameters.items()]
+    # on a function of its own: the command keeps its signature
     readable.__signature__ = inspect.Signature(renamed)  # type: ignore[attr-defined]
     options = [
         _spelled(key)
@@ -200,6 +202,7 @@ def _argument(hint: Any, parameter: inspect.Parameter, command: str) -> Any:
     kept = [mark for mark in marks if not isinstance(mark, Word)]
     if positional:
         kept.append(tyro.conf.Positional)
+    # a flag has no value for our constructor to read
     if hint is bool:
         return Annotated[(hint, *kept)] if kept else hint
     if parameter.default is None:  # the docstring says what happens by default
@@ -272,6 +275,7 @@ def _unknown_words(
         )
     typed = wrong.partition("=")[0]
     stem = typed.strip("-").replace("_", "-").lower()
+    # what other tools call it goes before what is spelt alike
     near = [option for option in options if stem in _SYNONYMS.get(option, "").split()][:1]
     near = near or difflib.get_close_matches(stem, options, n=1)
     meant = f". Perhaps you meant: --{near[0]}" if near else ""
@@ -322,6 +326,7 @@ def _is_flag(hint: Any) -> bool:
 
 
 def _like_an_option(word: str) -> bool:
+    # -0.5 is a value, and a lone hyphen no option
     return len(word) > 1 and word.startswith("-") and not _is_number(word)
 
 

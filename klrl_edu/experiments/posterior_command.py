@@ -41,6 +41,7 @@ def posterior(
         out: a new or empty directory; by default the first free of runs/posterior,
             runs/posterior-2, …
     """
+    # before a posterior that may take its time
     check_new(out, "posterior")
     source = ProblemSource(file, kl_coef, separator, normalize)
     check_count(count, "count")
@@ -48,6 +49,7 @@ def posterior(
     directory = new_directory(out, "posterior")
     say = speaker(quiet)
     rows = target.rows()
+    # π* against itself: its numbers come by the same sums as those of q
     prior_side, self_side = compare(target.problem.prior, target), compare(target.model, target)
     say(target.text(count))
     say(

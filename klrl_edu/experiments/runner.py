@@ -185,6 +185,7 @@ class RunWriter:
         self._saved_at, self._pause = -math.inf, _SECONDS_BETWEEN_SAVES
         if source.table is not None:
             name = f"table{source.table.suffix.lower()}"
+            # the copy before the config that names it
             write_atomically(directory / name, source.table.read_bytes())
             config = {**config, "table": name}
         write_json(directory / "config.json", config)
@@ -267,6 +268,7 @@ def load_run(directory: Path, own_model: str | None = None) -> Run:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     source, model, seed = _checked_config(directory, config)
     state = _checked_state(directory, model)
+    # before the posterior, which takes its time and would be of another problem
     if state.get("trained_on") != source.fingerprint():
         raise InputError(
             f"{directory}: its table, kl_coef, separator or normalize is not what the policy was"

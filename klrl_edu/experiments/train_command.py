@@ -116,6 +116,7 @@ def train(
     writer.record({"step": 0, **training.start})
     records = progress(quiet)(training.records, asked.steps, "training")
     stopped = _record_steps(records, asked, writer, policy, target)
+    # before the last comparison: the weights are kept whatever comes of it
     writer.close(policy)
 
     end = compare_models(policy, target)
@@ -196,6 +197,7 @@ def _filled_in(
     loss = ("exact" if model == "table" else "rloo") if loss is None else loss
     steps = (_STEPS_OF_SUMS if _sums(find_loss(loss)) else _STEPS) if steps is None else steps
     lr = _LR.get(model, _LR_OF_OWN) if lr is None else lr
+    # settled here, so that config.json says what auto came to
     where = str(pick_device(device))
     return _Asked(source, model, loss, steps, batch_size, lr, schedule, seed, where)
 
@@ -213,6 +215,7 @@ def _begin(asked: _Asked) -> _Training:
     # before the posterior, which takes its time where sentences are long
     _check_trainable(problem, asked.problem.table)
     _check_size(problem, asked, _sums(loss))
+    # a module moves in place, so the problem keeps its own prior
     problem.prior.to(asked.device)
     target = exact_posterior(problem)
     with blaming(asked.own):
@@ -227,6 +230,7 @@ def _begin(asked: _Asked) -> _Training:
             schedule=SCHEDULES[asked.schedule],
             max_grad_norm=1.0,
         )
+        # a loss that fails does so here, and leaves no directory behind
         first = list(itertools.islice(loop, 1))
     return _Training(policy, target, start, itertools.chain(first, loop))
 
@@ -304,9 +308,11 @@ def _record_steps(
             for record in records:
                 if record["step"] % every == 0 or record["step"] == asked.steps:
                     record.update(comparison_metrics(policy, target))
+                # the record first: the weights are saved with the last record's step
                 writer.record(record)
                 writer.save_now_and_then(policy)
     except (KeyboardInterrupt, KlrlError) as stopped:
+        # raised later: first come the weights, metrics and pictures of what was done
         return stopped
     return None
 

@@ -41,7 +41,9 @@ class Absent:
 
     @classmethod
     def __torch_function__(cls, _: Any, __: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        # torch.exp(field) and the like arrive here
         given = [*args, *(kwargs or {}).values()]
+        # as in torch.stack([field, …])
         nested = [part for value in given if isinstance(value, list | tuple) for part in value]
         next(value for value in given + nested if isinstance(value, cls))._refuse()
 
@@ -116,10 +118,12 @@ class Batch:
         axis.
         """
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        # what is absent, a prompt of None and the flag are no tensors
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
     def pick(self, rows: Tensor) -> "Batch":
         """The batch of some of its sequences `rows` [B], in this order, repeated or not."""
+        # some rows, or one twice: a sum over them is none over the space, so complete is False
         picked: dict[str, Any] = {name: value[rows] for name, value in self.tensors().items()}
         return replace(self, **picked, complete=False)
 
@@ -172,11 +176,13 @@ def needs_of(loss: Any) -> frozenset[str]:
     """What a loss asked for by `needs`; looks through functools.partial, functools.wraps and a
     module's `forward`.
     """
+    # partial does not hand on the attributes of what it wraps
     while isinstance(loss, partial):
         loss = loss.func
     asked: frozenset[str] | None = getattr(loss, _NEEDS, None)
     if asked is None and isinstance(loss, nn.Module):
         asked = getattr(loss.forward, _NEEDS, None)
+    # functools.wraps copies a mark, but not that of a partial or a module further in
     if asked is None and hasattr(loss, "__wrapped__"):
         return needs_of(loss.__wrapped__)
     return frozenset() if asked is None else asked
@@ -232,11 +238,13 @@ def score_batch(
     prior = problems[0].prior
     log_dists, prior_log_dists = _NO_LOG_DISTS, _NO_PRIOR_LOG_DISTS
     if distributions:
+        # both from one pass, so that their gradients share a graph
         log_dists = conditional_log_probs(policy, tokens, prompt)
         log_probs = log_dists.gather(-1, tokens[..., None]).squeeze(-1)
     elif log_probs is None:
         log_probs = token_log_probs(policy, tokens, prompt)
     with torch.no_grad():
+        # prior and reward stay fixed: log π alone carries a gradient
         prior_log_probs = token_log_probs(prior, tokens, prompt)
         if distributions:
             prior_log_dists = conditional_log_probs(prior, tokens, prompt)
@@ -254,6 +262,7 @@ def score_batch(
         live=problems[0].space.live(tokens),
         log_probs=log_probs,
         prior_log_probs=prior_log_probs,
+        # as if the policy had drawn them: ρ is 1, and its gradient ∇log π
         behaviour_log_probs=log_probs.detach(),
         rewards=rewards,
         group=group,
@@ -281,6 +290,7 @@ def stacked_prompts(problems: Sequence[Problem]) -> Tensor | None:
             " prompt, or none has."
         )
     width = max(len(prompt) for prompt in given)
+    # on the left, so that every prompt ends where its text begins
     return torch.stack([torch.nn.functional.pad(p, (width - len(p), 0), value=-1) for p in given])
 
 
@@ -298,6 +308,7 @@ def _supported_rewards(
                 f" infinite. Wrap it: restrict_to_support(policy, {reference})."
             )
 
+    # the prior first: where it has no mass a reward need not exist
     refuse(prior_log_probs.sum(-1), "the prior gives it no mass", "problem.prior")
     rewards = problem.token_rewards(tokens)
     refuse(rewards.sum(-1), "its reward is -inf", "feasible_prior(problem)")

@@ -60,6 +60,7 @@ def exact(batch: Batch) -> Tensor:
     _refuse_undefined(reward - batch.kl_coef * log_ratio, batch, given=log_prob > -math.inf)
     # a sequence that π never gives counts 0
     objective = logspace.expectation(log_prob, reward - batch.kl_coef * log_ratio)
+    # the sum runs over all problems, J is their mean
     return -objective / (batch.group.max() + 1)
 
 
@@ -106,6 +107,7 @@ def rloo(batch: Batch) -> Tensor:
     Source: Kool et al. (2019); Ahmadian et al. (2024), eq. 8.
     """
     reward = penalised_reward(batch)
+    # the mean of the others does not depend on y_i, so it shifts no expectation
     advantage = reward - leave_one_out_mean(reward, batch.group)
     return -check_some(advantage * batch.log_probs.sum(-1)).mean()
 
@@ -179,6 +181,7 @@ def ppo_clip(
     """
     if not isinstance(values, Tensor):
         values = check_number(values, "values", "finite", math.isfinite)
+    # by μ, not π: part of the reward, so it must carry no gradient
     penalty = batch.kl_coef.unsqueeze(-1) * (batch.behaviour_log_probs - batch.prior_log_probs)
     rewards = batch.rewards - penalty
     _refuse_undefined(rewards.sum(-1), batch)
@@ -189,6 +192,7 @@ def ppo_clip(
         decay=decay,
     )
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
+    # a sum over tokens: a mean of each text's own would tilt towards short ones
     return -check_some(_clipped(ratio, advantage, clip=clip).sum(-1)).mean()
 
 
@@ -218,6 +222,7 @@ def grpo(batch: Batch, *, clip: float = 0.2, epsilon: float = 1e-4) -> Tensor:
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
     _refuse_undefined(batch.prior_log_probs.sum(-1), batch)  # λ k3 would be inf, and NaN at λ = 0
+    # differentiated through log π_t as libraries do, hence the forward gradient
     penalty = batch.kl_coef.unsqueeze(-1) * k3(batch.log_probs - batch.prior_log_probs)
     return -seq_mean_token_mean(_clipped(ratio, advantage, clip=clip) - penalty, batch.live)
 
@@ -260,6 +265,7 @@ def dr_grpo(batch: Batch, *, clip: float = 0.2) -> Tensor:
     """
     advantage = centred(batch.rewards.sum(-1), batch.group).unsqueeze(-1)
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
+    # by T, one number for all: an L_i each would weigh texts by their length
     return -fixed_length(_clipped(ratio, advantage, clip=clip), batch.live)
 
 
@@ -312,6 +318,7 @@ def gspo(
     Source: Zheng et al. (2025), eq. 5 to 7.
     """
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon)
+    # log-ratios are 0 after the first EOS, so sum/L is the mean over live tokens
     ratio = torch.exp((batch.log_probs - batch.behaviour_log_probs).sum(-1) / batch.live.sum(-1))
     return -check_some(_clipped(ratio, advantage, clip_low=clip_low, clip_high=clip_high)).mean()
 
@@ -338,6 +345,7 @@ def cispo(batch: Batch, *, clip_high: float = 4.0, epsilon: float = 1e-4) -> Ten
     advantage = sample_z_score(batch.rewards.sum(-1), batch.group, epsilon).unsqueeze(-1)
     clip_high = _checked_clip(clip_high, "clip_high")
     ratio = torch.exp(batch.log_probs - batch.behaviour_log_probs)
+    # detached: the gradient passes by log π_t, also where the weight is clipped
     weight = ratio.detach().clamp(max=1 + clip_high)
     return -token_mean(weight * advantage * batch.log_probs, batch.live)
 
@@ -371,6 +379,7 @@ def f_dpg(
     log_prior, reward = batch.prior_log_probs.sum(-1), batch.rewards.sum(-1)
     log_target = log_prior + reward / batch.kl_coef - log_evidence
     log_prob = batch.log_probs.sum(-1)
+    # −f' only weighs the score: ∇D_f = E_π[f'(π/π*) ∇log π] has no term of f''
     return -check_some(pseudo_reward(log_prob.detach() - log_target) * log_prob).mean()
 
 
@@ -381,6 +390,7 @@ def penalised_reward(batch: Batch) -> Tensor:
         UnsupportedPolicyError: a reward of −inf, or a sequence without prior mass, where the
             gradient of J is undefined at every λ.
     """
+    # detached, as (r − λu) is a weight: E_π[∇u] = 0, but E_π[log π ∇u] need not be
     log_ratio = batch.log_probs.detach().sum(-1) - batch.prior_log_probs.sum(-1)  # u [N], nats
     reward = batch.rewards.sum(-1) - batch.kl_coef * log_ratio
     _refuse_undefined(reward, batch)
@@ -412,4 +422,5 @@ def _checked_clip(clip: float, name: str) -> float:
 def _clipped(ratio: Tensor, advantage: Tensor, **clips: float) -> Tensor:
     """min(ρA, clip(ρ, 1 − low, 1 + high) A) of (2), by `clip` or by `clip_low` and `clip_high`."""
     bounds = [_checked_clip(value, name) for name, value in clips.items()]
+    # the smaller one: a ratio outside that makes things worse is still pulled back
     return torch.minimum(ratio * advantage, ratio.clamp(1 - bounds[0], 1 + bounds[-1]) * advantage)

@@ -34,15 +34,18 @@ class MuonWithAdam(torch.optim.Optimizer):
             check_number(rate, name, "at least 0", lambda x: 0 <= x < math.inf)
         matrices = {id(parameter) for parameter in _block_matrices(model)}
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # the base class gives zero_grad and hooks; the state of the steps is in the parts
         super().__init__(trainable, {})
         inner, outer = (
             [p for p in trainable if (id(p) in matrices) is side] for side in (True, False)
         )
         self.parts: list[torch.optim.Optimizer] = []
         if inner:
+            # torch's default decay of 0.1 would move the optimum away from the loss's own
             self.parts.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.0))
         if outer:
             self.parts.append(torch.optim.Adam(outer, lr=adam_lr))
+        # the parts' own dictionaries: a rate that a schedule sets here reaches them
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -53,6 +56,7 @@ class MuonWithAdam(torch.optim.Optimizer):
 
 
 def _block_matrices(model: nn.Module) -> list[torch.Tensor]:
+    # embeddings and the head stand outside the blocks: their rows are words, not directions
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = {
         layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear)

@@ -215,24 +215,28 @@ class PolicySamples(_AboutProblems):
             count = self.size * len(self.problems)
             tokens, log_probs = sample_scored(drawn_by, count, draw=self.draw)
         else:
+            # every prompt in one pass; the rows of a problem stand together
             tokens, log_probs = sample_scored(drawn_by, self.size, draw=self.draw, prompts=prompts)
         own = self.behaviour is None
         batch = score_batch(
             policy,
             self.problems,
             tokens.split(self.size),
+            # what drew them has scored them, gradient included
             log_probs=log_probs if own else None,
             distributions=self.distributions,
             drawn_by="the policy" if own else "the behaviour policy",
         )
         if own:
             return batch
+        # μ may give what π never does, and −inf has no gradient
         _refuse_impossible(batch.log_probs, batch.tokens, self.space, "the policy")
         return replace(batch, behaviour_log_probs=log_probs.detach())
 
     def check(self, policy: LanguageModel) -> None:
         """Refuses a policy that samples where the prior has no mass, before the first step."""
         if self.behaviour is None:
+            # π draws itself; of another policy each drawn text is looked at as it is scored
             for problem in self.problems:
                 _refuse_unrestricted(policy, problem, self.draw)
 
@@ -256,6 +260,7 @@ class WholeSupport(_AboutProblems):
 
     def check(self, policy: LanguageModel) -> None:
         """Refuses a policy with mass anywhere else."""
+        # a sum over the support would miss mass elsewhere without a word
         for problem, tokens in zip(self.problems, self.groups, strict=True):
             _refuse_stray_mass(policy, problem, tokens)
 
@@ -274,6 +279,7 @@ class Replay:
             self._batch, self._left = self.source(policy), self.epochs
             batch = self._batch
         else:
+            # the last update moved π, and backward freed the graph of its log-probabilities
             batch = rescored(self._batch, policy)
         self._left -= 1
         return batch
@@ -323,12 +329,14 @@ class Table:
         every = torch.arange(len(self.rows), device=self.rows.device)
         if self.size is None or self.draw is None:
             return self.batch(policy, every)
+        # one row of weights that all draws read: with replacement
         return self.batch(policy, self.draw(self.log_weights[None], torch.zeros(self.size).long()))
 
     def batch(self, policy: LanguageModel, index: Tensor) -> Batch:
         """The batch of the rows `index` [B]: B·k sequences, a group for each pair."""
         kind = "texts" if self.rows.shape[1] == 1 else "pairs"
         width = self.rows.shape[1]
+        # the two of a pair become neighbours
         tokens = self.rows[index].flatten(0, 1).to(device_of(policy))
         prompt = self._prompts(index, width)
         paired = torch.arange(len(tokens), device=tokens.device) // width
@@ -340,15 +348,19 @@ class Table:
         if self.prior is not None and self.kl_coef is not None:
             with torch.no_grad():
                 prior_log_probs = token_log_probs(self.prior, tokens, prompt)
+            # log π/q, which losses of preferences compare, would be infinite
             _refuse_impossible(prior_log_probs, tokens, self.space, "the prior")
             given["prior_log_probs"] = prior_log_probs
             given["kl_coef"] = torch.full_like(tokens[:, 0], self.kl_coef, dtype=torch.float64)
+            # the preferred one stands first
             won = (torch.arange(len(tokens), device=tokens.device) % width == 0).double()
+            # on the last live token, where any reward of a whole sequence stands
             given["rewards"] = won[:, None] * self.space.last(tokens)
         batch = Batch(
             tokens=tokens,
             live=self.space.live(tokens),
             log_probs=token_log_probs(policy, tokens, prompt),
+            # texts share one group: no problem parts them
             group=paired if width > 1 else torch.zeros_like(paired),
             prompt=prompt,
             truncated=self.space.truncated(tokens),
@@ -363,6 +375,7 @@ class Table:
     def _prompts(self, index: Tensor, width: int) -> Tensor | None:
         if self.prompt is None or self.prompt.ndim == 1:
             return batch_prompt(self.prompt, len(index) * width)
+        # both texts of a pair answer one prompt
         return self.prompt[index].repeat_interleave(width, 0)
 
 
@@ -399,6 +412,7 @@ def check_policy(source: Source, policy: LanguageModel) -> None:
 
 
 def _as_tokens(data: Sequence[str] | Tensor, space: SequenceSpace) -> Tensor:
+    # a text is a sequence too, of its letters
     if isinstance(data, str):
         raise InputError(f"expected a list of texts, and {data!r} is one text: give [{data!r}].")
     return space.check_tokens(data if isinstance(data, Tensor) else space.encode(list(data)))
@@ -407,6 +421,7 @@ def _as_tokens(data: Sequence[str] | Tensor, space: SequenceSpace) -> Tensor:
 def _log_weights(weights: Sequence[float] | Tensor | None, rows: int, size: int | None) -> Tensor:
     """log of normalised weights [P]."""
     if weights is None:
+        # an empty table is refused where it is built, in its own words
         return torch.full((rows,), -math.log(max(rows, 1)), dtype=torch.float64)
     given = as_numbers(weights, "weights")
     sound = torch.isfinite(given) & (given >= 0)
@@ -429,6 +444,7 @@ def _feasible_sequences(problem: Problem) -> Tensor:
 @torch.no_grad()
 def _refuse_stray_mass(policy: LanguageModel, problem: Problem, tokens: Tensor) -> None:
     trie = PrefixTrie(problem.space, tokens)
+    # summed where π leaves the trie: exact, without a list of what lies outside
     stray = float(support_log_mass(policy, tokens, trie, problem.prompt)[1].exp())
     if stray > 0:
         raise UnsupportedPolicyError(
@@ -448,6 +464,7 @@ def _refuse_unrestricted(policy: LanguageModel, problem: Problem, draw: Draw) ->
         conditional_log_probs(model, tokens, problem.prompt) for model in (problem.prior, policy)
     )
     taken = mine.gather(-1, tokens[..., None]).squeeze(-1)
+    # a step counts where π reaches its prefix: what was taken before it has mass
     reached = torch.nn.functional.pad(taken.cumsum(-1), (1, -1)) > -math.inf
     looked_at = (reached & problem.space.live(tokens))[..., None]
     stray = torch.where((prior == -math.inf) & looked_at, mine, -math.inf).exp().sum(-1)

@@ -125,9 +125,11 @@ def train_steps(
     optimizers = optimizers_of(policy, loss, optimizer, lr)
     parameters = moved_by(policy, loss, optimizers)
     clip = check_max_grad_norm(max_grad_norm)
+    # as given: a schedule multiplies these, and not what the last step left
     rates = [[group["lr"] for group in each.param_groups] for each in optimizers]
     weights = LastGoodWeights(policy, parameters)
     for step in range(1, steps + 1):
+        # the share done before this step, below 1: a rate that falls to 0 moves the last step too
         factor = _factor(schedule, (step - 1) / steps)
         for each, own_rates in zip(optimizers, rates, strict=True):
             for group, rate in zip(each.param_groups, own_rates, strict=True):
@@ -137,24 +139,30 @@ def train_steps(
             value = loss(batch)
             check_loss(value)
             _refuse_not_finite(value, "the loss", batch, step)
+            # once: a walk of the graph is slow, and at each step it would find the same tensors
             if step == 1:
                 refuse_unheld(value, parameters)
             for each in optimizers:
                 each.zero_grad()
             value.backward()
+            # a clip of inf clips nothing, and the norm is still told
             norm = nn.utils.clip_grad_norm_(parameters, clip)
             _refuse_not_finite(norm, "the gradient's norm", batch, step)
         except (InputError, DivergedError) as error:
             weights.check(step - 1)  # did the last update break the policy?
+            # a DivergedError names its step already
             if not isinstance(error, DivergedError):
                 error.args = (f"step {step}: {error}", *error.args[1:])
             raise
+        # only now: loss and gradient are sound, and the weights are about to change
         weights.keep(batch)
         for each in optimizers:
             each.step()
         reach = max(1.0, min(float(norm), clip))  # Adam moves by its rate, descent by rate · norm
+        # asked first, as the check itself runs a pass of the policy
         if reach * max(group["lr"] for each in optimizers for group in each.param_groups) > LOST:
             weights.check_jump(step)
+        # no later step would look at the last update
         if step == steps:
             weights.check(step)
         yield {
@@ -195,6 +203,7 @@ def train(
     """
     check_count(evaluate_every, "evaluate_every", 0)
     policy = copy_of_prior(source) if policy is None else policy
+    # here too: a generator's own checks wait until its first step
     _check_nouns(policy, source, loss)
     history = History(policy=policy)
     stream = train_steps(
@@ -209,6 +218,7 @@ def train(
         schedule=schedule,
         max_grad_norm=max_grad_norm,
     )
+    # the generator has not begun: these are the weights before the first step
     if target is not None:
         history.records.append({"step": 0, **comparison_metrics(policy, target)})
     for record in stream:
@@ -234,6 +244,7 @@ def copy_of_prior(source: Problem | Sequence[Problem] | Source) -> LanguageModel
             )
     else:
         prior = check_problems(source)[0].prior  # type: ignore[arg-type]
+    # a prior is often frozen, and a copy of it would be
     return copy.deepcopy(prior).requires_grad_(True)
 
 
@@ -299,6 +310,7 @@ def _next(source: Source, policy: LanguageModel, step: int) -> Batch:
     """The next batch, looked at: a Batch of sequences of the policy's space, with their log π."""
     try:
         batch = source(policy)
+    # out of a generator it would come as a RuntimeError that names no source
     except StopIteration:
         raise InputError(
             f"the source ended after {step - 1} batches; let it go on, or train fewer steps."
@@ -360,6 +372,7 @@ def _means(batch: Batch) -> Record:
         return {}
     reward = batch.rewards.sum(-1)
     behind = (batch.behaviour_log_probs - batch.log_probs).sum(-1)
+    # samples of π itself have log μ = log π to the last bit; later epochs on them do not
     if not batch.complete and bool((behind != 0).any()):
         return {"reward": float(reward.mean()), "log_behaviour_ratio": float(behind.mean())}
     kl = (batch.log_probs - batch.prior_log_probs).sum(-1)
@@ -372,4 +385,5 @@ def _means(batch: Batch) -> Record:
     length = weight @ batch.live.double().sum(-1)
     means = {"reward": weight @ reward, "kl": weight @ kl, "objective": objective}
     numbers = {name: float(value) for name, value in means.items()}
+    # a ratio of means: a mean of ratios would weigh short texts more
     return {**numbers, "kl_per_token": float(weight @ kl / length)}

@@ -35,6 +35,7 @@ def optimizers_of(
         raise InputError(
             f"optimizer = {optimizer!r}; expected a torch.optim.Optimizer, or a sequence of them."
         )
+    # by identity: == of tensors compares their entries
     held = {id(parameter) for each in given for parameter in _held(each)}
     missing = [name for name, parameter in _named(policy, loss) if id(parameter) not in held]
     if missing:
@@ -74,6 +75,7 @@ def moved_by(
 ) -> list[Tensor]:
     """What is clipped, and put back after a broken update: everything that an optimiser moves."""
     held = [parameter for each in optimizers for parameter in _held(each)]
+    # an optimiser may hold more, such as a module that a loss closes over
     return _distinct([*_owned(policy, loss), *held])
 
 
@@ -82,6 +84,7 @@ def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _distinct(parameters: Sequence[Tensor]) -> list[Tensor]:
+    # a tied weight counts once for the norm, and is clipped once
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 
@@ -134,6 +137,7 @@ class LastGoodWeights:
 
     def keep(self, batch: Batch) -> None:
         """Before an update: the weights, and one sequence a group to try the policy on."""
+        # copies, as optimisers write in place
         self.kept = [parameter.detach().clone() for parameter in self.parameters]
         first = _first_of_each(batch.group)
         self.tried = (batch.tokens[first], None if batch.prompt is None else batch.prompt[first])
@@ -144,8 +148,10 @@ class LastGoodWeights:
 
         The kept weights are back in place then.
         """
+        # no update yet, so none is to blame
         if self.tried is None:
             return
+        # weights first: the pass of the policy costs more
         finite = all(bool(torch.isfinite(moved).all()) for moved in self._moved())
         if not finite or self._gives_nan():
             self._take_back(step, "made the policy NaN or infinite")
@@ -157,10 +163,12 @@ class LastGoodWeights:
         The policy is lost then, finite though it is; the kept weights are back in place.
         """
         self.check(step)
+        # of a loss's own weights, such as a baseline, any size may be right
         own = {id(parameter) for parameter in self.policy.parameters()}
         jump = 0.0
         for parameter, old, moved in zip(self.parameters, self.kept, self._moved(), strict=True):
             if id(parameter) in own:
+                # an old −inf is 0 on both sides: no jump
                 before = torch.where(torch.isfinite(old), old, 0.0)
                 jump = max(jump, float((moved - before).abs().max()))
         if jump > LOST:
@@ -195,5 +203,6 @@ class LastGoodWeights:
 def _first_of_each(group: Tensor) -> Tensor:
     """The first row of each group, at most a few [m]."""
     change = torch.ones_like(group, dtype=torch.bool)
+    # the rows of a group stand together
     change[1:] = group[1:] != group[:-1]
     return change.nonzero().squeeze(-1)[:_TRIED]

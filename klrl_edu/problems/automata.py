@@ -59,6 +59,7 @@ class Automaton:
                 f"transitions[{state}, {word}] = {int(self.transitions[state, word])} is no state;"
                 f" there are {states}."
             )
+        # True is 1 in Python, and would pass for a state
         if isinstance(self.start, bool) or self.start not in range(states):
             raise InputError(f"start = {self.start} is no state; there are {states}.")
 
@@ -74,6 +75,7 @@ class Automaton:
         return self.accepting.to(tokens.device)[self.read(tokens)[:, -1]]
 
     def __invert__(self) -> "Automaton":
+        # δ is complete, so every text ends in a state, and F alone turns round
         return replace(self, accepting=~self.accepting, text=f"not {self.text}")
 
     def __and__(self, other: "Automaton") -> "Automaton":
@@ -90,6 +92,7 @@ class Automaton:
             self.transitions, self.start, other.transitions, other.start
         )
         accepting = combine(self.accepting[mine], other.accepting[theirs])
+        # at once, or the states of a chain of products would multiply
         return Automaton(self.space, transitions, accepting, 0, text).minimal()
 
     def minimal(self) -> "Automaton":
@@ -119,6 +122,7 @@ class Automaton:
 
     def is_empty(self) -> bool:
         """Whether no text that fits the space is accepted."""
+        # the last of T tokens is EOS, where there is one
         words = self.space.max_length - self.space.eos
         here = torch.zeros(len(self), dtype=torch.bool)  # the states that texts of t words reach
         here[self.start] = True
@@ -329,6 +333,7 @@ def length_between(low: int, high: int, space: SequenceSpace) -> Automaton:
         InputError: low > high, or low < 0.
     """
     check_count(low, "low", 0)
+    # −1 passes here, for the clearer words below
     check_count(high, "high", -1, maximum=MAX_STATES - 2)
     if high < low:
         raise InputError(f"high = {high} is below low = {low}; no text has such a length.")
@@ -421,6 +426,7 @@ class AutomatonReward:
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
         states, words = _read(self.transitions, self.start, tokens), self.transitions.shape[1]
+        # EOS has no column; what is read in its place is replaced below
         before, word = states[:, :-1], tokens.long().clamp(max=words - 1)
         earned = self.word_rewards.to(tokens.device)[before, word]
         final = self.final_rewards.to(tokens.device)
@@ -435,6 +441,7 @@ class AutomatonReward:
         transitions, mine, theirs = reachable_pairs(
             self.transitions, self.start, other.transitions, other.start
         )
+        # not made minimal: rewards, and not F, tell these states apart
         words = self.word_rewards[mine] + other.word_rewards[theirs]
         finals = self.final_rewards[mine] + other.final_rewards[theirs]
         text = f"{self.text} + {other.text}"
@@ -444,6 +451,7 @@ class AutomatonReward:
         """factor · r, where 0 · (−inf) = 0."""
         factor = check_number(factor, "factor", "finite", math.isfinite)
         words, finals = self.word_rewards, self.final_rewards
+        # 0 · (−inf) is NaN in floats
         if factor == 0:
             words, finals = torch.zeros_like(words), torch.zeros_like(finals)
         else:
@@ -503,6 +511,7 @@ def _repeats(reward: RepeatReward, space: SequenceSpace) -> AutomatonReward:
     _check_table(count + 1, space)
     transitions = torch.arange(count).repeat(count + 1, 1)
     words = torch.zeros(count + 1, count, dtype=torch.float64)
+    # reading k pays in the state that k left
     words[:count].fill_diagonal_(reward.value)
     final = torch.zeros(count + 1, dtype=torch.float64)
     return AutomatonReward(space, transitions, count, words, final, "repeats")

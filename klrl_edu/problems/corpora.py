@@ -24,10 +24,12 @@ def surname_frequencies(count: int = SURNAMES) -> dict[str, float]:
         )
     table = resources.files("klrl_edu.problems") / "data" / "surnames.csv"
     with table.open(encoding="utf-8") as lines:
+        # below the header names stand by falling frequency
         rows = list(csv.reader(lines))[1 : count + 1]
     return {name: float(percent) for name, percent in rows}
 
 
 def surname_prior(count: int = SURNAMES) -> SequenceTable:
     """A SequenceTable of `count` surnames, spelled as characters with an EOS: an exact prior."""
+    # shares of all names: those of the first `count` do not sum to one
     return SequenceTable.from_texts(surname_frequencies(count), separator="", normalize=True)

@@ -86,6 +86,7 @@ class Problem:
             InputError: tokens that are not of the space, a NaN or +inf, a complex number, a wrong
             shape, or a value after the first EOS.
         """
+        # tokens first: a reward may index its tables by them
         live = self.space.live(self.space.check_tokens(tokens))
         values = self.reward(tokens, batch_prompt(self.prompt, len(tokens)))
         if not isinstance(values, Tensor) or values.shape not in (tokens.shape, tokens.shape[:1]):
@@ -101,6 +102,7 @@ class Problem:
         # no gradient: a learned reward is fixed here, and only the policy moves
         values = values.detach().double()
         if values.ndim == 1:
+            # on the last live token: the sum over T is the reward, and each column stays causal
             last = self.space.last(tokens)
             values = torch.where(last, values[:, None], torch.zeros_like(values[:, None]))
         self._check(values, tokens, live)
@@ -121,6 +123,7 @@ class Problem:
                 f"reward {reward_name(self.reward)!r} of sequence {n}, {text!r}, is {value}; give a"
                 " number, or -inf to forbid it."
             )
+        # a sum over T would count it
         stray = ~live & (values != 0)
         if bool(stray.any()):
             n, t = stray.nonzero()[0].tolist()

@@ -46,6 +46,7 @@ class TextReward:
     fn: Callable[[str], float]
     space: SequenceSpace
     name: str = "text reward"
+    # two equal rewards may have seen different texts
     _cache: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -53,9 +54,9 @@ class TextReward:
         return torch.tensor(values, dtype=torch.float64, device=tokens.device)
 
     def _one(self, text: str) -> float:
+        # the user's function is slow, and samples repeat
         if text not in self._cache:
             value = self.fn(text)
-            # the user's function is slow, and samples repeat
             try:
                 self._cache[text] = float(value)
             except (TypeError, ValueError, OverflowError):
@@ -94,6 +95,7 @@ def table_reward(
     """
     # by the normal form that decoding gives, which is what the reward will be asked for
     texts = space.decode(space.encode(values))
+    # NaN and +inf pass: they matter only where the prior has mass, and are refused there
     table = {
         text: reward_value(value, f"values[{key!r}]", lambda _: True)
         for text, (key, value) in zip(texts, values.items(), strict=True)
@@ -200,6 +202,7 @@ class RepeatReward:
     value: float
 
     def __call__(self, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:
+        # EOS after EOS is no repeat
         is_word = tokens[:, 1:] < len(self.space.vocabulary)
         repeats = (tokens[:, 1:] == tokens[:, :-1]) & is_word
         earned = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
@@ -261,6 +264,7 @@ def check_reward(reward: Reward) -> None:
     Raises:
         InputError: it cannot; with the remedy.
     """
+    # a class can be called too, and would give an object
     if isinstance(reward, type) or not callable(reward):
         raise InputError(
             f"reward is {describe(reward)}; expected a function of (tokens, prompt), or"
@@ -271,6 +275,7 @@ def check_reward(reward: Reward) -> None:
     except ValueError:  # a builtin may have none
         return
     try:
+        # whether the call fits, without making it
         signature.bind(None, None)
     except TypeError:
         raise InputError(
@@ -282,6 +287,7 @@ def check_reward(reward: Reward) -> None:
 
 def reward_name(reward: Reward) -> str:
     """A short text for error messages."""
+    # the one of `object` would print an address
     if "__str__" in vars(type(reward)):
         return str(reward)
     return str(getattr(reward, "__name__", type(reward).__name__))

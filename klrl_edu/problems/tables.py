@@ -66,6 +66,7 @@ def load_table(
         raise InputError(
             f"{path}: the table has no rows; give at least one line of sentence,prob,reward."
         )
+    # before the sum of the probabilities, which a doubled line spoils
     _refuse_duplicates(rows, path, separator)
     sentences = [row.sentence for row in rows]
     try:
@@ -73,6 +74,7 @@ def load_table(
         space = SequenceSpace.from_texts(sentences, separator=separator)
     except InputError as error:
         raise InputError(
+            # the remedy as the command line and as Python spell it
             f"{path}: {error}".replace("Pass normalize=True", "Pass --normalize (normalize=True)")
         ) from None
     prior = SequenceTable(space, space.encode(sentences), torch.log(probs))
@@ -95,6 +97,7 @@ def _read(path: Path) -> str:
         raise InputError(
             f"cannot read {path}: {error.strerror}; give a CSV or JSON table."
         ) from None
+    # before decoding, as NUL is sound UTF-8
     if b"\0" in raw:
         raise InputError(
             f"{path} is a binary file (it holds a NUL byte at {raw.index(0)}); save the table as"
@@ -103,6 +106,7 @@ def _read(path: Path) -> str:
     if len(raw) > _MAX_BYTES:
         raise InputError(f"{path} holds more than {_MAX_BYTES:,} bytes; give a smaller table.")
     try:
+        # without the BOM, which would become a part of the header
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -112,6 +116,7 @@ def _read(path: Path) -> str:
 
 def _csv_rows(text: str, path: Path) -> list[TableRow]:
     delimiter = _delimiter(text)
+    # newline="" leaves line breaks inside quotes to the reader
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         lines = [(reader.line_num, line) for line in reader if line]
@@ -146,6 +151,7 @@ def _csv_rows(text: str, path: Path) -> list[TableRow]:
 
 def _delimiter(text: str) -> str:
     """What parts the header into three fields; the comma where nothing does."""
+    # the header alone, as a sentence may hold any of the three
     header = next((line for line in text.splitlines() if line.strip()), "")
     for delimiter in _DELIMITERS:
         if len(header.split(delimiter)) == len(COLUMNS):
@@ -155,6 +161,7 @@ def _delimiter(text: str) -> str:
 
 def _remedy(line: list[str], delimiter: str) -> str:
     """What a line with too many or too few fields probably wants."""
+    # a field of whole digits looks like the left half of 0,4
     if delimiter == "," and len(line) > len(COLUMNS) and line[1].strip().lstrip("+-").isdigit():
         return (
             "numbers with a decimal comma? Write them with a point, or part the fields by"
@@ -184,6 +191,7 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[TableRow], s
         )
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # json itself keeps the last of two without a word
         keys = [key for key, _ in pairs]
         repeated = next((key for key in keys if keys.count(key) > 1), None)
         if repeated is not None:
@@ -196,6 +204,7 @@ def _json_rows(text: str, path: Path, separator: str) -> tuple[list[TableRow], s
         raise InputError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; this is not JSON."
         ) from None
+    # raised by the two hooks above, and a ValueError too
     except InputError:
         raise
     except ValueError:  # Python refuses whole numbers of more than 4,300 digits
@@ -240,17 +249,20 @@ def _sentence(value: object, path: Path, place: str) -> str:
         raise InputError(
             f"{path}, {place}: sentence = {_short(value)} is not text; put it in quotes."
         )
+    # an escape such as \ud800 in JSON makes one
     if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
         raise InputError(
             f"{path}, {place}: sentence holds a lone surrogate, which is not Unicode text;"
             " re-encode the file as UTF-8."
         )
+    # é is one code point or two, and one text
     return unicodedata.normalize("NFC", value)
 
 
 def _number(value: object, column: str, path: Path, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{path}, {place}: {column} = {_short(value)} is not a number.")
+    # float() reads 1_000 as 1000, which spreadsheets and JSON do not
     if isinstance(value, str) and "_" in value:
         raise InputError(
             f"{path}, {place}: {column} = {_short(value)} is not a number; write it without"
@@ -263,6 +275,7 @@ def _number(value: object, column: str, path: Path, place: str) -> float:
             f"{path}, {place}: {column} = {_short(value)} is not a number a float can hold; write"
             " it like 0.25."
         ) from None
+    # 1e999 overflows to inf: only who writes the word means it
     if math.isinf(number) and not (isinstance(value, str) and "inf" in value.lower()):
         raise InputError(
             f"{path}, {place}: {column} = {value} is out of a float's range; give a finite number."

@@ -191,11 +191,14 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
 
 
 def _case(key: str) -> Case:
+    # from a text: the same numbers on every machine
     noise = random.Random(key)
     words, length, eos = noise.choice(_SHAPES)
     space = SequenceSpace(tuple("abc"[:words]), length, eos)
     everything = space.all_tokens()
+    # two more, as up to two lose their mass below
     count = noise.randint(3, min(len(everything), _MOST + 2))
+    # in lexicographic order, as a support lists them
     tokens = everything[sorted(noise.sample(range(len(everything)), count))]
     logits = [noise.gauss(0, 1) for _ in range(count)]
     for row in range(noise.randint(0, min(2, count - 3))):  # sequences without mass
@@ -207,6 +210,7 @@ def _case(key: str) -> Case:
     problem = Problem(prior, _reward(noise, space, tokens), kl_coef)
     support = problem_support(problem)
     spread = noise.choice((0.1, 1.0, 3.0))
+    # about q, so that a small spread is a policy near it
     logits_of_policy = support.log_prior + torch.tensor(
         [noise.gauss(0, spread) for _ in support.tokens], dtype=torch.float64
     )

@@ -35,6 +35,7 @@ _LIVE, _ACTIONS, _DISCOUNT = 3, 2, 0.9
 def random_process(case: Case) -> DecisionProcess:
     """A process of the case's own numbers."""
     S = _LIVE + 1
+    # nothing starts where all ends
     start = torch.cat([case.distribution(_LIVE).exp(), torch.zeros(1, dtype=torch.float64)])
     arrays = (
         case.distribution(S, _ACTIONS),
@@ -61,6 +62,7 @@ def tokens_are_decisions(case: Case) -> Sides:
     """
     solution = value_iteration(token_process(case.problem), case.kl_coef)
     trie = case.support.trie
+    # the process's states are the nodes of the trie
     log_policy = edge_sums(case, solution.log_policy[trie.parent, trie.token])
     return torch.cat([log_policy, case.log_star.new_tensor([solution.value])]), torch.cat(
         [case.log_star, case.tilted.value[None]]
@@ -135,6 +137,7 @@ def performance_difference(case: Case) -> Sides:
 def _difference(case: Case, *, own_visits: bool) -> Sides:
     process, mine, other = random_process(case), random_policy(case), random_policy(case)
     values = policy_evaluation(process, other, case.kl_coef)
+    # at the end nothing is chosen and nothing paid
     live = ~process.terminal
     cost = case.kl_coef * (mine[live] - process.log_prior[live])
     advantage = (
@@ -180,6 +183,7 @@ def _gradient_by_autograd(process: DecisionProcess, log_policy: Tensor, kl_coef:
 
 def _undiscounted_visits(case: Case) -> Sides:
     process, log_policy = random_process(case), random_policy(case)
+    # every policy ends with certainty here, so visits stay finite without a discount
     patient = replace(process, discount=1.0)
     scale = visits(patient, log_policy) / torch.where(
         process.terminal, 1.0, visits(process, log_policy)
@@ -323,6 +327,7 @@ def chosen_replies_promise_more(case: Case) -> Sides:
 def _promises(case: Case, factor: float) -> Sides:
     """V* below what is promised, and a multiple of the promise equal to its own equation."""
     process = random_process(case)
+    # the world draws its replies here, and the plan chooses them below
     attainable = policy_iteration(process, case.kl_coef).state_values
     promised = factor * trajectory_value(process, case.kl_coef).state_values
     live = ~process.terminal

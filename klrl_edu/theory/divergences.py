@@ -62,6 +62,7 @@ def pythagoras(case: Case) -> Sides:
     """From the projection on a moment constraint, divergences add like squares."""
     log_p = case.distribution(len(case.rewards))
     feature = case.normal(len(case.rewards), 1)
+    # the one of the family that has the moment of p
     projection = match_moments(case.log_prior, feature, log_p.exp() @ feature).log_probs
     return kl(log_p, case.log_prior), kl(log_p, projection) + kl(projection, case.log_prior)
 
@@ -83,6 +84,7 @@ pythagoras.broken("a tilted distribution with another moment", _other_moment)
 def moment_covariance(case: Case) -> Sides:
     """The moments of an exponential family move with their covariance."""
     features, beta = _features(case)
+    # by autograd through the tilt; the covariance is written out
     jacobian = torch.autograd.functional.jacobian(
         lambda b: tilt(case.log_prior, features @ b, 1.0).log_posterior.exp() @ features, beta
     )
@@ -121,6 +123,7 @@ def pinsker(case: Case) -> Sides:
 
 def _pinsker(case: Case, factor: float) -> Sides:
     """TV² and the factor times KL, of the policy and of a pair that nearly reaches the bound."""
+    # near the half TV² ≈ KL/2, so that a smaller factor shows
     pairs = (case.log_policy, case.log_prior), _two(0.51 + 0.01 * case.noise.random(), 0.5)
     return (
         torch.stack([tv(p, q) ** 2 for p, q in pairs]),
@@ -149,6 +152,7 @@ def bretagnolle_huber(case: Case) -> Sides:
 
 def _far_apart(case: Case, most: Callable[[Tensor], Tensor]) -> Sides:
     """TV, and what a function of KL allows, of the policy and of two laws that hardly overlap."""
+    # laws that hardly overlap come near the bound, so that a slip shows
     pairs = (case.log_policy, case.log_prior), _two(1e-6, 1 - 1e-6)
     return (
         torch.stack([tv(p, q) for p, q in pairs]),
@@ -224,6 +228,7 @@ def forward_kl_optimum(case: Case) -> Sides:
 def _balance(case: Case, log_pi: Tensor) -> Sides:
     residual = case.rewards + case.kl_coef * torch.exp(case.log_prior - log_pi)
     one = torch.ones(1, dtype=torch.float64)
+    # ν is their mean, as at the optimum all residuals are equal
     return torch.cat([residual, log_pi.exp().sum()[None]]), torch.cat(
         [residual.mean().expand_as(residual), one]
     )
@@ -279,6 +284,7 @@ unbiased_estimators.broken(
 )
 def swapped_ratio(case: Case) -> Sides:
     """k3 with the ratio upside down estimates χ² − KL."""
+    # 1 + χ² = Σ π²/q
     chi_squared = torch.logsumexp(2 * case.log_policy - case.log_prior, 0).expm1()
     return case.log_policy.exp() @ kl_values.k3(-case.log_ratio), chi_squared - kl(
         case.log_policy, case.log_prior
@@ -338,6 +344,7 @@ def effective_samples(case: Case) -> Sides:
     """The effective share of samples from the prior is an evidence at half λ over the square of the
     evidence.
     """
+    # at half λ the exponent is 2r/λ
     doubled = torch.logsumexp(case.log_prior + 2 * case.rewards / case.kl_coef, 0)
     log_share = math.log(
         acceptance.effective_sample_size(case.log_prior, case.rewards, case.kl_coef)

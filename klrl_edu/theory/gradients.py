@@ -34,6 +34,7 @@ def scores(log_policy: Tensor) -> Tensor:
 
 def logit_gradient(case: Case, function: Callable[[Tensor], Tensor]) -> Tensor:
     """The gradient [K] in sequence logits of a scalar function of log π, by autograd."""
+    # log π is normalised, and so its own logits
     logits = case.log_policy.clone().requires_grad_()
     return torch.autograd.grad(function(torch.log_softmax(logits, 0)), logits)[0]
 
@@ -130,6 +131,7 @@ def distributional_gradient(case: Case) -> Sides:
 
 def _towards_the_posterior(case: Case, log_evidence: Tensor) -> Tensor:
     """E_π*[s], π* = q e^{r/λ}/Z of a given log Z, and what f-DPG's mean gradient climbs [2,K]."""
+    # for the true log Z normalised, for any other not
     star = (case.log_prior + case.rewards / case.kl_coef - log_evidence).exp()
 
     def forward(batch: Batch) -> Tensor:
@@ -312,6 +314,7 @@ def _mean_gradients(case: Case) -> Tensor:
 
     return torch.stack(
         [
+            # written out, as the estimators of the package are what is tried
             gradient(lambda u: u),
             gradient(lambda u: u**2 / 2),
             gradient(lambda u: torch.exp(-u) - 1 + u),
@@ -362,6 +365,7 @@ def expected_gradient(case: Case, loss: Callable[[Batch], Tensor], size: int) ->
     """The mean gradient of a loss over every batch, E[∇loss] [K]: one loss, the mean of the
     batches' losses weighed by their fixed probabilities.
     """
+    # fixed numbers: batches are drawn first, and then the loss is differentiated
     rows, probabilities = batches(case, size)
     return logit_gradient(
         case,
@@ -424,6 +428,7 @@ def rloo_is_vargrad(case: Case) -> Sides:
     """Sample by sample, RLOO with the KL in the reward is λ times the gradient of half the sample
     variance of log π − log π*.
     """
+    # one batch at random: the statement is about every single one
     small, rows = case.small(3), case.draws(3, 4)
     rloo = logit_gradient(small, lambda log_pi: losses.rloo(bandit_batch(small, log_pi, rows)))
     return rloo, small.kl_coef * _vargrad(small, rows, 1)
@@ -459,6 +464,7 @@ def grpo_on_binary_rewards(case: Case) -> Sides:
     """
     small, size = _binary(case), 3
     p, slope = _success(small)
+    # k successes among G decide all z-scores of a group
     scale = sum(
         math.comb(size, k) * p**k * (1 - p) ** (size - k) * math.sqrt(k / size * (1 - k / size))
         for k in range(size + 1)
@@ -536,6 +542,7 @@ def trust_pcl_is_balance(case: Case) -> Sides:
 
 def _squared_residuals(case: Case, factor: float) -> Sides:
     off = float(case.normal(1))  # by which both take log Z for another, in nats
+    # by tokens, as the other side sums over sequences
     root = soft_bellman(case.support, case.kl_coef).state_values[0]
     tokens = case.support.tokens
     log_ratio = (

@@ -136,6 +136,7 @@ def check_identities(
         InputError: an unknown name, a bad seed, examples below 1.
     """
     statements = [find_identity(name) for name in names] or list(IDENTITIES.values())
+    # lists: what one statement computed on a case serves the next
     cases, twin_cases = (
         list(random_cases(seed, examples)),
         list(random_cases(_TWIN_SEED, _TWIN_EXAMPLES)),
@@ -160,6 +161,7 @@ def _markdown_row(checked: CheckedIdentity) -> str:
     s = checked.statement
     assert s.twin is not None
     verdict = f"{checked.trial.error:.1e}" + ("" if checked.holds else f" **{checked.verdict}**")
+    # a bare bar would end the cell
     about = s.about.replace("|", r"\|")
     return (
         f"| `{s.name}`: {about}<br>${table_math(s.latex)}$<br>{s.source}; {s.tutorial} | {verdict}"

@@ -45,6 +45,7 @@ def dpo_gradient_at(case: Case, log_policy: Tensor, preferences: Tensor) -> Tens
 def dpo_optimum(case: Case) -> Sides:
     """Under Bradley–Terry preferences DPO's population gradient vanishes at the posterior."""
     rewards = bounded(case)
+    # of the bounded rewards, which the preferences come from
     star = tilt(case.log_prior, rewards, case.kl_coef).log_posterior
     return dpo_gradient_at(case, star, bradley_terry(rewards)), torch.zeros_like(rewards)
 
@@ -130,6 +131,7 @@ def _gaps(case: Case, players: float) -> Sides:
     # no reply is better: the most that one can gain, with its own maximum over replies
     most = tau * torch.logsumexp(log_q + preferences @ pi.exp() / tau, 0) + tau * kl(pi, log_q)
     divergence = players * tau * kl(pi, reply)
+    # F(π, ρ) = 1 − F(ρ, π), so both players gain twice the most, less 1
     return torch.stack([duality_gap(pi, log_q, preferences, tau), divergence, 2 * most - 1]), (
         gain.expand(3)
     )
@@ -169,6 +171,7 @@ def win_rate_gradient(case: Case) -> Sides:
 
 def _reinforced(case: Case, reward: Tensor) -> Tensor:
     """What REINFORCE climbs on average with this reward and no KL [K]."""
+    # at λ = 0, as REINFORCE would add the KL
     return -expected_gradient(case.rewarded(reward).at(0.0), losses.reinforce, 1)
 
 

@@ -55,6 +55,7 @@ def _best_by_hand(case: Case, n: int, *, shared: bool) -> Tensor:
 
 def _sorted_draws(case: Case) -> Sides:
     small = case.small(4)
+    # ties alone show how they are broken
     tied = small.rewarded(torch.ones_like(small.rewards))
     return best_of_n(tied.log_prior, tied.rewards, 3).log_probs.exp(), _best_by_hand(
         tied, 3, shared=False
@@ -208,6 +209,7 @@ def _sandwich(case: Case, *, posterior_sample: bool) -> Sides:
     rows, log_p = every_order(small.log_prior, 3)
     log_weights = _flat(small)[rows]
     target = tilt(small.log_prior, _flat(small), 1.0)
+    # y_1 from π* in place of q weighs a batch by π*/q of it
     swap = (target.log_posterior - small.log_prior)[rows[:, 0]] if posterior_sample else 0.0
     with_one = evidence.reverse_importance_sampling(log_weights[:, 0], log_weights[:, 1:])
     lower = log_p.exp() @ evidence.importance_sampling(log_weights)
@@ -235,6 +237,7 @@ def more_samples_are_tighter(case: Case) -> Sides:
         rows, log_p = every_order(small.log_prior, n)
         estimate = log_p.exp() @ evidence.importance_sampling(_flat(small)[rows])
         lacks.append(tilt(small.log_prior, _flat(small), 1.0).log_evidence - estimate)
+    # at one draw log Z − E_q[r/λ] is KL(q‖π*)
     lacks.append(kl(small.log_prior, tilt(small.log_prior, _flat(small), 1.0).log_posterior))
     return torch.stack(lacks[:-1]), torch.stack(lacks[1:])
 
@@ -266,6 +269,7 @@ class _Words:
         kept = draw(torch.log_softmax(log_weight, 0).expand(2, 2))
         ancestors = first[kept]
         second = draw(self.second[ancestors])
+        # resampling has paid the twist, which is taken out again
         final = self.reward[ancestors, second] - twist[ancestors]
         if resampled_weights_kept:
             final = final + twist[ancestors]
@@ -332,6 +336,7 @@ def _twist_by_the_mean(case: Case) -> Sides:
     """The prior's mean return ahead for a twist, stretched so that no two nodes have one value."""
     values = soft_bellman(case.support, case.kl_coef)
     mean_ahead = soft_bellman(case.support, math.inf).state_values
+    # the mean alone is the value itself where rewards are all equal
     twist = mean_ahead + torch.arange(len(mean_ahead), dtype=torch.float64)
     return _twisted_weights(case, values, twist), _all_evidence(case)
 
@@ -354,6 +359,7 @@ def speculative_sampling(case: Case) -> Sides:
 
 def _speculative(case: Case, *, redraw_from_excess: bool) -> Sides:
     pi, q = case.log_policy.exp(), case.log_prior.exp()
+    # what is drafted and accepted: q·min(1, π/q)
     kept = torch.minimum(pi, q)
     excess = (pi - q).clamp(min=0)
     redraw = excess / excess.sum() if redraw_from_excess else pi

@@ -99,6 +99,7 @@ bellman_root.broken(
 def edge_sums(case: Case, values: Tensor) -> Tensor:
     """The sum over each sequence's edges [K] of one value an edge [E]."""
     edge = case.support.trie.edge_of
+    # −1 stands where a sequence has ended: it reads some edge, and counts 0
     return torch.where(edge >= 0, values[edge.clamp(min=0)], 0.0).sum(-1)
 
 
@@ -120,6 +121,7 @@ bellman_policy.broken(
 
 def _greedy(case: Case) -> Tensor:
     """The policy log q(a|s) e^{E_q[r | s a]/λ}, normalised: each step looks ahead by the mean."""
+    # at λ = inf the soft maximum is the mean
     values = soft_bellman(case.support, math.inf)
     trie = values.trie
     lifted = values.log_prior + values.action_values / case.kl_coef
@@ -173,6 +175,7 @@ def _log_mean_to_go(case: Case, node: Tensor, nodes: int) -> Tensor:
     # a plain sum over the texts below each node, without any recursion
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)  # from position t on [K,T]
     below = node >= 0
+    # each text counts at every node along it
     weight = case.log_prior[:, None].expand_as(to_go)
     numerator = logspace.segment_logsumexp(
         (weight + to_go / case.kl_coef)[below], node[below], nodes
@@ -206,6 +209,7 @@ def forward_backward(case: Case) -> Sides:
 def _bigram(case: Case) -> tuple[NGramModel, float, float]:
     """A random bigram over two letters, and what two 'a's and fewer earn."""
     space = SequenceSpace(("a", "b"), 3, eos=True)
+    # from an untrained one, which knows how its logits lie
     shape = NGramModel(space, 2).logits.shape
     value, otherwise = case.normal(2).tolist()
     return NGramModel(space, 2, case.normal(*shape)), value, otherwise
@@ -219,6 +223,7 @@ def _one_by_one(prior: NGramModel, value: float, otherwise: float, kl_coef: floa
     """λ log Σ q e^{r/λ} over all sequences, each read as a text."""
     tokens = prior.space.all_tokens()
     texts = prior.space.decode(tokens)
+    # read as text, since the automaton is what is tried
     earned = [value if text.split().count("a") >= 2 else otherwise for text in texts]
     scaled = torch.tensor(earned, dtype=torch.float64) / kl_coef
     return kl_coef * torch.logsumexp(sequence_log_probs(prior, tokens).detach() + scaled, 0)
@@ -254,6 +259,7 @@ def _shaped(case: Case, *, ends_at_zero: bool) -> Sides:
         if ends_at_zero
         else case.normal(len(trie.key))
     )
+    # Φ(sa) − Φ(s) of every edge
     step = (
         torch.where(trie.child >= 0, potential[trie.child.clamp(min=0)], last)
         - potential[trie.parent]

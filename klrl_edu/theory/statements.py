@@ -149,6 +149,7 @@ def error(relation: str, left: Tensor | float, right: Tensor | float) -> float:
         torch.as_tensor(left, dtype=torch.float64),
         torch.as_tensor(right, dtype=torch.float64),
     )
+    # broadcasting would compare what does not belong together
     if left.shape != right.shape:
         raise AssertionError(
             f"a statement's sides have shapes {list(left.shape)} and {list(right.shape)}"

@@ -148,6 +148,7 @@ class Claim(Generic[Example]):
             worst_error([formulas.printed for formulas in found], truths),
             worst_error([formulas.right for formulas in found], truths),
             self.unit,
+            # the course's own example stands first
             found[0].says(found[0]),
             {
                 slip: worst_error([formulas.broken[slip] for formulas in found], truths)
