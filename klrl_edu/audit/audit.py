@@ -304,8 +304,8 @@ class _Run:
         subject = LossOnSupport(
             function,
             name_of(loss),
-            # another loss may read the whole support where the audited one does not
-            whole if whole.complete == plan.complete else dataclasses.replace(whole, complete=True),
+            # another loss may read the whole support where the audited one does not, or the reverse
+            dataclasses.replace(whole, complete=plan.complete),
             self.scene.tree,
             draws_random_numbers(function),
             self.scene.place,

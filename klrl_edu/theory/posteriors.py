@@ -386,8 +386,8 @@ def _capped(case: Case, cap: Tensor) -> Sides:
 
 def _surprise_at_the_best(case: Case) -> Tensor:
     """How rare the best sequences are under the prior, −log q(argmax r) in nats."""
-    top = case.rewards.amax()
-    best = case.rewards >= top - 1e-12 * top.abs().clamp(min=1)  # sums of token rewards round
+    # single rewards tie by equality alone, as in `tilt`: a vector does not say how they were summed
+    best = case.rewards == case.rewards.amax()
     return -torch.logsumexp(case.log_prior[best], 0)
 
 

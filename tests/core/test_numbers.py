@@ -158,7 +158,7 @@ def test_a_list_of_tensors_keeps_their_gradients():
 
 def test_numbers_go_where_the_first_tensor_is():
     meta = torch.zeros(2, dtype=torch.float64, device="meta")
-    assert klrl.preferences.bradley_terry(meta).device.type == "meta"
+    assert klrl.kl_values.k2(meta).device.type == "meta"
 
     @takes_numbers
     def devices(a: torch.Tensor, b: torch.Tensor | None = None, *, c: torch.Tensor):

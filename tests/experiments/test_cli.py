@@ -285,15 +285,27 @@ def test_a_finished_run_is_never_overwritten(tmp_path, capsys):
 
 
 def test_a_loss_that_turns_nan_keeps_metrics_and_the_last_good_weights(tmp_path, capsys):
-    assert cli.main(["train", "four.csv", "--lr", "1e300", "--out", "run", "--quiet"]) == 2
+    (tmp_path / "turns.py").write_text(
+        "from klrl_edu import losses\nseen = []\n"
+        "def turns(batch):\n    seen.append(1)\n"
+        "    return losses.rloo(batch) * (float('nan') if len(seen) == 4 else 1)\n",
+        encoding="utf-8",
+    )
+    words = ["train", "four.csv", "--loss", "turns.py:turns", "--out", "run", "--quiet"]
+    assert cli.main(words) == 2
     error = capsys.readouterr().err
-    assert "step 1" in error
+    assert "step 4: the loss is nan" in error
     assert "last good weights" in error
     assert str(tmp_path / "run") in error
     saved = result(tmp_path / "run")
     assert saved["interrupted"]
-    assert saved["end"]["reverse_kl"] == saved["start"]["reverse_kl"]
+    assert saved["end"]["reverse_kl"] != saved["start"]["reverse_kl"]  # three steps were good
     assert cli.main(["compare", "run", "--quiet"]) == 0
+
+
+def test_a_rate_that_breaks_the_first_step_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    refused(["train", "four.csv", "--lr", "1e300", "--out", "run", "--quiet"], "step 1", capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_checkpoint_or_config_is_said_so(tmp_path, capsys):

@@ -96,7 +96,7 @@ HOSTILE = {
     "train four.csv --loss own.py:leaves": "own.py:leaves failed (line 7): SystemExit: 3",
     "train four.csv --loss own.py:flees": "own.py:flees failed (line 14): Unspeakable: no message",
     "train four.csv --loss looks.py:f": "looks.py: its 'f' failed (line 2): ZeroDivisionError",
-    "train four.csv --loss grpo(clip=None)": "--loss grpo(clip=None) failed: TypeError",
+    "train four.csv --loss grpo(clip=None)": "clip = None must be at least 0",
     "train four.csv --loss grpo(clip=1,clip=2)": "gives clip twice; remove one",
     "train four.csv --model own.py:bare": "--model own.py:bare failed",
 }
