@@ -10,7 +10,7 @@ contracted with the policy's Jacobian in closed form (`coordinates`). B batch si
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -355,8 +355,11 @@ class _Run:
             )
         check_rotated(loss, picked, gradients, vmap=reason is None)
         passes = iter((True, False))  # of two passes over the batches one looks at their order
+        kept: list[Contributions] = []
 
-        def contributions() -> Iterator[Contributions]:
+        def contributions() -> Iterable[Contributions]:
+            if kept:
+                return kept
             parts = loss.executions(
                 rows,
                 log_weight,
@@ -364,7 +367,10 @@ class _Run:
                 max_executions=self._limit,
                 look_at_order=next(passes),
             )
-            return contributions_of(loss, parts)
+            if reason is None:
+                return contributions_of(loss, parts)
+            kept.extend(contributions_of(loss, parts))  # one by one is slow: a second pass reads it
+            return kept
 
         edges = self.scene.tree.edges
         moments = gradient_moments(contributions, self.coordinates, edges, rows.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klrl_edu.closed_forms.soft_maximum import soft_gains, soft_maximum
+from klrl_edu.closed_forms.soft_maximum import SoftMaximum, soft_gains, soft_maximum
 from klrl_edu.core import logspace, ties
 from klrl_edu.core.errors import InfeasibleError
 from klrl_edu.core.groups import Rows
@@ -209,13 +209,14 @@ def posterior_chain(lattice: Lattice, messages: Messages) -> PosteriorChain:
         InfeasibleError: no sequence with prior mass satisfies the reward's constraint.
     """
     mass = messages.log_mass[0, :, lattice.start]
-    # messages that are numbers hold the rewards
-    anchor, slack = (
-        torch.zeros_like(mass) if part is None else part[0, :, lattice.start]
-        for part in (messages.anchor, messages.slack)
-    )
     # the first context is one more step: drawn by the prior, and weighed by what lies ahead
-    start = soft_maximum(Rows(), lattice.log_initial, anchor, mass, lattice.kl_coef, slack)
+    if messages.anchor is None or messages.slack is None:
+        # messages that are numbers hold the rewards, so there is no maximum to take out
+        log_mass, none = Rows().log_mean_exp(lattice.log_initial, mass), mass.new_zeros(())
+        start = SoftMaximum(none, log_mass, none, mass)
+    else:
+        anchor, slack = (part[0, :, lattice.start] for part in (messages.anchor, messages.slack))
+        start = soft_maximum(Rows(), lattice.log_initial, anchor, mass, lattice.kl_coef, slack)
     if not bool(start.log_mass > -math.inf):
         raise InfeasibleError(
             f"no sequence of {lattice.space!r} with prior mass satisfies {lattice.text!r}: the"
