@@ -137,10 +137,9 @@ def audit_staleness(
     batches.
 
     Args:
-        loss, policy, problem, batch_size, adapt, against, micro_batches, ordered, max_executions,
-            monte_carlo, draw: as for `audit_gradient`.
         behaviours: label -> μ, freshest first, each on π's support; without labels they are
             numbered from 0.
+        Others: as for `audit_gradient`.
 
     Returns:
         A row a behaviour policy; of several problems KL(π‖μ) is the mean.

@@ -128,24 +128,22 @@ class ValueOnSupport(Subject):
         self._checked(values[:, None], rows[:, None])
         return values
 
-    def negative_tokens(self, log_law: Tensor, problems: int) -> float | None:
-        """The probability under the laws [S] of the problems that the estimate at a live token is
+    def negative_tokens(self, log_law: Tensor) -> float | None:
+        """The probability under the law [S] of each problem that the estimate at a live token is
         below 0; None where the estimator has none of single tokens.
         """
-        if self.draws:
-            return None
         fields = self.fields(torch.arange(len(self.whole.tokens), device=log_law.device))
         live = fields["live"]
         if self.of_token is not None:
             # live tokens alone, in a row, as an estimator of u sees sequences
             ratio = (fields["log_probs"] - fields["prior_log_probs"])[live]
             at_token = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
-            at_token[live] = self.of_token(ratio).double()
+            at_token[live] = self.of_token(ratio).detach().double()
         else:
             at_token = self.call(fields)
             if not isinstance(at_token, Tensor) or at_token.shape != live.shape:
                 return None
-        weight = log_law.exp() / problems
+        weight = log_law.exp()
         below = (at_token < -_ROUNDING * _largest(at_token[live])) & live
         # a quotient of expected numbers of tokens, so that each token counts alike
         return float(weight @ below.double().sum(-1)) / float(weight @ live.double().sum(-1))
@@ -214,7 +212,8 @@ def enumerated_value(
         # faults first, on the whole support as one batch
         probe(dataclasses.replace(subject, block=1), every[None])
     values = subject.by_sequence(every)
-    per_token = subject.negative_tokens(torch.cat(laws), len(laws))
+    # an estimate that depends on the rest of its batch says nothing of a token either
+    per_token = None if values is None else subject.negative_tokens(torch.cat(laws))
     if values is not None:
         own = values.split([len(rows) for rows in drawn])
         log_probs = [law[rows] for law, rows in zip(laws, drawn, strict=True)]

@@ -299,6 +299,12 @@ def test_several_prompts_go_through_every_kind_of_loss():
         report = audit_gradient(loss, policy, problems, batch_size=size)
         assert report.verdict == f"{report.name} is unbiased for objective."
 
+    def reads_padding(batch):
+        return losses.reinforce(batch) + (7.0 * batch.log_probs * ~batch.live).sum()
+
+    report = audit_gradient(reads_padding, policy, problems)
+    assert report.verdict == "reads_padding is unbiased for objective."
+
     @needs("distributions")
     def exact_kl(batch):
         per_token = kl_values.per_token_kl(batch.log_dists, batch.prior_log_dists)

@@ -200,6 +200,8 @@ def test_values_and_draws_of_a_loss_are_sampled_too():
     )
     exact = audit_value(kl_values.k1, answers_policy(), answers(), batch_size=2)
     assert abs(float(report.mean - exact.mean)) <= float(report.interval)
+    low, high = report.distances["forward_kl"]
+    assert 0 < low < abs(exact.bias["forward_kl"]) < high
     assert report.probability_negative == pytest.approx(
         exact.probability_negative, abs=0.02
     )  # five standard errors

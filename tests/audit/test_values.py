@@ -130,3 +130,26 @@ def test_a_policy_off_the_priors_support_has_an_infinite_divergence_and_the_repo
         " forward_kl_per_token."
     )
     assert audit_value(kl_values.k1, four_sentences_policy(), four_sentences()).notes == ()
+
+
+def test_the_probability_below_zero_is_also_one_of_tokens():
+    """Of the four sentences the first words are as likely under π as under q; of the second ones
+    (dog after the, cat after a) are rarer: (.2 + .1) of two words.
+    """
+    report = audit_value(kl_values.k1, four_sentences_policy(), four_sentences())
+    assert report.probability_negative_token == pytest.approx(0.15, abs=1e-14)
+    assert "of a token's 0.15" in str(report)
+    k3 = audit_value(kl_values.k3, four_sentences_policy(), four_sentences())
+    assert k3.probability_negative_token == 0
+
+    def by_token(log_probs, prior_log_probs):
+        return log_probs - prior_log_probs
+
+    again = audit_value(by_token, four_sentences_policy(), four_sentences())
+    assert again.probability_negative_token == report.probability_negative_token
+    whole = audit_value(
+        lambda log_probs, prior_log_probs: (log_probs - prior_log_probs).sum(-1),
+        four_sentences_policy(),
+        four_sentences(),
+    )
+    assert whole.probability_negative_token is None
