@@ -209,6 +209,14 @@ def takes_a_log_ratio(function: Callable[..., Any]) -> bool:
     return only is not None and only.name not in FIELDS and not _is_batch(only)
 
 
+def is_of_log_ratio(function: Callable[..., Any]) -> bool:
+    """Whether it takes log-ratios alone, by name or for want of another, and so those of tokens as
+    well as those of sequences.
+    """
+    named = [parameter.name for parameter in _required(function)]
+    return named == ["log_ratio"] or takes_a_log_ratio(function)
+
+
 def needed_of(function: Callable[..., Any]) -> list[str]:
     """The parameters that nothing is known of, for `adapt` to say what they are."""
     if takes_a_batch(function) or takes_a_log_ratio(function):

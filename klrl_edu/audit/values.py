@@ -20,6 +20,7 @@ from klrl_edu.audit.adapting import (
     Adapter,
     adapted,
     draws_random_numbers,
+    is_of_log_ratio,
     name_of,
     takes_a_batch,
     takes_a_log_ratio,
@@ -137,8 +138,11 @@ class ValueOnSupport(Subject):
         if self.of_token is not None:
             # live tokens alone, in a row, as an estimator of u sees sequences
             ratio = (fields["log_probs"] - fields["prior_log_probs"])[live]
+            estimates = self.of_token(ratio)
+            if not isinstance(estimates, Tensor) or estimates.shape != ratio.shape:
+                return None
             at_token = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
-            at_token[live] = self.of_token(ratio).detach().double()
+            at_token[live] = estimates.detach().double()
         else:
             at_token = self.call(fields)
             if not isinstance(at_token, Tensor) or at_token.shape != live.shape:
@@ -165,9 +169,9 @@ def value_on_support(
 ) -> ValueOnSupport:
     """An estimator of log-ratios u [N] -> [N], of a Batch, or of tensors by name."""
     function, draws = estimator, draws_random_numbers(estimator)
-    of_token = None
+    of_token = estimator if adapt is None and is_of_log_ratio(estimator) else None
     if adapt is None and takes_a_log_ratio(estimator):
-        function, of_token = _of_log_ratio(estimator), estimator
+        function = _of_log_ratio(estimator)
     elif adapt is not None or not takes_a_batch(estimator):
         function = adapted(estimator, adapt)
     return ValueOnSupport(
