@@ -211,7 +211,7 @@ def audit_value(
     batch_size: int = 1,
     behaviour: LanguageModel | None = None,
     adapt: Adapter | None = None,
-    max_executions: int = MAX_EXECUTIONS,
+    max_executions: int | None = None,
     monte_carlo: int | None = None,
     draw: Draw | None = None,
     bound: float | None = None,
@@ -229,8 +229,8 @@ def audit_value(
         batch_size: estimates are averaged over this many independent samples a problem.
         behaviour: the policy that draws the samples, on π's support; π itself by default.
         adapt: what parameters of other names are.
-        max_executions: the most batches to enumerate, which only estimators of whole batches and
-            P(estimate < 0) need.
+        max_executions: the most batches to enumerate, 100,000 by default, which only estimators of
+            whole batches and P(estimate < 0) need.
         monte_carlo, draw, bound: as for `audit_gradient`.
 
     Returns:
@@ -262,7 +262,8 @@ def audit_value(
             assert draw is not None  # checked above
             found = sampled_value(subject, scene, batch_size, monte_carlo, draw, bound)
         else:
-            found = enumerated_value(subject, scene, batch_size, max_executions)
+            limit = MAX_EXECUTIONS if max_executions is None else max_executions
+            found = enumerated_value(subject, scene, batch_size, limit)
     each = [value_targets(view.whole, view.tree, view.missed) for view in scene.views]
     targets = {name: torch.stack([found[name] for found in each]).mean(0) for name in each[0]}
     notes = scene.remarks

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from klrl_edu.audit.adapting import Adapter
-from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient
+from klrl_edu.audit.audit import audit_gradient
 from klrl_edu.audit.comparisons import Against
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.verdict import nearest_target
@@ -129,7 +129,7 @@ def audit_staleness(
     against: Against | Mapping[str, Against] | None = None,
     micro_batches: int | None = None,
     ordered: bool = False,
-    max_executions: int = MAX_EXECUTIONS,
+    max_executions: int | None = None,
     monte_carlo: int | None = None,
     draw: Draw | None = None,
 ) -> StalenessReport:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from klrl_edu.audit.adapting import Kind, kind_and_reason, name_of, needed_of
-from klrl_edu.audit.audit import MAX_EXECUTIONS, audit_gradient, audit_value
+from klrl_edu.audit.audit import audit_gradient, audit_value
 from klrl_edu.audit.report import AuditReport
 from klrl_edu.audit.staleness import StalenessReport, audit_staleness
 from klrl_edu.core.display import Cell, text_table
@@ -59,7 +59,7 @@ def audit(
     against: Annotated[tuple[str, ...], Word("LOSS|FILE")] = (),
     micro_batches: int | None = None,
     ordered: bool = False,
-    max_executions: int = MAX_EXECUTIONS,
+    max_executions: int | None = None,
     monte_carlo: int | None = None,
     seed: int | None = None,
     list: bool = False,
@@ -96,7 +96,8 @@ def audit(
         micro_batches: the loss splits its batch into so many parts, and which part a sequence is in
             counts.
         ordered: every place in the batch counts.
-        max_executions: the most batches to enumerate.
+        max_executions: the most batches to enumerate; by default a million where a loss runs on
+            all at once, and 100,000 one by one.
         monte_carlo: draw this many batches instead.
         seed: of --monte-carlo, by default 0; one seed draws the same batches for every loss.
         list: print the package's own losses and estimators by their names, and stop.
