@@ -153,6 +153,8 @@ def audit_gradient(
     )
     check_loss_function(loss)
     check_monte_carlo(monte_carlo, draw, bound)
+    if max_executions is not None:
+        check_count(max_executions, "max_executions")
     _check_policy(policy)
     others = others_of(against)
     function = loss if adapt is None and takes_a_batch(loss) else adapted(loss, adapt)

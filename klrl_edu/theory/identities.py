@@ -28,7 +28,7 @@ from klrl_edu.theory import (
 from klrl_edu.theory.cases import random_cases
 from klrl_edu.theory.statements import Statement, Trial, try_statement, twin_is_caught
 
-EXAMPLES = 200
+EXAMPLES = 120
 _TWIN_EXAMPLES, _TWIN_SEED = 40, 1  # fixed, so that a small --examples does not let a twin escape
 
 

@@ -35,9 +35,9 @@ def test_everything_holds_and_is_saved(tmp_path, capsys):
 def test_the_default_run_keeps_within_a_minute(tmp_path):
     assert cli.main(["check", "--quiet"]) == 0
     result = saved(tmp_path / "runs/check")
-    assert result["examples"] == 200
+    assert result["examples"] == 120
     assert len(result["identities"]) >= 40
-    assert result["seconds"] < 60  # of CPU time on one thread; 18 on a quiet machine
+    assert result["seconds"] < 60  # of CPU time on one thread
 
 
 def test_one_statement_and_one_claim_by_name(tmp_path, capsys):

@@ -200,7 +200,7 @@ def test_the_code_of_write_your_own_model_runs_and_says_what_the_page_says(capsy
 
 
 def test_the_theory_page_is_filled_with_every_statement_and_claim(conf, monkeypatch):
-    # the page itself tries 200 examples, a minute; so does the slow test of `klrl check`
+    # the page itself tries 120 examples, most of a minute; so does the slow test of `klrl check`
     fewer = partial(identities.identities_markdown, examples=40)
     monkeypatch.setattr(identities, "identities_markdown", fewer)
     source = ["<!-- fill: identities -->\n\n<!-- fill: claims -->"]
