@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from klrl_edu.closed_forms.soft_maximum import soft_log_evidence, soft_value
+from klrl_edu.closed_forms.tilt import tilt_log_ratio
+from klrl_edu.core import logspace
 from klrl_edu.core.arguments import check_arguments
 from klrl_edu.core.display import html_table, text_table
 from klrl_edu.core.errors import InputError
@@ -69,6 +71,17 @@ class Posterior:
             InputError: the support was not enumerated.
         """
         return self.enumerated().tilted(self.problem.kl_coef).log_posterior
+
+    @torch.no_grad()
+    def kl_to_prior(self) -> Tensor:
+        """KL(π*‖q) in nats, with its digits at every λ: about Var_q(r)/2λ² where λ is large, which
+        the difference of log π* and log q has lost.
+        """
+        if self.support is None and isinstance(self.model, StructuredPosterior):
+            return self.model.kl_to_prior()
+        support = self.enumerated()
+        log_ratio = tilt_log_ratio(support.log_prior, support.rewards, self.problem.kl_coef)
+        return logspace.kl_of_tilt(support.log_prior, log_ratio)
 
     def enumerated(self) -> Support:
         """The support, or an error where there is none."""

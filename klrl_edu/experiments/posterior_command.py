@@ -51,10 +51,11 @@ def posterior(
     rows = target.rows()
     # π* against itself: its numbers come by the same sums as those of q
     prior_side, self_side = compare(target.problem.prior, target), compare(target.model, target)
+    kl = float(target.kl_to_prior())  # not as a difference of log π* and log q
     say(target.text(count))
     say(
         f"E[r]: prior {prior_side.expected_reward:.12g}, posterior"
-        f" {self_side.expected_reward:.12g};  KL(π*‖q) = {self_side.kl_to_prior:.12g} nats"
+        f" {self_side.expected_reward:.12g};  KL(π*‖q) = {kl:.12g} nats"
     )
     _write_csv(directory / "posterior.csv", rows)
     _draw(target, directory / "posterior", count)
@@ -63,7 +64,7 @@ def posterior(
         "problem": file,
         **target.to_dict(),
         "expected_reward": self_side.expected_reward,
-        "kl_posterior_to_prior": self_side.kl_to_prior,
+        "kl_posterior_to_prior": kl,
         "prior": prior_side.metrics(),
     }
     write_json(directory / "result.json", result)

@@ -129,6 +129,7 @@ def check(target: Posterior, value: mpf, kl: mpf) -> None:
         found = float(target.model.kl_to_prior())
     # equal rewards have KL 0, and ours the square of a rounding
     close(found, kl, scale=1e-17 * min(1.0, lam**-2))
+    close(float(target.kl_to_prior()), kl, scale=1e-17 * min(1.0, lam**-2))
 
 
 @given(problem=problems())
@@ -145,8 +146,10 @@ def test_every_method_keeps_its_digits_at_every_kl_coef(problem):
 def test_the_four_sentences_keep_their_digits(kl_coef, method):
     with mpmath.workdps(DIGITS):
         q, r = [mpf(4) / 10, mpf(3) / 10, mpf(2) / 10, mpf(1) / 10], [1, 0, 0, 2]
-        value, _ = value_and_kl(q, [mpf(x) for x in r], mpf(kl_coef))
-        close(float(posterior(four_sentences(kl_coef), method).value), value)
+        value, kl = value_and_kl(q, [mpf(x) for x in r], mpf(kl_coef))
+        target = posterior(four_sentences(kl_coef), method)
+        close(float(target.value), value)
+        close(float(target.kl_to_prior()), kl)
 
 
 @pytest.mark.parametrize("method", METHODS)
