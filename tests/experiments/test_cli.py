@@ -171,7 +171,7 @@ def test_the_defaults_reach_the_posterior_of_the_four_sentences(model, tmp_path)
 def test_the_defaults_reach_the_posterior_of_the_surnames(model, tmp_path):
     assert cli.main(["train", "surnames", "--model", model, "--out", "run", "--quiet"]) == 0
     saved = result(tmp_path / "run")
-    assert saved["start"]["reverse_kl"] > 0.1
+    assert saved["start"]["reverse_kl"] > 0.05  # a table starts as the prior
     assert saved["end"]["reverse_kl"] < 1e-3
 
 
