@@ -244,7 +244,9 @@ def _run(
     except KlrlError as error:
         error.args = (_as_options(str(error)), *error.args[1:])
         raise
-    except (Exception, SystemExit) as error:  # of the user's function
+    except KeyboardInterrupt:  # Ctrl-C is not the function's doing
+        raise
+    except BaseException as error:  # whatever a user's function raises, sys.exit included
         meant = "loss" if kind == "gradient" else "value"
         raise InputError(
             f"{target}{line_of(error)} failed as a {meant}: {said(error)}; try it on one Batch, or"

@@ -52,6 +52,12 @@ def first(batch):
 def broken(batch):
     return batch.nothing
 
+class Unspeakable(BaseException):
+    pass
+
+def flees(batch):
+    raise Unspeakable
+
 class NeedsMore:
     def __init__(self, more):
         pass
@@ -171,6 +177,7 @@ def test_other_problems_get_a_policy_that_is_neither_prior_nor_posterior(tmp_pat
         (["does_not_import.py:f"], "does not import: ModuleNotFoundError"),
         (["does_not_parse.py:f"], "does not import: SyntaxError"),
         (["an_audited_module:broken"], "failed as a loss: AttributeError"),
+        (["an_audited_module:flees"], "failed as a loss: Unspeakable"),
         (
             ["an_audited_module:NeedsMore"],
             "is a class and cannot be made without arguments: TypeError",
