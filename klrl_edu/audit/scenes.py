@@ -17,7 +17,7 @@ from torch import Tensor
 
 from klrl_edu.audit.rounding import nudged_batches
 from klrl_edu.audit.targets import divergence_targets, missed_log_mass, targets_of_problem
-from klrl_edu.audit.tree import SupportTree
+from klrl_edu.audit.tree import SupportTree, starts_of
 from klrl_edu.core import logspace
 from klrl_edu.core.draws import Draw
 from klrl_edu.core.errors import InputError, TooLargeError, UnsupportedPolicyError
@@ -195,7 +195,7 @@ def build_scene(
         )
     else:
         whole = _scored_anyway(policy, problems, tokens)
-    starts = _starts([len(part) for part in tokens])
+    starts = starts_of([len(part) for part in tokens])
     if behaviour is not None:
         check_same_space(behaviour.space, space, "behaviour and problem")
         drawn_at = token_log_probs(behaviour, whole.tokens, whole.prompt)
@@ -220,8 +220,8 @@ def build_scene(
 
     heads = sorted(trees)  # the problem that brought each tree
     # not strict: _starts also says where the last one ends
-    sequences = dict(zip(heads, _starts([len(tokens[k]) for k in heads]), strict=False))
-    edges = dict(zip(heads, _starts([trees[k].edges for k in heads]), strict=False))
+    sequences = dict(zip(heads, starts_of([len(tokens[k]) for k in heads]), strict=False))
+    edges = dict(zip(heads, starts_of([trees[k].edges for k in heads]), strict=False))
     counts = [torch.arange(len(part), device=part.device) for part in tokens]
     place = torch.cat([count + sequences[k] for count, k in zip(counts, first, strict=True)])
     return Scene(
@@ -239,11 +239,6 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    """Where each part begins when they stand in a row, and where the last one ends."""
-    return [sum(sizes[:k]) for k in range(len(sizes) + 1)]
 
 
 @torch.no_grad()

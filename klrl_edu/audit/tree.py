@@ -121,8 +121,8 @@ class SupportTree:
         """
         if len(trees) == 1:
             return trees[0]
-        edges = _starts([tree.edges for tree in trees])
-        nodes = _starts([tree.trie.nodes for tree in trees])
+        edges = starts_of([tree.edges for tree in trees])
+        nodes = starts_of([tree.trie.nodes for tree in trees])
 
         def numbered_on(name: str, starts: list[int]) -> Tensor:
             arrays = [getattr(tree.trie, name) for tree in trees]
@@ -193,7 +193,7 @@ class SupportTree:
         return torch.where(node >= 0, self.edge_at[key], -1)
 
 
-def _starts(sizes: list[int]) -> list[int]:
+def starts_of(sizes: list[int]) -> list[int]:
     """Where each part begins when they stand in a row, and where the last one ends."""
     return [sum(sizes[:k]) for k in range(len(sizes) + 1)]
 
