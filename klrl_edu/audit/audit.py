@@ -57,6 +57,7 @@ from klrl_edu.audit.rounding import (
     arithmetic_of,
     nudged_batches,
     relative_precision,
+    type_name,
 )
 from klrl_edu.audit.scenes import Scene, View, build_scene
 from klrl_edu.audit.targets import value_targets
@@ -122,8 +123,8 @@ def audit_gradient(
         ordered: every place counts, so all S^B orders are enumerated.
         max_executions: the most batches (multisets of sequences, times the outcomes of the loss's
             own draws) to enumerate; by default a million where they run at once, by vmap, and
-            100,000 one by one. A loss that is a sum over the pairs of its batch needs the pairs
-            alone (`decomposition`), whatever its batch size.
+            100,000 one by one. A loss that is a sum over the pairs of its batch, as seen on a few
+            of them, needs the pairs alone (`decomposition`), up to 64 sequences a batch.
         monte_carlo: draw this many batches instead, with `draw`; the report then has intervals for
             the distance to each target. The same seed draws the same batches for another loss.
         bound: the largest |entry| that a gradient can have: with it every entry of the mean gets an
@@ -253,6 +254,8 @@ def audit_value(
     problems = check_problems(problem)
     check_function(estimator, "estimator", "kl_values.k3")
     check_count(batch_size, "batch_size")
+    if max_executions is not None:
+        check_count(max_executions, "max_executions")
     check_monte_carlo(monte_carlo, draw, bound)
     # KL reads no reward, and where q has no mass it is infinite: a result, and no error
     scene = build_scene(
@@ -308,7 +311,7 @@ class _Run:
             function,
             name_of(loss),
             # another loss may read the whole support where the audited one does not, or the reverse
-            dataclasses.replace(whole, complete=plan.complete),
+            dataclasses.replace(whole, complete=plan.lists_support),
             self.scene.tree,
             draws_random_numbers(function),
             self.scene.place,
@@ -414,7 +417,7 @@ class _Run:
             "executions": moments.executions,
             "differentiation": how,
             "rounding": SAFETY * unresolved * moments.longest,
-            "arithmetic": _type_name(loss.arithmetic),
+            "arithmetic": type_name(loss.arithmetic),
         }
 
     def _sampled(self, loss: LossOnSupport, plan: Plan) -> dict[str, Any]:
@@ -433,7 +436,7 @@ class _Run:
         reason = loss.why_not_vmap(picked, gradients)
         # the part of each batch, in the order of the draws; sizes differ by one at most
         part = torch.arange(count, device=rows.device) * PARTS // count
-        edges, sums, norms = self.scene.tree.edges, [], []
+        edges, sums = self.scene.tree.edges, []
 
         def estimates() -> Iterator[Tensor]:
             """Gradients [x,E], counted into their parts on the way."""
@@ -469,7 +472,7 @@ class _Run:
             "variance": variance,
             "executions": count,
             "differentiation": _how(reason),
-            "arithmetic": _type_name(loss.arithmetic),
+            "arithmetic": type_name(loss.arithmetic),
             "standard_error": standard_errors(parts),
             "parts": parts,
             **found,
@@ -542,10 +545,6 @@ def _zero_targets(
 
 def _how(reason: str | None) -> str:
     return "vmap" if reason is None else f"one backward pass an execution: {reason}"
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_policy(policy: LanguageModel) -> None:

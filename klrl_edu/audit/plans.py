@@ -45,14 +45,14 @@ class Plan:
     micro_batches: int = 1
 
     @property
+    def lists_support(self) -> bool:
+        """Whether the one batch is that of `sources.support`; all rows of a table are none."""
+        return self.complete and not isinstance(self.origin, Table)
+
+    @property
     def block(self) -> int:
         """Units within which order is nothing to the loss."""
         return self.batch_size // self.micro_batches
-
-    @property
-    def per_batch(self) -> int:
-        """Units of a batch, over all problems."""
-        return self.batch_size * (1 if isinstance(self.origin, Table) else len(self.origin))
 
     def scene(self, policy: LanguageModel, max_sequences: int) -> tuple[Scene, Targets]:
         """The enumerated support, and the targets of each of its views."""

@@ -39,6 +39,11 @@ def relative_precision(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """As a report names it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def arithmetic_of(run: Callable[[], Any]) -> torch.dtype:
     """The least precise floating type in which `run` computes: of a result that is not whole
     numbers, which masks and counts are and which lose nothing.

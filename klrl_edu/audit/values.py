@@ -34,7 +34,7 @@ from klrl_edu.audit.monte_carlo import (
     standard_errors,
 )
 from klrl_edu.audit.report import total_variance
-from klrl_edu.audit.rounding import SAFETY, arithmetic_of, nudged_batches
+from klrl_edu.audit.rounding import SAFETY, arithmetic_of, nudged_batches, type_name
 from klrl_edu.audit.scenes import Scene
 from klrl_edu.audit.subjects import SHARED, Subject
 from klrl_edu.core import logspace
@@ -257,7 +257,7 @@ def enumerated_value(
         **found,
         "probability_negative_token": per_token,
         "rounding": SAFETY * unresolved if math.isfinite(unresolved) else 0.0,
-        "arithmetic": str(subject.arithmetic).removeprefix("torch."),
+        "arithmetic": type_name(subject.arithmetic),
     }
 
 

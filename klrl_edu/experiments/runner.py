@@ -22,7 +22,7 @@ from klrl_edu.core.display import Cell
 from klrl_edu.core.errors import CheckpointError, InputError
 from klrl_edu.evaluation.records import (
     History,
-    json_line,
+    RecordLines,
     jsonable,
     load_checkpoint,
     save_checkpoint,
@@ -189,19 +189,12 @@ class RunWriter:
             write_atomically(directory / name, source.table.read_bytes())
             config = {**config, "table": name}
         write_json(directory / "config.json", config)
-        self._lines = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._lines = RecordLines(directory / "metrics.jsonl")
 
     def record(self, record: dict[str, float]) -> None:
         """One step's metrics, on disk at once and whole."""
         self.history.records.append(record)
-        whole = self._lines.tell()
-        try:
-            self._lines.write(json_line(record) + "\n")
-            self._lines.flush()
-        except OSError as error:  # a full disk: half a line would spoil the file
-            self._lines.truncate(whole)
-            error.filename = str(self.directory / "metrics.jsonl")
-            raise
+        self._lines.write(record)
 
     def save_now_and_then(self, policy: LanguageModel) -> None:
         """The weights so far, every second or so, for a run that is killed; the first call saves

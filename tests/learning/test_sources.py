@@ -579,3 +579,14 @@ def test_a_reward_may_read_the_prompt_of_each_sequence():
     assert torch.equal(batch.rewards.sum(-1), expected)
     values = compare(prior, [posterior(problem) for problem in both])
     assert len(values.rows) == 2
+
+
+def test_all_pairs_of_a_table_are_not_the_support_for_the_audit_either():
+    problem, policy = four_sentences(), four_sentences_policy()
+    table = sources.pairs(TEXTS[:2], TEXTS[2:], problem.prior, 1.0)
+    for run in (
+        lambda: audit_gradient(losses.exact, policy, table),
+        lambda: train(policy, table, losses.exact, steps=1),
+    ):
+        with pytest.raises(InputError, match="sums over every supported sequence"):
+            run()
